@@ -1,0 +1,231 @@
+"""Model configuration: what a checkpoint must say so that `MoEPotential` can be built.
+
+The same schema is the `config` entry of moecalc's own checkpoint form (docs/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moecalc.nn.activation import check_activation
+
+POSITIONS = (
+    "node_self_mlp",
+    "node_sym_linear",
+    "node_edge_linear",
+    "edge_self_linear",
+    "edge_angle_linear1",
+    "edge_angle_linear2",
+    "angle_self_linear",
+)
+"""The seven linear maps of a RepFlow layer; each can be dense or a mixture of experts."""
+
+Precision = Literal["float32", "float64"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RouterConfig(_Strict):
+    """One gate: which experts the rows of a routing group (element or structure) use.
+
+    `gate` names how logits become weights: `topk_softmax` (softmax over the selected logits, the public
+    code) or `softmax_topk` (softmax over all, keep the top k without renormalising, the paper's eq. 5).
+    Counts of routed and shared experts are separate; shared experts always have weight 1.
+    """
+
+    n_routed_experts: int = Field(ge=0)
+    top_k: int = Field(ge=0)
+    n_shared_experts: int = Field(default=0, ge=0)
+    gate: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
+
+    @model_validator(mode="after")
+    def _check(self) -> RouterConfig:
+        if self.top_k > self.n_routed_experts:
+            raise ValueError(
+                f"top_k = {self.top_k}, expected at most n_routed_experts = {self.n_routed_experts}"
+            )
+        if self.top_k + self.n_shared_experts == 0:
+            raise ValueError("top_k + n_shared_experts = 0, expected at least one active expert")
+        return self
+
+
+class PositionConfig(_Strict):
+    """A mixture of experts at one position: the router that serves it and the kind of experts.
+
+    `mlp`: the activation is inside every expert (MoE); `linear`: one activation after the weighted sum (MoLE).
+    """
+
+    router: str
+    kind: Literal["mlp", "linear"] = "mlp"
+
+
+class MoEConfig(_Strict):
+    """Mixture of experts of every layer. Positions that share a router name share one gate.
+
+    `routing`: `element` (router input is the type embedding of the centre atom) or `configuration` (its mean
+    over all atoms of the structure).
+    """
+
+    routing: Literal["element", "configuration"] = "element"
+    routers: dict[str, RouterConfig] = Field(default_factory=dict)
+    positions: dict[str, PositionConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        for position, entry in self.positions.items():
+            if position not in POSITIONS:
+                raise ValueError(f"moe position {position!r}, expected one of {', '.join(POSITIONS)}")
+            if entry.router not in self.routers:
+                raise ValueError(
+                    f"moe position {position!r} names router {entry.router!r}, "
+                    f"expected one of {', '.join(self.routers) or '(none defined)'}"
+                )
+        return self
+
+
+class DescriptorConfig(_Strict):
+    """DPA3 descriptor; names and defaults as in the `repflow` section of a DeePMD-kit input.
+
+    Lengths in Angstrom. `e_sel`/`a_sel` enter through the normalisers only (no truncation).
+    """
+
+    n_dim: int = Field(gt=0)
+    e_dim: int = Field(gt=0)
+    a_dim: int = Field(gt=0)
+    nlayers: int = Field(gt=0)
+    e_rcut: float = Field(gt=0)
+    e_rcut_smth: float = Field(gt=0)
+    e_sel: int = Field(gt=0)
+    a_rcut: float = Field(gt=0)
+    a_rcut_smth: float = Field(gt=0)
+    a_sel: int = Field(gt=0)
+    axis_neuron: int = Field(default=4, gt=0)
+    n_multi_edge_message: int = Field(default=1, gt=0)
+    a_compress_rate: int = Field(default=0, ge=0)
+    a_compress_e_rate: int = Field(default=1, gt=0)
+    a_compress_use_split: bool = False
+    update_angle: bool = True
+    update_style: Literal["res_residual", "res_avg", "res_incr"] = "res_residual"
+    smooth_edge_update: bool = False
+    edge_init_use_dist: bool = False
+    use_exp_switch: bool = False
+    use_dynamic_sel: bool = False
+    sel_reduce_factor: float = Field(default=10.0, gt=0)
+    sequential_update: bool = False
+    activation_function: str = "silu"
+    precision: Precision = "float64"
+    concat_output_tebd: bool = False
+    use_tebd_bias: bool = False
+    use_econf_tebd: bool = False
+    env_protection: float = 0.0
+    exclude_types: list[tuple[int, int]] = Field(default_factory=list)
+
+    @field_validator("activation_function")
+    @classmethod
+    def _known_activation(cls, value: str) -> str:
+        check_activation(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> DescriptorConfig:
+        if self.sequential_update and self.update_style != "res_residual":
+            raise ValueError(
+                f"sequential_update with update_style {self.update_style!r}, expected res_residual"
+            )
+        if self.a_rcut > self.e_rcut:
+            raise ValueError(f"a_rcut = {self.a_rcut}, expected at most e_rcut = {self.e_rcut}")
+        for smooth, cut in (("e_rcut_smth", "e_rcut"), ("a_rcut_smth", "a_rcut")):
+            if getattr(self, smooth) >= getattr(self, cut):
+                raise ValueError(
+                    f"{smooth} = {getattr(self, smooth)}, expected below {cut} = {getattr(self, cut)}"
+                )
+        if self.axis_neuron > min(self.e_dim, self.n_dim):
+            raise ValueError(f"axis_neuron = {self.axis_neuron}, expected at most min(e_dim, n_dim)")
+        if self.a_compress_rate:
+            if self.compressed_node_dim > self.n_dim or self.compressed_edge_dim > self.e_dim:
+                raise ValueError(
+                    f"a_compress_rate = {self.a_compress_rate}: compressed widths {self.compressed_node_dim}, "
+                    f"{self.compressed_edge_dim} exceed n_dim = {self.n_dim}, e_dim = {self.e_dim}"
+                )
+            if self.compressed_node_dim == 0 or self.compressed_edge_dim == 0:
+                raise ValueError(
+                    f"a_compress_rate = {self.a_compress_rate} leaves no columns of a_dim = {self.a_dim}"
+                )
+        return self
+
+    @property
+    def compressed_node_dim(self) -> int:
+        """Width of the node part of the angle input (SPEC: vc)."""
+        return self.a_dim // self.a_compress_rate if self.a_compress_rate else self.n_dim
+
+    @property
+    def compressed_edge_dim(self) -> int:
+        """Width of each edge part of the angle input (SPEC: ec)."""
+        if not self.a_compress_rate:
+            return self.e_dim
+        return self.a_dim // (2 * self.a_compress_rate) * self.a_compress_e_rate
+
+    @property
+    def angle_dim(self) -> int:
+        """Width of the whole angle input [a, vc, ec, ec]."""
+        return self.a_dim + self.compressed_node_dim + 2 * self.compressed_edge_dim
+
+    @property
+    def edge_normalizer(self) -> float:
+        """N_e: expected number of neighbours, divides edge sums."""
+        return self.e_sel / self.sel_reduce_factor if self.use_dynamic_sel else float(self.e_sel)
+
+    @property
+    def angle_normalizer(self) -> float:
+        """N_a: expected number of angle neighbours, divides angle sums."""
+        return self.a_sel / self.sel_reduce_factor if self.use_dynamic_sel else float(self.a_sel)
+
+    def layer_is_live(self, layer: int) -> tuple[bool, bool]:
+        """Whether the edge and the angle update of `layer` can reach the energy (the rest is dead work)."""
+        if self.sequential_update:
+            return True, self.update_angle
+        edge = layer < self.nlayers - 1
+        angle = self.update_angle and layer < self.nlayers - 2
+        return edge, angle
+
+    @property
+    def needs_angles(self) -> bool:
+        """Whether any angle reaches the energy."""
+        return self.update_angle and (self.sequential_update or self.nlayers > 1)
+
+
+class FittingConfig(_Strict):
+    """Energy fitting net: hidden widths, activation, residual time steps."""
+
+    neuron: list[int]
+    activation_function: str = "tanh"
+    resnet_dt: bool = True
+    dim_case_embd: int = Field(default=0, ge=0)
+    precision: Precision = "float64"
+    atom_exclude_types: list[int] = Field(default_factory=list)
+
+    @field_validator("activation_function")
+    @classmethod
+    def _known_activation(cls, value: str) -> str:
+        check_activation(value)
+        return value
+
+
+class ModelConfig(_Strict):
+    """Everything that fixes the architecture of a potential."""
+
+    type_map: list[str]
+    descriptor: DescriptorConfig
+    fitting: FittingConfig
+    moe: MoEConfig = Field(default_factory=MoEConfig)
+    pair_exclude_types: list[tuple[int, int]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if not self.type_map or len(set(self.type_map)) != len(self.type_map):
+            raise ValueError(f"type_map = {self.type_map}, expected distinct element symbols")
+        return self

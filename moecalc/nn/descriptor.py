@@ -1,0 +1,224 @@
+"""Geometry and initial features of the DPA3 descriptor (SPEC sections 3, 4)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moecalc.nn.activation import Activation
+from moecalc.nn.config import DescriptorConfig
+
+_ORBITALS = "1s 2s 2p 3s 3p 3d 4s 4p 4d 4f 5s 5p 5d 5f 6s 6p 6d 7s 7p".split()
+
+
+def switch(r: Tensor, start: float, stop: float, exponential: bool) -> Tensor:
+    """Smooth cutoff s(r), 1 at short range, 0 beyond `stop` (SPEC section 3).
+
+    Args:
+        r: distances in Angstrom, any shape.
+        start, stop: e_rcut_smth and e_rcut (or the angle ones), Angstrom.
+        exponential: exp(-exp(20 (r - start)/start)) instead of the quintic polynomial.
+    """
+    if exponential:
+        inside = r <= stop
+        # beyond the cutoff the inner exponential may overflow and poison gradients: clamp first
+        s = torch.exp(-torch.exp((20.0 / start) * (torch.clamp(r, max=stop) - start)))
+        return torch.where(inside, s, torch.zeros_like(s))
+    u = torch.clamp((r - start) / (stop - start), 0.0, 1.0)
+    return 1.0 + u * u * u * (-10.0 + u * (15.0 - 6.0 * u))
+
+
+class Geometry(nn.Module):
+    """Edge vectors -> invariants and switched directions, always in float64.
+
+    Args:
+        config: descriptor options.
+        n_types: number of element rows in the environment statistics.
+    """
+
+    e_start: torch.jit.Final[float]
+    e_stop: torch.jit.Final[float]
+    a_start: torch.jit.Final[float]
+    a_stop: torch.jit.Final[float]
+    exp_switch: torch.jit.Final[bool]
+    use_dist: torch.jit.Final[bool]
+    protection: torch.jit.Final[float]
+
+    def __init__(self, config: DescriptorConfig, n_types: int) -> None:
+        super().__init__()
+        self.e_start, self.e_stop = config.e_rcut_smth, config.e_rcut
+        self.a_start, self.a_stop = config.a_rcut_smth, config.a_rcut
+        self.exp_switch = config.use_exp_switch
+        self.use_dist = config.edge_init_use_dist
+        self.protection = config.env_protection
+        self.register_buffer("mean", torch.zeros(n_types, 4, dtype=torch.float64))
+        self.register_buffer("stddev", torch.full((n_types, 4), 0.3, dtype=torch.float64))
+
+    def forward(
+        self, edge_vec: Tensor, types: Tensor, edge_index: Tensor, angle_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Invariants of edges and angles.
+
+        Args:
+            edge_vec: (E, 3) float64, r_j - r_i in Angstrom.
+            types: (n_node,) int64.
+            edge_index: (2, E) int64; angle_index: (2, A) int64 edge ids of ij and ik.
+
+        Returns:
+            edge_input (E,), sw (E,), h (E, 3), cos (A,), asw (A,), all float64.
+        """
+        r = torch.linalg.vector_norm(edge_vec, dim=1)
+        sw = switch(r, self.e_start, self.e_stop, self.exp_switch)
+        centre_type = types.index_select(0, edge_index[0])
+        mean = self.mean.index_select(0, centre_type)
+        stddev = self.stddev.index_select(0, centre_type)
+        rp = r + self.protection
+        h = ((sw / (rp * rp)).unsqueeze(1) * edge_vec - mean[:, 1:]) / stddev[:, 1:]
+        edge_input = r if self.use_dist else (sw / rp - mean[:, 0]) / stddev[:, 0]
+        first, second = angle_index[0], angle_index[1]
+        unit = edge_vec / (r + 1e-6).unsqueeze(1)
+        cos = (unit.index_select(0, first) * unit.index_select(0, second)).sum(1) * (1.0 - 1e-6)
+        sa = switch(r, self.a_start, self.a_stop, self.exp_switch)
+        asw = sa.index_select(0, first) * sa.index_select(0, second)
+        return edge_input, sw, h, cos, asw
+
+
+def electron_configuration(symbol: str) -> Tensor:
+    """The 118 numbers of `use_econf_tebd` for an element: Hund-filled orbitals, (118,) float64 (SPEC section 9).
+
+    Raises:
+        ValueError: not an element symbol.
+    """
+    from ase.data import atomic_numbers
+
+    if symbol not in atomic_numbers or atomic_numbers[symbol] == 0:
+        raise ValueError(f"use_econf_tebd: {symbol!r} in type_map, expected an element symbol")
+    occupation = _ground_state(atomic_numbers[symbol])
+    row: list[float] = []
+    for orbital in _ORBITALS:
+        slots = {"s": 1, "p": 3, "d": 5, "f": 7}[orbital[1]]
+        n = occupation.get(orbital, 0)
+        up, down = min(n, slots), max(n - slots, 0)
+        for m in range(slots):
+            # empty (-1, -1), one electron (-1, +1), two (+1, +1)
+            row += [1.0 if m < down else -1.0, 1.0 if m < up else -1.0]
+    return torch.tensor(row, dtype=torch.float64) / math.sqrt(118.0)
+
+
+_AUFBAU = "1s 2s 2p 3s 3p 4s 3d 4p 5s 4d 5p 6s 4f 5d 6p 7s 5f 6d 7p".split()
+# ground states that do not follow the aufbau order (NIST Atomic Spectra Database; 104+: as predicted)
+_EXCEPTIONS: dict[int, dict[str, int]] = {
+    24: {"4s": 1, "3d": 5},
+    29: {"4s": 1, "3d": 10},
+    41: {"5s": 1, "4d": 4},
+    42: {"5s": 1, "4d": 5},
+    44: {"5s": 1, "4d": 7},
+    45: {"5s": 1, "4d": 8},
+    46: {"5s": 0, "4d": 10},
+    47: {"5s": 1, "4d": 10},
+    57: {"4f": 0, "5d": 1},
+    58: {"4f": 1, "5d": 1},
+    64: {"4f": 7, "5d": 1},
+    78: {"6s": 1, "5d": 9},
+    79: {"6s": 1, "5d": 10},
+    89: {"5f": 0, "6d": 1},
+    90: {"5f": 0, "6d": 2},
+    91: {"5f": 2, "6d": 1},
+    92: {"5f": 3, "6d": 1},
+    93: {"5f": 4, "6d": 1},
+    96: {"5f": 7, "6d": 1},
+    103: {"6d": 0, "7p": 1},
+}
+
+
+def _ground_state(number: int) -> dict[str, int]:
+    occupation: dict[str, int] = {}
+    left = number
+    for orbital in _AUFBAU:
+        n = min(left, {"s": 2, "p": 6, "d": 10, "f": 14}[orbital[1]])
+        occupation[orbital] = n
+        left -= n
+    occupation.update(_EXCEPTIONS.get(number, {}))
+    return occupation
+
+
+class TypeEmbedding(nn.Module):
+    """Type embedding table Y (T, n_dim) as trained: X W (+ b), plus X where the widths allow (SPEC section 4).
+
+    Args:
+        type_map: element symbols.
+        n_dim: width.
+        use_bias, use_econf: options `use_tebd_bias`, `use_econf_tebd`.
+    """
+
+    use_bias: torch.jit.Final[bool]
+
+    def __init__(self, type_map: list[str], n_dim: int, use_bias: bool, use_econf: bool) -> None:
+        super().__init__()
+        if use_econf:
+            rows = torch.stack([electron_configuration(symbol) for symbol in type_map])
+        else:
+            rows = torch.eye(len(type_map), dtype=torch.float64)
+        self.use_bias = use_bias
+        self.register_buffer("rows", rows.to(torch.get_default_dtype()), persistent=False)
+        self.matrix = nn.Parameter(torch.randn(rows.size(1), n_dim) / (rows.size(1) + n_dim) ** 0.5)
+        if use_bias:
+            self.bias = nn.Parameter(torch.randn(n_dim) * 0.1)
+
+    def forward(self) -> Tensor:
+        """The table, (T, n_dim)."""
+        x = self.rows
+        y = x @ self.matrix
+        if self.use_bias:
+            y = y + self.bias
+        if y.size(1) == x.size(1):
+            y = y + x
+        elif y.size(1) == 2 * x.size(1):
+            y = y + torch.cat([x, x], dim=1)
+        return y
+
+
+class TypeTable(nn.Module):
+    """The finished type embedding table (T, n_dim): what a package carries."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self) -> Tensor:
+        """The table, (T, n_dim)."""
+        return self.table
+
+
+class Embedding(nn.Module):
+    """Initial node, edge and angle features (SPEC section 4).
+
+    Args:
+        config: descriptor options.
+        table: module whose call gives the type embedding table (T, n_dim).
+    """
+
+    use_dist: torch.jit.Final[bool]
+
+    def __init__(self, config: DescriptorConfig, table: nn.Module) -> None:
+        super().__init__()
+        self.use_dist = config.edge_init_use_dist
+        self.table = table
+        self.edge_matrix = nn.Parameter(torch.randn(1, config.e_dim) * 0.5)
+        self.edge_bias = nn.Parameter(torch.randn(config.e_dim) * 0.1)
+        self.angle_matrix = nn.Parameter(torch.randn(1, config.a_dim))
+        self.phi = Activation(config.activation_function)
+
+    def forward(self, types: Tensor, edge_input: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """types (n_node,), edge_input (E,), cos (A,) -> v (n_node, n_dim), e (E, e_dim), a (A, a_dim)."""
+        v = self.phi(self.table()).index_select(0, types)
+        e = edge_input.unsqueeze(1) * self.edge_matrix + self.edge_bias
+        if not self.use_dist:
+            e = self.phi(e)
+        a = (cos * (1.0 / math.pi**0.5)).unsqueeze(1) * self.angle_matrix
+        return v, e, a
+
+    @torch.jit.export
+    def group_features(self, composition: Tensor) -> Tensor:
+        """Router input of every routing group: composition (G, T) fractions -> (G, n_dim)."""
+        return composition @ self.table()

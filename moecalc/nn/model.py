@@ -1,0 +1,215 @@
+"""The whole potential: geometry -> embedding -> layers -> readout, and its energies, forces and virials."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moecalc.nn.config import ModelConfig
+from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
+from moecalc.nn.fitting import FittingNet, Readout
+from moecalc.nn.repflow import RepFlowLayer
+
+Prepared = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[int], list[int], list[int]]
+
+
+def _offsets(group: Tensor, n_group: int) -> list[int]:
+    """Cumulative row counts of groups 0..n_group-1, length n_group + 1."""
+    ends: list[int] = torch.cumsum(torch.bincount(group, minlength=n_group), 0).tolist()
+    offsets = [0]
+    for end in ends:
+        offsets.append(int(end))
+    return offsets
+
+
+def angle_pairs(centre: Tensor, near: Tensor, n_node: int) -> Tensor:
+    """All ordered pairs of near edges of one centre, j = k included (SPEC section 2).
+
+    Args:
+        centre: (E,) int64, sorted.
+        near: (E,) bool, edges shorter than the angle cutoff.
+        n_node: number of possible centres.
+
+    Returns:
+        (2, A) int64 edge ids, sorted by the first and then by the second.
+    """
+    ids = torch.nonzero(near).squeeze(1)
+    near_centre = centre.index_select(0, ids)
+    count = torch.bincount(near_centre, minlength=n_node)
+    start = torch.cumsum(count, 0) - count
+    per_edge = count.index_select(0, near_centre)
+    first = torch.repeat_interleave(torch.arange(ids.size(0), device=ids.device), per_edge)
+    row_start = torch.cumsum(per_edge, 0) - per_edge
+    rank = torch.arange(first.size(0), device=ids.device) - row_start.index_select(0, first)
+    second = start.index_select(0, near_centre.index_select(0, first)) + rank
+    return torch.stack([ids.index_select(0, first), ids.index_select(0, second)])
+
+
+def prepare_graph(
+    types: Tensor,
+    edge_index: Tensor,
+    edge_vec: Tensor,
+    group: Tensor,
+    n_group: int,
+    cutoff: float,
+    angle_cutoff: float,
+    pair_mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[int], list[int], list[int]]:
+    """Sort nodes by routing group and edges by centre, drop edges beyond the cutoff, list the angles.
+
+    Args:
+        types: (n,) int64; edge_index: (2, E); edge_vec: (E, 3).
+        group: (n,) int64 routing group of every node; n_group: how many there are.
+        cutoff, angle_cutoff: Angstrom; pair_mask: (T, T) bool, False where a pair makes no edge.
+
+    Returns:
+        order (n,) old index of every new node, edge_order (E',) old index of every new edge, types (n,),
+        edge_index (2, E'), angle_index (2, A), and node, edge and angle offsets of the groups.
+    """
+    order = torch.argsort(group, stable=True)
+    new_index = torch.empty_like(order)
+    new_index[order] = torch.arange(order.size(0), device=order.device)
+    r = torch.linalg.vector_norm(edge_vec.detach(), dim=1)
+    pair_kept = pair_mask[types.index_select(0, edge_index[0]), types.index_select(0, edge_index[1])]
+    kept = torch.nonzero((r <= cutoff) & pair_kept).squeeze(1)
+    centre = new_index.index_select(0, edge_index[0].index_select(0, kept))
+    by_centre = torch.argsort(centre, stable=True)
+    edge_order = kept.index_select(0, by_centre)
+    new_edges = torch.stack(
+        [
+            centre.index_select(0, by_centre),
+            new_index.index_select(0, edge_index[1].index_select(0, edge_order)),
+        ]
+    )
+    near = r.index_select(0, edge_order) < angle_cutoff
+    angles = angle_pairs(new_edges[0], near, types.size(0))
+    new_group = group.index_select(0, order)
+    edge_group = new_group.index_select(0, new_edges[0])
+    return (
+        order,
+        edge_order,
+        types.index_select(0, order),
+        new_edges,
+        angles,
+        _offsets(new_group, n_group),
+        _offsets(edge_group, n_group),
+        _offsets(edge_group.index_select(0, angles[0]), n_group),
+    )
+
+
+class MoEPotential(nn.Module):
+    """Element-wise mixture-of-experts potential with a DPA3 backbone.
+
+    Differentiable twice, scriptable. The four kinds of submodules are what the C++ evaluator walks.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.descriptor
+        n_types = len(config.type_map)
+        table = TypeEmbedding(config.type_map, c.n_dim, c.use_tebd_bias, c.use_econf_tebd)
+        self.elements: list[str] = list(config.type_map)
+        self.cutoff: float = c.e_rcut
+        self.angle_cutoff: float = c.a_rcut if c.needs_angles else 0.0
+        self.routing_level: str = config.moe.routing if config.moe.positions else "element"
+        mask = torch.ones(n_types, n_types, dtype=torch.bool)
+        for i, j in [*c.exclude_types, *config.pair_exclude_types]:
+            mask[i, j] = mask[j, i] = False
+        self.register_buffer("pair_mask", mask)
+        self.register_buffer("dtype_probe", torch.zeros(()))
+        self.geometry = Geometry(c, n_types)
+        self.embedding = Embedding(c, table)
+        self.layers = nn.ModuleList([RepFlowLayer(c, config.moe, i) for i in range(c.nlayers)])
+        net = FittingNet(config.fitting, c.n_dim, table, c.concat_output_tebd)
+        self.readout = Readout(net, n_types, config.fitting.atom_exclude_types)
+
+    def forward(
+        self, types: Tensor, edge_index: Tensor, edge_vec: Tensor, system_index: Tensor, n_systems: int
+    ) -> Tensor:
+        """Per-atom energies.
+
+        Args:
+            types: (n,) int64 indices into `elements`.
+            edge_index: (2, E) int64 centre, neighbour (both < n; images mapped to owned atoms).
+            edge_vec: (E, 3) float64, r_j - r_i in Angstrom; edges beyond the cutoff are dropped.
+            system_index: (n,) int64, structure of every atom; n_systems: how many.
+
+        Returns:
+            (n,) float64 energies in eV.
+        """
+        by_element = self.routing_level == "element"
+        n_types = len(self.elements)
+        n_group = n_types if by_element else n_systems
+        group = types if by_element else system_index
+        dtype = self.dtype_probe.dtype
+        order, edge_order, t, edges, angles, node_splits, edge_splits, angle_splits = prepare_graph(
+            types, edge_index, edge_vec, group, n_group, self.cutoff, self.angle_cutoff, self.pair_mask
+        )
+        if by_element:
+            composition = torch.eye(n_types, dtype=dtype, device=types.device)
+        else:
+            flat = torch.bincount(system_index * n_types + types, minlength=n_systems * n_types)
+            counts = flat.reshape(n_systems, n_types).to(dtype)
+            composition = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+        edge_input, sw, h, cos, asw = self.geometry(edge_vec.index_select(0, edge_order), t, edges, angles)
+        sw, h, asw = sw.to(dtype), h.to(dtype), asw.to(dtype)
+        v, e, a = self.embedding(t, edge_input.to(dtype), cos.to(dtype))
+        features = self.embedding.group_features(composition)
+        n = types.size(0)
+        for layer in self.layers:
+            v, e, a = layer(
+                v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
+            )
+        energies = self.readout(v, t)
+        return torch.zeros_like(energies).index_copy(0, order, energies)
+
+
+@dataclass
+class ModelOutput:
+    """Energies (n_systems,), energies per atom (n,), forces (n, 3), virial (n_systems, 3, 3); eV and Angstrom."""
+
+    energy: Tensor
+    energies: Tensor
+    forces: Tensor
+    virial: Tensor
+
+
+def evaluate(
+    model: nn.Module,
+    types: Tensor,
+    edge_index: Tensor,
+    edge_vec: Tensor,
+    system_index: Tensor | None = None,
+    n_systems: int = 1,
+    create_graph: bool = False,
+) -> ModelOutput:
+    """Energies, forces and virial of a model through autograd: the reference for every faster path.
+
+    With g = dE/d(edge_vec): f_i += g, f_j -= g, virial = -sum edge_vec (x) g = -dE/d(strain).
+
+    Args:
+        model: `MoEPotential` or its scripted form.
+        types, edge_index, edge_vec, system_index, n_systems: as in `MoEPotential.forward`.
+        create_graph: keep the graph, so that a loss on forces can be differentiated.
+    """
+    n = types.size(0)
+    if system_index is None:
+        system_index = torch.zeros_like(types)
+    vec = edge_vec.detach().clone().requires_grad_(True) if not edge_vec.requires_grad else edge_vec
+    energies = model(types, edge_index, vec, system_index, n_systems)
+    energy = energies.new_zeros(n_systems).index_add(0, system_index, energies)
+    if vec.size(0) and energy.requires_grad:
+        (g,) = torch.autograd.grad(energy.sum(), vec, create_graph=create_graph, allow_unused=True)
+    else:
+        g = None
+    g = torch.zeros_like(vec) if g is None else g
+    forces = vec.new_zeros((n, 3)).index_add(0, edge_index[0], g).index_add(0, edge_index[1], -g)
+    outer = -(vec.unsqueeze(2) * g.unsqueeze(1)).reshape(-1, 9)
+    per_edge = system_index.index_select(0, edge_index[0])
+    virial = vec.new_zeros((n_systems, 9)).index_add(0, per_edge, outer).reshape(n_systems, 3, 3)
+    if not create_graph:
+        energy, energies, virial, forces = (x.detach() for x in (energy, energies, virial, forces))
+    return ModelOutput(energy, energies, forces, virial)
