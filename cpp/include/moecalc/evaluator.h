@@ -1,0 +1,91 @@
+// The boundary between engines and models: an engine fills an AtomicGraph, the Evaluator returns energies, forces
+// and virials in the engine's own order of atoms. Nothing below this header knows which engine it serves.
+//
+// Units: eV and Angstrom. Signs: force = -dE/dx, virial = -dE/d(strain) = -stress * volume.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moecalc/archive.h"
+#include "moecalc/version.h"
+
+namespace moecalc {
+
+/// Atoms and their neighbours, as an engine lists them. Tensors are on the CPU, of exactly these types.
+struct AtomicGraph {
+  at::Tensor types;         // (n_node,) int64: index into Evaluator::elements(); owned atoms first, then ghosts
+  at::Tensor edge_index;    // (2, n_edge) int64: row 0 = centre < n_local, row 1 = neighbour < n_node; any order
+  at::Tensor edge_vec;      // (n_edge, 3) float64: r_j - r_i; edges beyond the cutoff are allowed (list with skin)
+  at::Tensor system_index;  // (n_local,) int64 in [0, n_systems): structure of a batch that an atom belongs to
+  int64_t n_systems = 1;
+};
+
+/// How an engine with several ranks exchanges data of ghost atoms. All calls come from the thread that called
+/// Evaluator::evaluate, in the same number and order on every rank, also on a rank that owns no atoms.
+class MOECALC_API GhostExchange {
+ public:
+  virtual ~GhostExchange();
+  /// Fill rows >= n_local of `features` with the owners' rows. (n_node, width), contiguous, CPU, engine order.
+  virtual void forward(at::Tensor features) = 0;
+  /// Add the ghost rows of `gradients` to the owners' rows. Same layout.
+  virtual void reverse(at::Tensor gradients) = 0;
+  /// Sum `values` (float64, contiguous, CPU) over all ranks in place.
+  virtual void sum(at::Tensor values) = 0;
+};
+
+/// What to compute besides energies. Nothing is differentiated if all are false.
+struct Request {
+  bool forces = true;
+  bool virial = true;
+  bool atom_virial = false;
+};
+
+/// Results in engine order, float64, on the CPU; tensors that were not requested are undefined.
+struct Evaluation {
+  at::Tensor energy;    // (n_systems,) eV, sum over the atoms of this rank
+  at::Tensor energies;  // (n_local,) eV
+  /// (n_node, 3) eV/Angstrom. Ghost rows hold what this rank contributes to atoms of other ranks: the engine must
+  /// add them to their owners.
+  at::Tensor forces;
+  at::Tensor virial;       // (n_systems, 3, 3) eV, = -dE/d(strain), contribution of this rank
+  at::Tensor atom_virial;  // (n_node, 3, 3) eV, centroid form: an edge's share is on its neighbour's row
+  int64_t n_edge = 0;      // edges within the cutoff
+  int64_t n_angle = 0;
+  int64_t max_neighbors = 0;        // of one atom, within the cutoff
+  int64_t max_angle_neighbors = 0;  // of one atom, within the angle cutoff
+};
+
+/// A model loaded from a package file. Use one Evaluator per thread.
+class MOECALC_API Evaluator {
+ public:
+  /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for the
+  /// package's own. Geometry, sums and results are float64 in any case. Throws Error.
+  explicit Evaluator(const std::string& path, const std::string& device = "cpu", const std::string& dtype = "");
+  ~Evaluator();
+  Evaluator(Evaluator&&) noexcept;
+  Evaluator& operator=(Evaluator&&) noexcept;
+
+  /// Throws Error for an invalid graph, a model that fails or a result that is not finite, and OutOfMemoryError.
+  /// `exchange` is needed as soon as there are ghosts and more than one layer; if it is given, it is used even on
+  /// ranks without ghosts, because other ranks may wait for this one.
+  Evaluation evaluate(const AtomicGraph& graph, const Request& request = {}, GhostExchange* exchange = nullptr);
+
+  const std::vector<std::string>& elements() const;  // symbols; the position is the type
+  double cutoff() const;                             // Angstrom
+  double angle_cutoff() const;                       // Angstrom; 0 = the model has no angles
+  const std::string& dtype() const;                  // "float32" or "float64"
+  const std::string& device() const;                 // "cpu" or "cuda:N"
+  int64_t n_layers() const;
+  const std::string& metadata() const;  // text of the package's metadata.json
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moecalc

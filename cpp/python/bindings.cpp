@@ -1,0 +1,102 @@
+// Python module `moecalc._C`: numpy in, numpy out, no torch types in any signature.
+#include <ATen/ATen.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "moecalc/archive.h"
+#include "moecalc/evaluator.h"
+#include "moecalc/version.h"
+
+namespace py = pybind11;
+
+namespace {
+
+/// A tensor that shares the array's memory; `array` must outlive it.
+template <typename T>
+at::Tensor view(const py::array_t<T, py::array::c_style>& array, at::ScalarType dtype) {
+  std::vector<int64_t> shape(array.shape(), array.shape() + array.ndim());
+  return at::from_blob(const_cast<T*>(array.data()), shape, at::TensorOptions().dtype(dtype));
+}
+
+/// Converts to int64, but only from integers: a float index is a mistake of the caller.
+py::array_t<int64_t, py::array::c_style> integers(const py::array& array, const char* name) {
+  if (array.dtype().kind() != 'i' && array.dtype().kind() != 'u') {
+    throw moecalc::Error(std::string("expected `") + name + "` to be an array of integers, got " +
+                         py::str(array.dtype()).cast<std::string>());
+  }
+  return py::array_t<int64_t, py::array::c_style | py::array::forcecast>(array);
+}
+
+/// An array that owns the tensor's memory.
+py::array_t<double> to_numpy(const at::Tensor& tensor) {
+  auto* owned = new at::Tensor(tensor.contiguous());
+  const py::capsule owner(owned, [](void* pointer) { delete static_cast<at::Tensor*>(pointer); });
+  const std::vector<py::ssize_t> shape(owned->sizes().begin(), owned->sizes().end());
+  return py::array_t<double>(shape, owned->const_data_ptr<double>(), owner);
+}
+
+py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
+                  const py::array_t<double, py::array::c_style | py::array::forcecast>& edge_vec,
+                  const py::array& system_index, int64_t n_systems, bool forces, bool virial, bool atom_virial) {
+  const auto types64 = integers(types, "types"), index64 = integers(edge_index, "edge_index"),
+             system64 = integers(system_index, "system_index");
+  moecalc::AtomicGraph graph;
+  graph.types = view<int64_t>(types64, at::kLong);
+  graph.edge_index = view<int64_t>(index64, at::kLong);
+  graph.edge_vec = view<double>(edge_vec, at::kDouble);
+  graph.system_index = view<int64_t>(system64, at::kLong);
+  graph.n_systems = n_systems;
+  moecalc::Evaluation result;
+  {
+    // Autograd refuses to run while the GIL is held; other Python threads may go on meanwhile.
+    const py::gil_scoped_release release;
+    result = evaluator.evaluate(graph, {forces, virial, atom_virial});
+  }
+  py::dict out;
+  out["energy"] = to_numpy(result.energy);
+  out["energies"] = to_numpy(result.energies);
+  if (forces) out["forces"] = to_numpy(result.forces);
+  if (virial) out["virial"] = to_numpy(result.virial);
+  if (atom_virial) out["atom_virial"] = to_numpy(result.atom_virial);
+  out["n_edge"] = result.n_edge;
+  out["n_angle"] = result.n_angle;
+  out["max_neighbors"] = result.max_neighbors;
+  out["max_angle_neighbors"] = result.max_angle_neighbors;
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native core of moecalc. Import it with moecalc._lib.load(), which loads libtorch first.";
+
+  const py::handle error = py::register_exception<moecalc::Error>(module, "Error", PyExc_RuntimeError);
+  py::register_exception<moecalc::OutOfMemoryError>(module, "OutOfMemoryError", error);
+
+  module.def("build_info", &moecalc::build_info, "What the library was built with, as JSON text.");
+  module.def("check_archive", &moecalc::check_archive, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+             "Raise Error unless `path` is an intact package file of a known format.");
+  module.def(
+      "read_record",
+      [](const std::string& path, const std::string& name) { return py::bytes(moecalc::read_record(path, name)); },
+      py::arg("path"), py::arg("name"), "Bytes of one record of a package file, for example 'extra/metadata.json'.");
+
+  py::class_<moecalc::Evaluator>(module, "Evaluator", "A model loaded from a package file. Use one per thread.")
+      .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("path"),
+           py::arg("device") = "cpu", py::arg("dtype") = "", py::call_guard<py::gil_scoped_release>(),
+           "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own).")
+      .def_property_readonly("elements", &moecalc::Evaluator::elements)
+      .def_property_readonly("cutoff", &moecalc::Evaluator::cutoff)
+      .def_property_readonly("angle_cutoff", &moecalc::Evaluator::angle_cutoff)
+      .def_property_readonly("dtype", &moecalc::Evaluator::dtype)
+      .def_property_readonly("device", &moecalc::Evaluator::device)
+      .def_property_readonly("n_layers", &moecalc::Evaluator::n_layers)
+      .def_property_readonly("metadata", &moecalc::Evaluator::metadata)
+      .def("evaluate", &evaluate, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
+           py::arg("system_index"), py::arg("n_systems") = 1, py::kw_only(), py::arg("forces") = true,
+           py::arg("virial") = true, py::arg("atom_virial") = false,
+           "Energies (eV), forces (eV/Angstrom) and virials (eV) as a dict of float64 arrays, in the order of the input.");
+}

@@ -1,0 +1,532 @@
+#include "moecalc/evaluator.h"
+
+#include <ATen/ATen.h>
+#include <ATen/DeviceGuard.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/csrc/jit/api/module.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/csrc/jit/serialization/import.h>
+#include <torch/cuda.h>
+#include <torch/version.h>
+
+#include <array>
+#include <cmath>
+#include <exception>
+#include <optional>
+#include <utility>
+
+#include "graph.h"
+#include "memory_reader.h"
+
+namespace moecalc {
+
+GhostExchange::~GhostExchange() = default;
+
+namespace {
+
+using torch::jit::IValue;
+using torch::jit::Module;
+
+// --- errors -----------------------------------------------------------------------------------------------------
+
+/// The line of a torch message that says what happened.
+std::string essence(const std::exception& exception) {
+  const auto* torch_error = dynamic_cast<const c10::Error*>(&exception);
+  std::string text = torch_error != nullptr ? torch_error->what_without_backtrace() : exception.what();
+  // The TorchScript interpreter puts a traceback first and the cause behind its last "...Error: ".
+  if (text.find("TorchScript") != std::string::npos) {
+    const size_t cause = text.rfind("Error: ");
+    if (cause != std::string::npos) text = text.substr(cause + 7);
+  }
+  const size_t start = text.find_first_not_of(" \n\t");
+  text = start == std::string::npos ? std::string("unknown error") : text.substr(start);
+  return text.substr(0, text.find('\n'));
+}
+
+/// TorchScript turns exceptions into runtime_error, so the type alone does not tell.
+bool is_out_of_memory(const std::exception& exception) {
+  if (dynamic_cast<const c10::OutOfMemoryError*>(&exception) != nullptr ||
+      dynamic_cast<const std::bad_alloc*>(&exception) != nullptr) {
+    return true;
+  }
+  const std::string text = exception.what();
+  return text.find("out of memory") != std::string::npos || text.find("can't allocate memory") != std::string::npos;
+}
+
+[[noreturn]] void rethrow(const std::exception& exception, const std::string& context) {
+  if (const auto* ours = dynamic_cast<const OutOfMemoryError*>(&exception)) throw *ours;
+  if (const auto* ours = dynamic_cast<const Error*>(&exception)) throw *ours;
+  if (is_out_of_memory(exception)) {
+    throw OutOfMemoryError("out of memory " + context +
+                           ": use fewer atoms per process, dtype float32 or a device with more memory (" +
+                           essence(exception) + ")");
+  }
+  throw Error(context + ": " + essence(exception));
+}
+
+// --- devices and types ------------------------------------------------------------------------------------------
+
+at::Device parse_device(const std::string& name) {
+  const bool wants_cuda = name == "cuda" || name.rfind("cuda:", 0) == 0;
+  if (name == "cpu" || (name == "auto" && !torch::cuda::is_available())) return {at::kCPU};
+  if (!wants_cuda && name != "auto") {
+    throw Error("expected `device` to be 'cpu', 'cuda', 'cuda:N' or 'auto', got '" + name + "'");
+  }
+  if (!torch::cuda::is_available()) {
+    throw Error("device '" + name + "': torch " TORCH_VERSION
+                " finds no CUDA device: use device 'cpu' or install a CUDA build of torch and its driver");
+  }
+  int64_t index = 0;
+  if (name.size() > 5) {
+    size_t used = 0;
+    try {
+      index = std::stoi(name.substr(5), &used);
+    } catch (const std::exception&) {
+      used = 0;
+    }
+    if (used == 0 || used != name.size() - 5 || index < 0 || index >= torch::cuda::device_count()) {
+      throw Error("expected `device` 'cuda:N' with N in [0, " +
+                  std::to_string(static_cast<int>(torch::cuda::device_count())) + "), got '" + name + "'");
+    }
+  }
+  return {at::kCUDA, static_cast<at::DeviceIndex>(index)};
+}
+
+at::ScalarType parse_dtype(const std::string& name) {
+  if (name == "float64") return at::kDouble;
+  if (name == "float32") return at::kFloat;
+  throw Error("expected `dtype` to be 'float64', 'float32' or '' (the package's own), got '" + name + "'");
+}
+
+// --- TorchScript ------------------------------------------------------------------------------------------------
+
+/// Sets the dtype of every floating-point parameter and buffer (Module::to would convert integer buffers as well).
+void convert(const Module& module, at::ScalarType dtype) {
+  for (at::Tensor tensor : module.parameters()) tensor.set_data(tensor.to(dtype));
+  for (at::Tensor tensor : module.buffers()) {
+    if (tensor.is_floating_point()) tensor.set_data(tensor.to(dtype));
+  }
+}
+
+std::vector<at::Tensor> tensors_of(const IValue& value) {
+  if (value.isTensor()) return {value.toTensor()};
+  std::vector<at::Tensor> tensors;
+  for (const IValue& element : value.toTupleRef().elements()) tensors.push_back(element.toTensor());
+  return tensors;
+}
+
+/// One part of the model with its detached inputs and its outputs. Backward runs segment by segment, so that the
+/// gradients of ghosts can be exchanged in between and no autograd graph spans the model.
+class Segment {
+ public:
+  /// `differentiable`: whether each of `leaves` gets a gradient.
+  Segment(const Module& module, std::vector<at::Tensor> leaves, const std::vector<bool>& differentiable)
+      : module_(module), leaves_(std::move(leaves)) {
+    for (size_t i = 0; i < leaves_.size(); ++i) {
+      leaves_[i] = leaves_[i].detach();
+      leaves_[i].set_requires_grad(differentiable[i]);
+    }
+  }
+
+  const at::Tensor& leaf(size_t i) const { return leaves_[i]; }
+
+  void forward(std::vector<IValue> arguments, size_t n_outputs) {
+    outputs_ = tensors_of(module_.get_method("forward")(std::move(arguments)));
+    if (outputs_.size() != n_outputs) {
+      throw Error("expected " + std::to_string(n_outputs) + " outputs of a model segment, got " +
+                  std::to_string(outputs_.size()) + ": package the checkpoint again");
+    }
+  }
+
+  at::Tensor output(size_t i) const { return outputs_[i].detach(); }
+  bool output_requires_grad(size_t i) const { return outputs_[i].requires_grad(); }
+
+  /// Gradients with respect to the leaves, given those of the outputs; undefined tensors stand for zero.
+  /// Frees the segment's autograd graph.
+  std::vector<at::Tensor> backward(const std::vector<at::Tensor>& output_gradients) {
+    std::vector<at::Tensor> inputs, outputs, gradients;
+    for (const at::Tensor& leaf : leaves_) {
+      if (leaf.requires_grad()) inputs.push_back(leaf);
+    }
+    for (size_t i = 0; i < outputs_.size(); ++i) {
+      if (output_gradients[i].defined() && outputs_[i].requires_grad()) {
+        outputs.push_back(outputs_[i]);
+        gradients.push_back(output_gradients[i]);
+      }
+    }
+    std::vector<at::Tensor> all(leaves_.size());
+    if (!inputs.empty() && !outputs.empty()) {
+      const auto computed = torch::autograd::grad(outputs, inputs, gradients, /*retain_graph=*/false,
+                                                  /*create_graph=*/false, /*allow_unused=*/true);
+      size_t next = 0;
+      for (size_t i = 0; i < leaves_.size(); ++i) {
+        if (leaves_[i].requires_grad()) all[i] = computed[next++];
+      }
+    }
+    outputs_.clear();
+    leaves_.clear();
+    return all;
+  }
+
+ private:
+  Module module_;
+  std::vector<at::Tensor> leaves_, outputs_;
+};
+
+void accumulate(at::Tensor& sum, const at::Tensor& gradient) {
+  if (!gradient.defined()) return;
+  sum = sum.defined() ? sum + gradient.to(at::kDouble) : gradient.to(at::kDouble);
+}
+
+// --- from edge gradients to forces and virials ---------------------------------------------------------------------
+
+at::TensorOptions cpu_double() { return at::TensorOptions().dtype(at::kDouble).device(at::kCPU); }
+
+/// g = dE/d(edge_vec): f_i += g, f_j -= g, virial -= edge_vec (x) g.
+void scatter_on_cpu(const PreparedGraph& graph, const int64_t* system, const at::Tensor& gradient,
+                    const Request& request, Evaluation& result) {
+  const at::Tensor g_cpu = gradient.contiguous();
+  const auto* g = g_cpu.const_data_ptr<double>();
+  const auto* vec = graph.edge_vec.const_data_ptr<double>();
+  const auto* centre = graph.edge_index.const_data_ptr<int64_t>();
+  const int64_t* neighbor = centre + graph.n_edge;
+  const auto* row = graph.engine_row.const_data_ptr<int64_t>();
+  double* forces = request.forces ? result.forces.mutable_data_ptr<double>() : nullptr;
+  double* virial = request.virial ? result.virial.mutable_data_ptr<double>() : nullptr;
+  double* atom_virial = request.atom_virial ? result.atom_virial.mutable_data_ptr<double>() : nullptr;
+  for (int64_t e = 0; e < graph.n_edge; ++e) {
+    const int64_t i = row[centre[e]], j = row[neighbor[e]];
+    if (forces != nullptr) {
+      for (int a = 0; a < 3; ++a) {
+        forces[3 * i + a] += g[3 * e + a];
+        forces[3 * j + a] -= g[3 * e + a];
+      }
+    }
+    for (int a = 0; a < 3; ++a) {
+      for (int b = 0; b < 3; ++b) {
+        const double share = vec[3 * e + a] * g[3 * e + b];
+        if (virial != nullptr) virial[9 * system[i] + 3 * a + b] -= share;
+        if (atom_virial != nullptr) atom_virial[9 * j + 3 * a + b] -= share;
+      }
+    }
+  }
+}
+
+/// The same on a device: results leave it only once they are summed.
+void scatter_on_device(const PreparedGraph& graph, const at::Tensor& system, const at::Tensor& edge_index,
+                       const at::Tensor& edge_vec, const at::Tensor& gradient, const Request& request,
+                       Evaluation& result) {
+  const at::Device device = gradient.device();
+  const at::Tensor row = graph.engine_row.to(device);
+  const at::Tensor i = row.index_select(0, edge_index[0]), j = row.index_select(0, edge_index[1]);
+  const auto options = cpu_double().device(device);
+  if (request.forces) {
+    result.forces = at::zeros({graph.n_node, 3}, options).index_add_(0, i, gradient).index_add_(0, j, -gradient).cpu();
+  }
+  if (request.virial || request.atom_virial) {
+    const at::Tensor share = edge_vec.unsqueeze(2) * gradient.unsqueeze(1);
+    if (request.virial) {
+      const at::Tensor system_of_edge = system.to(device).index_select(0, i);
+      const int64_t n_systems = result.virial.size(0);
+      result.virial = n_systems == 1
+                          ? share.sum(0, /*keepdim=*/true).neg().cpu()
+                          : at::zeros({n_systems, 3, 3}, options).index_add_(0, system_of_edge, -share).cpu();
+    }
+    if (request.atom_virial) {
+      result.atom_virial = at::zeros({graph.n_node, 3, 3}, options).index_add_(0, j, -share).cpu();
+    }
+  }
+}
+
+}  // namespace
+
+// --- Evaluator ------------------------------------------------------------------------------------------------------
+
+class Evaluator::Impl {
+ public:
+  Impl(const std::string& path, const std::string& device, const std::string& dtype);
+  Evaluation evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange);
+
+  std::vector<std::string> elements;
+  GraphRules rules;
+  std::string dtype_name, device_name, metadata;
+  std::vector<Module> layers;
+
+ private:
+  void load(const std::string& path, const std::string& dtype);
+  void run(const PreparedGraph& graph, const at::Tensor& system, const Request& request, GhostExchange* exchange,
+           Evaluation& result);
+  void run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange);
+  at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
+  at::Tensor with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local, GhostExchange* exchange);
+  at::Tensor without_ghosts(const PreparedGraph& graph, const at::Tensor& gradient, GhostExchange* exchange);
+
+  at::Device device_;
+  at::ScalarType dtype_ = at::kDouble;
+  Module geometry_, embedding_, readout_;
+  at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
+  int64_t node_dim_ = 0;
+};
+
+Evaluator::Impl::Impl(const std::string& path, const std::string& device, const std::string& dtype)
+    : device_(parse_device(device)) {
+  device_name = device_.str();
+  if (!dtype.empty()) parse_dtype(dtype);
+  try {
+    load(path, dtype);
+  } catch (const std::exception& exception) {
+    rethrow(exception, path + ": cannot be loaded on " + device_name);
+  }
+}
+
+void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
+  const at::NoGradGuard no_grad;
+  const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
+  const PackageFile file(path);
+  metadata = file.record("extra/metadata.json");
+  const Module model = torch::jit::load(std::make_shared<MemoryReader>(file.bytes()), device_);
+  for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
+
+  for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
+  rules.n_types = static_cast<int64_t>(elements.size());
+  rules.cutoff = model.attr("cutoff").toDouble();
+  rules.angle_cutoff = model.attr("angle_cutoff").toDouble();
+  const std::string level = model.attr("routing_level").toStringRef();
+  if (level != "element" && level != "configuration") {
+    throw Error(path + ": expected routing level 'element' or 'configuration', got '" + level +
+                "': upgrade with `pip install -U moecalc`");
+  }
+  rules.group_by_system = level == "configuration";
+  const at::Tensor mask = model.attr("pair_mask").toTensor().to(at::kCPU, at::kByte).contiguous();
+  if (mask.numel() != rules.n_types * rules.n_types) {
+    throw Error(path + ": expected a pair mask of " + std::to_string(rules.n_types) + " x " +
+                std::to_string(rules.n_types) + ", got " + std::to_string(mask.numel()) +
+                " entries: package the checkpoint again");
+  }
+  rules.pair_mask.assign(mask.const_data_ptr<uint8_t>(), mask.const_data_ptr<uint8_t>() + mask.numel());
+
+  geometry_ = model.attr("geometry").toModule();
+  embedding_ = model.attr("embedding").toModule();
+  readout_ = model.attr("readout").toModule();
+  for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
+
+  dtype_ = model.attr("dtype_probe").toTensor().scalar_type();
+  if (!dtype.empty() && parse_dtype(dtype) != dtype_) {
+    dtype_ = parse_dtype(dtype);
+    // Not geometry and not the energy shifts: these are float64 whatever the dtype of the network.
+    convert(embedding_, dtype_);
+    for (const Module& layer : layers) convert(layer, dtype_);
+    convert(readout_.attr("net").toModule(), dtype_);
+  }
+  dtype_name = dtype_ == at::kDouble ? "float64" : "float32";
+
+  const at::Tensor identity = at::eye(rules.n_types, at::TensorOptions().dtype(dtype_).device(device_));
+  element_features_ = embedding_.get_method("group_features")({identity}).toTensor();
+  node_dim_ = element_features_.size(1);
+}
+
+at::Tensor Evaluator::Impl::group_features(const PreparedGraph& graph, GhostExchange* exchange) {
+  if (!rules.group_by_system) return element_features_;
+  at::Tensor composition = graph.composition;
+  if (exchange != nullptr) exchange->sum(composition);
+  // A structure without atoms has no composition; its rows are never used.
+  composition = composition / composition.sum(1, /*keepdim=*/true).clamp_min(1.0);
+  return embedding_.get_method("group_features")({composition.to(device_, dtype_)}).toTensor();
+}
+
+/// (n_local, width) in model order -> (n_node, width): ghosts get the features of their owners.
+at::Tensor Evaluator::Impl::with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local,
+                                        GhostExchange* exchange) {
+  if (exchange == nullptr) return v_local;
+  at::Tensor buffer = at::zeros({graph.n_node, v_local.size(1)}, cpu_double().dtype(v_local.scalar_type()));
+  buffer.narrow(0, 0, graph.n_local).copy_(v_local.cpu().index_select(0, graph.model_row));
+  exchange->forward(buffer);
+  const int64_t n_ghost = graph.n_node - graph.n_local;
+  return n_ghost == 0 ? v_local : at::cat({v_local, buffer.narrow(0, graph.n_local, n_ghost).to(v_local.device())});
+}
+
+/// Gradient of (n_node, width) rows -> of the n_local owned ones, with what other ranks' ghosts contribute.
+at::Tensor Evaluator::Impl::without_ghosts(const PreparedGraph& graph, const at::Tensor& gradient,
+                                           GhostExchange* exchange) {
+  if (exchange == nullptr) return gradient;
+  at::Tensor buffer = at::zeros({graph.n_node, node_dim_}, cpu_double().dtype(dtype_));
+  if (gradient.defined()) {
+    const at::Tensor g = gradient.cpu();
+    buffer.narrow(0, 0, graph.n_local).copy_(g.narrow(0, 0, graph.n_local).index_select(0, graph.model_row));
+    const int64_t n_ghost = graph.n_node - graph.n_local;
+    buffer.narrow(0, graph.n_local, n_ghost).copy_(g.narrow(0, graph.n_local, n_ghost));
+  }
+  exchange->reverse(buffer);
+  return buffer.index_select(0, graph.engine_row.narrow(0, 0, graph.n_local)).to(device_);
+}
+
+/// A rank that owns no atoms has nothing to compute, but the others wait for it in every exchange.
+void Evaluator::Impl::run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange) {
+  if (exchange == nullptr) return;
+  if (rules.group_by_system) exchange->sum(graph.composition);
+  const auto options = cpu_double().dtype(dtype_);
+  for (size_t layer = 1; layer < layers.size(); ++layer) exchange->forward(at::zeros({graph.n_node, node_dim_}, options));
+  for (size_t layer = 1; gradients && layer < layers.size(); ++layer) {
+    exchange->reverse(at::zeros({graph.n_node, node_dim_}, options));
+  }
+}
+
+Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
+  const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_) : std::nullopt);
+  const PreparedGraph prepared = prepare_graph(graph, rules);
+  if (exchange == nullptr && prepared.n_node > prepared.n_local && layers.size() > 1) {
+    throw Error("expected a GhostExchange for " + std::to_string(prepared.n_node - prepared.n_local) +
+                " ghost atoms and a model of " + std::to_string(layers.size()) +
+                " layers, got none: map periodic images to owned atoms or pass one");
+  }
+  Evaluation result;
+  result.n_edge = prepared.n_edge;
+  result.n_angle = prepared.n_angle;
+  result.max_neighbors = prepared.max_neighbors;
+  result.max_angle_neighbors = prepared.max_angle_neighbors;
+  result.energy = at::zeros({graph.n_systems}, cpu_double());
+  result.energies = at::zeros({prepared.n_local}, cpu_double());
+  if (request.forces) result.forces = at::zeros({prepared.n_node, 3}, cpu_double());
+  if (request.virial) result.virial = at::zeros({graph.n_systems, 3, 3}, cpu_double());
+  if (request.atom_virial) result.atom_virial = at::zeros({prepared.n_node, 3, 3}, cpu_double());
+  if (prepared.n_local == 0) {
+    run_without_atoms(prepared, request.forces || request.virial || request.atom_virial, exchange);
+    return result;
+  }
+
+  const at::Tensor system = graph.system_index.contiguous();
+  try {
+    run(prepared, system, request, exchange, result);
+  } catch (const std::exception& exception) {
+    rethrow(exception, "evaluating " + std::to_string(prepared.n_local) + " atoms, " +
+                           std::to_string(prepared.n_edge) + " edges and " + std::to_string(prepared.n_angle) +
+                           " angles on " + device_name);
+  }
+
+  const auto* atom_energy = result.energies.const_data_ptr<double>();
+  const auto* system_of = system.const_data_ptr<int64_t>();
+  auto* energy = result.energy.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < prepared.n_local; ++i) {
+    if (!std::isfinite(atom_energy[i])) {
+      throw Error("expected finite energies, got " + std::to_string(atom_energy[i]) + " eV for atom " +
+                  std::to_string(i) + ": its neighbourhood is far outside of what the model was trained on");
+    }
+    energy[system_of[i]] += atom_energy[i];
+  }
+  if (request.forces && !std::isfinite(result.forces.sum().item<double>())) {
+    throw Error("expected finite forces, got NaN or infinity: the structure is far outside of what the model was "
+                "trained on");
+  }
+  return result;
+}
+
+void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
+                          GhostExchange* exchange, Evaluation& result) {
+  const bool gradients = request.forces || request.virial || request.atom_virial;
+  const at::AutoGradMode grad_mode(gradients);
+  // No profiling and no re-specialisation: edge and angle counts change from step to step.
+  const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
+  const at::Tensor types = graph.types.to(device_), edge_index = graph.edge_index.to(device_);
+  const at::Tensor edge_vec = graph.edge_vec.to(device_), angle_index = graph.angle_index.to(device_);
+
+  Segment geometry(geometry_, {edge_vec}, {gradients});
+  geometry.forward({geometry.leaf(0), types, edge_index, angle_index}, 5);
+  std::array<at::Tensor, 5> shape;  // edge_input, sw, h, cos, asw, in the dtype of the network
+  for (size_t i = 0; i < 5; ++i) shape[i] = geometry.output(i).to(dtype_);
+  if (!gradients) geometry = Segment(geometry_, {}, {});
+
+  const at::Tensor features = [&] {
+    const at::NoGradGuard no_grad;
+    return group_features(graph, exchange);
+  }();
+
+  Segment embedding(embedding_, {shape[0], shape[3]}, {gradients, gradients});
+  embedding.forward({types, embedding.leaf(0), embedding.leaf(1)}, 3);
+  at::Tensor v = embedding.output(0), e = embedding.output(1), a = embedding.output(2);
+  // Node features come from the types alone, so layer 0 usually has no gradient to pass on.
+  bool v_requires_grad = embedding.output_requires_grad(0);
+
+  std::vector<Segment> segments;
+  segments.reserve(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (l > 0) v = with_ghosts(graph, v, exchange);
+    Segment layer(layers[l], {v, e, a, shape[1], shape[2], shape[4]},
+                  {v_requires_grad, gradients, gradients, gradients, gradients, gradients});
+    layer.forward({layer.leaf(0), layer.leaf(1), layer.leaf(2), layer.leaf(3), layer.leaf(4), layer.leaf(5), edge_index,
+                   angle_index, graph.n_local, graph.node_splits, graph.edge_splits, graph.angle_splits, features},
+                  3);
+    v = layer.output(0);
+    e = layer.output(1);
+    a = layer.output(2);
+    v_requires_grad = gradients;  // also where this rank sees no edge: ghosts depend on other ranks' edges
+    if (gradients) segments.push_back(std::move(layer));
+  }
+  v = v.narrow(0, 0, graph.n_local);
+
+  Segment readout(readout_, {v}, {v_requires_grad});
+  readout.forward({readout.leaf(0), types.narrow(0, 0, graph.n_local)}, 1);
+  const at::Tensor energies = readout.output(0);
+  result.energies = energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
+  if (!gradients) return;
+
+  std::vector<at::Tensor> down = readout.backward({at::ones_like(energies)});
+  at::Tensor dv = down[0], de, da, d_sw, d_h, d_asw;
+  while (!segments.empty()) {
+    down = segments.back().backward({dv, de, da});
+    segments.pop_back();
+    dv = segments.empty() ? down[0] : without_ghosts(graph, down[0], exchange);
+    de = down[1];
+    da = down[2];
+    accumulate(d_sw, down[3]);
+    accumulate(d_h, down[4]);
+    accumulate(d_asw, down[5]);
+  }
+  down = embedding.backward({dv, de, da});
+  at::Tensor d_edge_input, d_cos;
+  accumulate(d_edge_input, down[0]);
+  accumulate(d_cos, down[1]);
+  at::Tensor g = geometry.backward({d_edge_input, d_sw, d_h, d_cos, d_asw})[0];
+  if (!g.defined()) return;  // no edge reaches the energy: forces and virial stay zero
+  g = g.detach();
+  if (device_.is_cpu()) {
+    scatter_on_cpu(graph, system.const_data_ptr<int64_t>(), g, request, result);
+  } else {
+    scatter_on_device(graph, system, edge_index, edge_vec, g, request, result);
+  }
+}
+
+Evaluator::Evaluator(const std::string& path, const std::string& device, const std::string& dtype)
+    : impl_(std::make_unique<Impl>(path, device, dtype)) {}
+Evaluator::~Evaluator() = default;
+Evaluator::Evaluator(Evaluator&&) noexcept = default;
+Evaluator& Evaluator::operator=(Evaluator&&) noexcept = default;
+
+Evaluation Evaluator::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
+  return impl_->evaluate(graph, request, exchange);
+}
+
+const std::vector<std::string>& Evaluator::elements() const { return impl_->elements; }
+double Evaluator::cutoff() const { return impl_->rules.cutoff; }
+double Evaluator::angle_cutoff() const { return impl_->rules.angle_cutoff; }
+const std::string& Evaluator::dtype() const { return impl_->dtype_name; }
+const std::string& Evaluator::device() const { return impl_->device_name; }
+int64_t Evaluator::n_layers() const { return static_cast<int64_t>(impl_->layers.size()); }
+const std::string& Evaluator::metadata() const { return impl_->metadata; }
+
+// --- version.h ------------------------------------------------------------------------------------------------------
+
+const char* version() { return MOECALC_VERSION; }
+
+std::string build_info() {
+  return std::string("{\"moecalc\": \"") + version() + "\", \"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" +
+#if defined(__clang__)
+         "clang " __clang_version__
+#else
+         "gcc " __VERSION__
+#endif
+         "\", \"cuda\": " + (MOECALC_WITH_CUDA ? "true" : "false") +
+         ", \"package_format\": " + std::to_string(package_format_version) + "}";
+}
+
+}  // namespace moecalc

@@ -1,0 +1,45 @@
+// From an engine's AtomicGraph to the order that the model's segments require.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "moecalc/evaluator.h"
+
+namespace moecalc {
+
+/// What a model says about the graphs that it accepts.
+struct GraphRules {
+  int64_t n_types = 0;
+  double cutoff = 0.0;        // edges: r <= cutoff, in Angstrom
+  double angle_cutoff = 0.0;  // angles: both r < angle_cutoff; 0 = no angles
+  /// (n_types * n_types) row: centre type, column: neighbour type; 0 = that pair makes no edge.
+  std::vector<uint8_t> pair_mask;
+  /// Atoms are grouped by type, or (if true) by structure.
+  bool group_by_system = false;
+};
+
+/// A graph in model order. All tensors are on the CPU.
+///
+/// Local atoms are sorted by group, ghosts keep their engine rows; edges are sorted by centre, angles by edge. All
+/// sorts are stable, so equal input gives bitwise equal output.
+struct PreparedGraph {
+  int64_t n_node = 0, n_local = 0, n_edge = 0, n_angle = 0;
+  int64_t max_neighbors = 0, max_angle_neighbors = 0;
+  at::Tensor types;        // (n_node,) int64
+  at::Tensor edge_index;   // (2, n_edge) int64
+  at::Tensor edge_vec;     // (n_edge, 3) float64
+  at::Tensor angle_index;  // (2, n_angle) int64
+  at::Tensor engine_row;   // (n_node,) int64: engine row of each model row; the identity for ghosts
+  at::Tensor model_row;    // (n_local,) int64: model row of each local engine row
+  at::Tensor composition;  // (n_systems, n_types) float64 atom counts of this rank; only if grouped by system
+  /// Rows splits[g]:splits[g+1] belong to group g.
+  std::vector<int64_t> node_splits, edge_splits, angle_splits;
+};
+
+/// Filters, sorts and checks `graph`, and lists its angles. Throws Error naming the offending value.
+PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules);
+
+}  // namespace moecalc

@@ -1,0 +1,149 @@
+"""Builds the native parts (libmoecalc.so and the Python module moecalc._C) with CMake. Metadata: pyproject.toml.
+
+They are compiled against the torch that is installed, so torch comes first and the build is not isolated:
+
+    pip install torch
+    pip install --no-build-isolation .
+
+The build folder (build/native-*) is kept, so that a second build compiles only what changed.
+Environment: MAX_JOBS limits the parallel compiler runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
+INSTALL_HINT = "install torch first, then `pip install --no-build-isolation .`"
+
+
+class NativeBuild(build_ext):
+    """Runs CMake once; its products are installed inside the Python package."""
+
+    # CMake targets; the file names that each leaves in the build folder are taken from `product_names`.
+    targets = ("moecalc", "_C")
+
+    def run(self) -> None:
+        self.torch = self._find_torch()
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        build_folder = self._run_cmake()
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        package.mkdir(parents=True, exist_ok=True)
+        for name in self._product_names():
+            _replace(build_folder / name, package / name)
+        _write_if_changed(package / "_build_info.py", self._build_info())
+        if not self.editable_mode:
+            # For those who compile against libmoecalc.so; an editable install uses cpp/include directly.
+            shutil.copytree(ROOT / "cpp/include/moecalc", package / "include/moecalc", dirs_exist_ok=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy into the working tree (editable installs); setuptools alone would copy the Python module only."""
+        for name in (*self._product_names(), "_build_info.py"):
+            _replace(Path(self.build_lib) / "moecalc" / name, ROOT / "moecalc" / name)
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.get_ext_fullpath("moecalc._C")).parent
+        return [str(package / name) for name in (*self._product_names(), "_build_info.py")]
+
+    def _product_names(self) -> tuple[str, ...]:
+        return ("libmoecalc.so", "_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+
+    def _build_info(self) -> str:
+        return (
+            '"""What the native library was compiled against. Written by setup.py."""\n\n'
+            f'torch = "{self.torch.__version__}"\n'
+            f'python = "{sys.version_info.major}.{sys.version_info.minor}"\n'
+        )
+
+    def _find_torch(self):
+        if importlib.util.find_spec("torch") is None:
+            raise SetupError(f"moecalc is compiled against torch, which is not installed here: {INSTALL_HINT}")
+        import torch
+
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if not OLDEST_TORCH <= version <= NEWEST_TORCH:
+            raise SetupError(
+                f"expected torch {_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}, got {torch.__version__}: "
+                f"`pip install 'torch>={_dotted(OLDEST_TORCH)},<={_dotted(NEWEST_TORCH)}.*'`"
+            )
+        return torch
+
+    def _run_cmake(self) -> Path:
+        import pybind11
+        from torch.utils import cpp_extension
+
+        python_include = Path(sysconfig.get_path("include"))
+        if not (python_include / "Python.h").exists():
+            raise SetupError(f"{python_include}/Python.h is missing: install the Python headers (python3-dev)")
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        folder = ROOT / "build" / f"native{suffix.removesuffix('.so')}-torch-{self.torch.__version__}"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch_lib = Path(self.torch.__file__).resolve().parent / "lib"
+        configure = [
+            f"-DMOECALC_VERSION={self.distribution.get_version()}",
+            f"-DTORCH_INCLUDE_DIRS={';'.join(cpp_extension.include_paths())}",
+            f"-DTORCH_LIB_DIR={torch_lib}",
+            f"-DTORCH_CXX11_ABI={int(self.torch.compiled_with_cxx11_abi())}",
+            f"-DPYTHON_INCLUDE_DIRS={python_include};{pybind11.get_include()}",
+            f"-DPYTHON_MODULE_SUFFIX={suffix}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]
+        cmake = _find_cmake()
+        jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
+        _run([cmake, "-S", str(ROOT / "cpp"), "-B", str(folder), *configure])
+        _run([cmake, "--build", str(folder), "--parallel", jobs, "--target", *self.targets])
+        return folder
+
+
+def _find_cmake() -> str:
+    """CMake of the system, or of the PyPI package `cmake`."""
+    found = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    if found is None and importlib.util.find_spec("cmake") is not None:
+        import cmake
+
+        found = shutil.which("cmake", path=cmake.CMAKE_BIN_DIR)
+    if found is None:
+        raise SetupError("moecalc needs CMake 3.18 or newer, found none: `pip install cmake`")
+    return found
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        raise SetupError(f"`{' '.join(command[:2])} ...` failed with exit code {error.returncode}: see above") from None
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy by rename: overwriting a library in place would crash the processes that have it mapped."""
+    if target.exists() and source.samefile(target):
+        return
+    temporary = target.with_name(target.name + ".new")
+    shutil.copy2(source, temporary)
+    temporary.replace(target)
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+# The sources are listed in cpp/CMakeLists.txt; the extension only gives the wheel its platform tag.
+setup(ext_modules=[Extension("moecalc._C", sources=[])], cmdclass={"build_ext": NativeBuild})
