@@ -1,0 +1,53 @@
+"""Types of the native module (cpp/python/bindings.cpp)."""
+
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Error(RuntimeError): ...
+class OutOfMemoryError(Error): ...
+
+class _Evaluation(TypedDict, total=False):
+    energy: NDArray[np.float64]
+    energies: NDArray[np.float64]
+    forces: NDArray[np.float64]
+    virial: NDArray[np.float64]
+    atom_virial: NDArray[np.float64]
+    n_edge: int
+    n_angle: int
+    max_neighbors: int
+    max_angle_neighbors: int
+
+def build_info() -> str: ...
+def check_archive(path: str) -> None: ...
+def read_record(path: str, name: str) -> bytes: ...
+
+class Evaluator:
+    def __init__(self, path: str, device: str = "cpu", dtype: str = "") -> None: ...
+    @property
+    def elements(self) -> list[str]: ...
+    @property
+    def cutoff(self) -> float: ...
+    @property
+    def angle_cutoff(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def metadata(self) -> str: ...
+    def evaluate(
+        self,
+        types: NDArray[np.integer[Any]],
+        edge_index: NDArray[np.integer[Any]],
+        edge_vec: NDArray[np.float64],
+        system_index: NDArray[np.integer[Any]],
+        n_systems: int = 1,
+        *,
+        forces: bool = True,
+        virial: bool = True,
+        atom_virial: bool = False,
+    ) -> _Evaluation: ...
