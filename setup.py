@@ -70,7 +70,9 @@ class NativeBuild(build_ext):
 
     def _find_torch(self):
         if importlib.util.find_spec("torch") is None:
-            raise SetupError(f"moecalc is compiled against torch, which is not installed here: {INSTALL_HINT}")
+            raise SetupError(
+                f"moecalc is compiled against torch, which is not installed here: {INSTALL_HINT}"
+            )
         import torch
 
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -87,7 +89,9 @@ class NativeBuild(build_ext):
 
         python_include = Path(sysconfig.get_path("include"))
         if not (python_include / "Python.h").exists():
-            raise SetupError(f"{python_include}/Python.h is missing: install the Python headers (python3-dev)")
+            raise SetupError(
+                f"{python_include}/Python.h is missing: install the Python headers (python3-dev)"
+            )
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         folder = ROOT / "build" / f"native{suffix.removesuffix('.so')}-torch-{self.torch.__version__}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,9 @@ def _run(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True)
     except subprocess.CalledProcessError as error:
-        raise SetupError(f"`{' '.join(command[:2])} ...` failed with exit code {error.returncode}: see above") from None
+        raise SetupError(
+            f"`{' '.join(command[:2])} ...` failed with exit code {error.returncode}: see above"
+        ) from None
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
-"""Types of the native module (cpp/python/bindings.cpp)."""
+# Types of the native module (cpp/python/bindings.cpp).
 
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,12 @@ class _Evaluation(TypedDict, total=False):
     n_angle: int
     max_neighbors: int
     max_angle_neighbors: int
+
+# Arrays (n_node, width) in the order of the input, to be changed in place: see GhostExchange in evaluator.h.
+class _GhostExchange(Protocol):
+    def forward(self, features: NDArray[Any], /) -> None: ...
+    def reverse(self, gradients: NDArray[Any], /) -> None: ...
+    def sum(self, values: NDArray[np.float64], /) -> None: ...
 
 def build_info() -> str: ...
 def check_archive(path: str) -> None: ...
@@ -50,4 +56,5 @@ class Evaluator:
         forces: bool = True,
         virial: bool = True,
         atom_virial: bool = False,
+        exchange: _GhostExchange | None = None,
     ) -> _Evaluation: ...

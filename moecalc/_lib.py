@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -49,17 +46,6 @@ def load() -> ModuleType:
             f"moecalc's native library (compiled against torch {built}) does not load with torch {running} and "
             f"Python {sys.version_info.major}.{sys.version_info.minor}: {reason}: {REBUILD}"
         ) from error
-
-
-@contextmanager
-def torchscript_warnings_silenced() -> Iterator[None]:
-    """Silences torch's announcement that TorchScript is no longer developed, and nothing else.
-
-    Use it around the calls of `torch.jit` that moecalc makes on a user's behalf: there is nothing the user could do.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
-        yield
 
 
 def _torch_of_build() -> str | None:

@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "moecalc/archive.h"
 #include "moecalc/evaluator.h"
@@ -38,9 +40,44 @@ py::array_t<double> to_numpy(const at::Tensor& tensor) {
   return py::array_t<double>(shape, owned->const_data_ptr<double>(), owner);
 }
 
+/// A numpy view of a tensor's memory, for the time of a callback.
+py::array borrow(const at::Tensor& tensor) {
+  const std::vector<py::ssize_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  const py::none no_owner;  // any base makes pybind11 share the memory instead of copying it
+  if (tensor.scalar_type() == at::kDouble) {
+    return py::array_t<double>(shape, tensor.const_data_ptr<double>(), no_owner);
+  }
+  return py::array_t<float>(shape, tensor.const_data_ptr<float>(), no_owner);
+}
+
+/// A GhostExchange written in Python: its methods forward, reverse and sum change an array in place.
+class PythonExchange final : public moecalc::GhostExchange {
+ public:
+  explicit PythonExchange(py::object object) : object_(std::move(object)) {}
+
+  void forward(at::Tensor features) override { call("forward", features); }
+  void reverse(at::Tensor gradients) override { call("reverse", gradients); }
+  void sum(at::Tensor values) override { call("sum", values); }
+
+ private:
+  void call(const char* method, const at::Tensor& tensor) {
+    const py::gil_scoped_acquire gil;
+    try {
+      object_.attr(method)(borrow(tensor));
+    } catch (const py::error_already_set& error) {
+      const std::string message = error.what();
+      throw moecalc::Error(std::string("the ghost exchange failed in `") + method +
+                           "`: " + message.substr(0, message.find('\n')));
+    }
+  }
+
+  py::object object_;
+};
+
 py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
                   const py::array_t<double, py::array::c_style | py::array::forcecast>& edge_vec,
-                  const py::array& system_index, int64_t n_systems, bool forces, bool virial, bool atom_virial) {
+                  const py::array& system_index, int64_t n_systems, bool forces, bool virial,
+                  bool atom_virial, const py::object& exchange) {
   const auto types64 = integers(types, "types"), index64 = integers(edge_index, "edge_index"),
              system64 = integers(system_index, "system_index");
   moecalc::AtomicGraph graph;
@@ -50,10 +87,12 @@ py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const p
   graph.system_index = view<int64_t>(system64, at::kLong);
   graph.n_systems = n_systems;
   moecalc::Evaluation result;
+  PythonExchange python_exchange(exchange);
   {
     // Autograd refuses to run while the GIL is held; other Python threads may go on meanwhile.
     const py::gil_scoped_release release;
-    result = evaluator.evaluate(graph, {forces, virial, atom_virial});
+    result = evaluator.evaluate(graph, {forces, virial, atom_virial},
+                                exchange.is_none() ? nullptr : &python_exchange);
   }
   py::dict out;
   out["energy"] = to_numpy(result.energy);
@@ -77,17 +116,23 @@ PYBIND11_MODULE(_C, module) {
   py::register_exception<moecalc::OutOfMemoryError>(module, "OutOfMemoryError", error);
 
   module.def("build_info", &moecalc::build_info, "What the library was built with, as JSON text.");
-  module.def("check_archive", &moecalc::check_archive, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+  module.def("check_archive", &moecalc::check_archive, py::arg("path"),
+             py::call_guard<py::gil_scoped_release>(),
              "Raise Error unless `path` is an intact package file of a known format.");
   module.def(
       "read_record",
-      [](const std::string& path, const std::string& name) { return py::bytes(moecalc::read_record(path, name)); },
-      py::arg("path"), py::arg("name"), "Bytes of one record of a package file, for example 'extra/metadata.json'.");
+      [](const std::string& path, const std::string& name) {
+        return py::bytes(moecalc::read_record(path, name));
+      },
+      py::arg("path"), py::arg("name"),
+      "Bytes of one record of a package file, for example 'extra/metadata.json'.");
 
-  py::class_<moecalc::Evaluator>(module, "Evaluator", "A model loaded from a package file. Use one per thread.")
-      .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("path"),
-           py::arg("device") = "cpu", py::arg("dtype") = "", py::call_guard<py::gil_scoped_release>(),
-           "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own).")
+  py::class_<moecalc::Evaluator>(module, "Evaluator",
+                                 "A model loaded from a package file. Use one per thread.")
+      .def(
+          py::init<const std::string&, const std::string&, const std::string&>(), py::arg("path"),
+          py::arg("device") = "cpu", py::arg("dtype") = "", py::call_guard<py::gil_scoped_release>(),
+          "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own).")
       .def_property_readonly("elements", &moecalc::Evaluator::elements)
       .def_property_readonly("cutoff", &moecalc::Evaluator::cutoff)
       .def_property_readonly("angle_cutoff", &moecalc::Evaluator::angle_cutoff)
@@ -97,6 +142,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("metadata", &moecalc::Evaluator::metadata)
       .def("evaluate", &evaluate, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
            py::arg("system_index"), py::arg("n_systems") = 1, py::kw_only(), py::arg("forces") = true,
-           py::arg("virial") = true, py::arg("atom_virial") = false,
-           "Energies (eV), forces (eV/Angstrom) and virials (eV) as a dict of float64 arrays, in the order of the input.");
+           py::arg("virial") = true, py::arg("atom_virial") = false, py::arg("exchange") = py::none(),
+           "Energies (eV), forces (eV/Angstrom) and virials (eV) as a dict of float64 arrays, in the order "
+           "of the input.");
 }

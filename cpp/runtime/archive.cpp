@@ -20,10 +20,11 @@ OutOfMemoryError::~OutOfMemoryError() = default;
 
 namespace {
 
-constexpr const char* incomplete = "incomplete file (truncated copy?): copy it again or package the checkpoint again";
+constexpr const char* incomplete =
+    "incomplete file (truncated copy?): copy it again or package the checkpoint again";
 constexpr const char* foreign = "not a moecalc package; make one with `moecalc package CHECKPOINT -o ";
 
-// --- CRC-32 (polynomial of zlib), eight bytes per step --------------------------------------------------------
+// --- CRC-32 (polynomial of zlib), eight bytes per step -------------------------------------------
 
 using CrcTables = std::array<std::array<uint32_t, 256>, 8>;
 
@@ -50,7 +51,8 @@ uint32_t crc32(const unsigned char* data, size_t size) {
     const uint32_t low = crc ^ (static_cast<uint32_t>(data[0]) | static_cast<uint32_t>(data[1]) << 8 |
                                 static_cast<uint32_t>(data[2]) << 16 | static_cast<uint32_t>(data[3]) << 24);
     crc = tables[7][low & 0xFFU] ^ tables[6][(low >> 8) & 0xFFU] ^ tables[5][(low >> 16) & 0xFFU] ^
-          tables[4][low >> 24] ^ tables[3][data[4]] ^ tables[2][data[5]] ^ tables[1][data[6]] ^ tables[0][data[7]];
+          tables[4][low >> 24] ^ tables[3][data[4]] ^ tables[2][data[5]] ^ tables[1][data[6]] ^
+          tables[0][data[7]];
     data += 8;
     size -= 8;
   }
@@ -58,10 +60,10 @@ uint32_t crc32(const unsigned char* data, size_t size) {
   return ~crc;
 }
 
-// --- end of a zip file ------------------------------------------------------------------------------------------
+// --- end of a zip file ---------------------------------------------------------------------------
 
-constexpr size_t eocd_size = 22;           // end-of-central-directory record without its comment
-constexpr size_t zip64_size = 56 + 20;     // zip64 record and its locator, which torch always writes before it
+constexpr size_t eocd_size = 22;        // end-of-central-directory record without its comment
+constexpr size_t zip64_size = 56 + 20;  // zip64 record and its locator, which torch always writes before it
 constexpr size_t max_comment = 0xFFFF;
 
 uint64_t little_endian(const char* data, int n_bytes) {
@@ -88,7 +90,8 @@ bool eocd_fields_agree(const std::string& bytes, size_t eocd) {
   const char* field = bytes.data() + eocd;
   const bool zip64 = eocd >= zip64_size && has_signature(bytes, eocd - zip64_size, "PK\6\6");
   const uint64_t directory_end = zip64 ? eocd - zip64_size : eocd;
-  const uint64_t directory_size = zip64 ? little_endian(field - zip64_size + 40, 8) : little_endian(field + 12, 4);
+  const uint64_t directory_size =
+      zip64 ? little_endian(field - zip64_size + 40, 8) : little_endian(field + 12, 4);
   const uint64_t offset = directory_end - std::min(directory_end, directory_size);
   constexpr uint64_t limit = 0xFFFFFFFF;
   return little_endian(field + 4, 4) == 0 && little_endian(field + 8, 2) == little_endian(field + 10, 2) &&
@@ -98,8 +101,9 @@ bool eocd_fields_agree(const std::string& bytes, size_t eocd) {
 
 std::string damaged(uint32_t actual, uint32_t expected) {
   char text[128];
-  std::snprintf(text, sizeof(text), "damaged file (checksum %08x, expected %08x): copy it again or package again",
-                actual, expected);
+  std::snprintf(text, sizeof(text),
+                "damaged file (checksum %08x, expected %08x): copy it again or package again", actual,
+                expected);
   return text;
 }
 
@@ -129,7 +133,8 @@ void PackageFile::check_checksum() const {
   const size_t eocd = find_eocd(bytes_);
   if (eocd == std::string::npos) {
     // A zip file begins with PK\3\4: without an end it was cut short, anything else never was one.
-    throw Error(path_ + ": " + (has_signature(bytes_, 0, "PK\3\4") ? std::string(incomplete) : foreign + path_ + "`"));
+    throw Error(path_ + ": " +
+                (has_signature(bytes_, 0, "PK\3\4") ? std::string(incomplete) : foreign + path_ + "`"));
   }
   const size_t comment_size = little_endian(bytes_.data() + eocd + 20, 2);
   const std::string comment = bytes_.substr(eocd + eocd_size);
@@ -138,7 +143,8 @@ void PackageFile::check_checksum() const {
   uint32_t expected = 0;
   size_t expected_size = 0;
   int parsed = 0;
-  const bool ours = std::sscanf(comment.c_str(), "moecalc crc32=%8x size=%zu%n", &expected, &expected_size, &parsed) == 2;
+  const bool ours =
+      std::sscanf(comment.c_str(), "moecalc crc32=%8x size=%zu%n", &expected, &expected_size, &parsed) == 2;
   const uint32_t actual = crc32(reinterpret_cast<const unsigned char*>(bytes_.data()), eocd);
   if (!ours) {
     // Our records under an unreadable comment: the flipped bit is in the comment itself.
@@ -160,8 +166,9 @@ void PackageFile::check_format() const {
                 "': package the checkpoint again");
   }
   if (format > package_format_version) {
-    throw Error(path_ + ": package format " + std::to_string(format) + " is newer than this moecalc (" + version() +
-                ") reads (" + std::to_string(package_format_version) + "): upgrade with `pip install -U moecalc`");
+    throw Error(path_ + ": package format " + std::to_string(format) + " is newer than this moecalc (" +
+                version() + ") reads (" + std::to_string(package_format_version) +
+                "): upgrade with `pip install -U moecalc`");
   }
 }
 
@@ -181,6 +188,8 @@ std::string PackageFile::record(const std::string& name) const {
 
 void check_archive(const std::string& path) { const PackageFile checked(path); }
 
-std::string read_record(const std::string& path, const std::string& name) { return PackageFile(path).record(name); }
+std::string read_record(const std::string& path, const std::string& name) {
+  return PackageFile(path).record(name);
+}
 
 }  // namespace moecalc

@@ -28,7 +28,7 @@ namespace {
 using torch::jit::IValue;
 using torch::jit::Module;
 
-// --- errors -----------------------------------------------------------------------------------------------------
+// --- errors --------------------------------------------------------------------------------------
 
 /// The line of a torch message that says what happened.
 std::string essence(const std::exception& exception) {
@@ -51,7 +51,8 @@ bool is_out_of_memory(const std::exception& exception) {
     return true;
   }
   const std::string text = exception.what();
-  return text.find("out of memory") != std::string::npos || text.find("can't allocate memory") != std::string::npos;
+  return text.find("out of memory") != std::string::npos ||
+         text.find("can't allocate memory") != std::string::npos;
 }
 
 [[noreturn]] void rethrow(const std::exception& exception, const std::string& context) {
@@ -65,7 +66,7 @@ bool is_out_of_memory(const std::exception& exception) {
   throw Error(context + ": " + essence(exception));
 }
 
-// --- devices and types ------------------------------------------------------------------------------------------
+// --- devices and types ---------------------------------------------------------------------------
 
 at::Device parse_device(const std::string& name) {
   const bool wants_cuda = name == "cuda" || name.rfind("cuda:", 0) == 0;
@@ -74,7 +75,8 @@ at::Device parse_device(const std::string& name) {
     throw Error("expected `device` to be 'cpu', 'cuda', 'cuda:N' or 'auto', got '" + name + "'");
   }
   if (!torch::cuda::is_available()) {
-    throw Error("device '" + name + "': torch " TORCH_VERSION
+    throw Error("device '" + name +
+                "': torch " TORCH_VERSION
                 " finds no CUDA device: use device 'cpu' or install a CUDA build of torch and its driver");
   }
   int64_t index = 0;
@@ -99,9 +101,9 @@ at::ScalarType parse_dtype(const std::string& name) {
   throw Error("expected `dtype` to be 'float64', 'float32' or '' (the package's own), got '" + name + "'");
 }
 
-// --- TorchScript ------------------------------------------------------------------------------------------------
+// --- TorchScript ---------------------------------------------------------------------------------
 
-/// Sets the dtype of every floating-point parameter and buffer (Module::to would convert integer buffers as well).
+/// Sets the dtype of all floating-point parameters and buffers (Module::to converts integer buffers too).
 void convert(const Module& module, at::ScalarType dtype) {
   for (at::Tensor tensor : module.parameters()) tensor.set_data(tensor.to(dtype));
   for (at::Tensor tensor : module.buffers()) {
@@ -116,8 +118,8 @@ std::vector<at::Tensor> tensors_of(const IValue& value) {
   return tensors;
 }
 
-/// One part of the model with its detached inputs and its outputs. Backward runs segment by segment, so that the
-/// gradients of ghosts can be exchanged in between and no autograd graph spans the model.
+/// One part of the model with its detached inputs and its outputs. Backward runs segment by segment, so that
+/// the gradients of ghosts can be exchanged in between and no autograd graph spans the model.
 class Segment {
  public:
   /// `differentiable`: whether each of `leaves` gets a gradient.
@@ -179,7 +181,7 @@ void accumulate(at::Tensor& sum, const at::Tensor& gradient) {
   sum = sum.defined() ? sum + gradient.to(at::kDouble) : gradient.to(at::kDouble);
 }
 
-// --- from edge gradients to forces and virials ---------------------------------------------------------------------
+// --- from edge gradients to forces and virials ---------------------------------------------------
 
 at::TensorOptions cpu_double() { return at::TensorOptions().dtype(at::kDouble).device(at::kCPU); }
 
@@ -222,7 +224,8 @@ void scatter_on_device(const PreparedGraph& graph, const at::Tensor& system, con
   const at::Tensor i = row.index_select(0, edge_index[0]), j = row.index_select(0, edge_index[1]);
   const auto options = cpu_double().device(device);
   if (request.forces) {
-    result.forces = at::zeros({graph.n_node, 3}, options).index_add_(0, i, gradient).index_add_(0, j, -gradient).cpu();
+    result.forces =
+        at::zeros({graph.n_node, 3}, options).index_add_(0, i, gradient).index_add_(0, j, -gradient).cpu();
   }
   if (request.virial || request.atom_virial) {
     const at::Tensor share = edge_vec.unsqueeze(2) * gradient.unsqueeze(1);
@@ -241,7 +244,7 @@ void scatter_on_device(const PreparedGraph& graph, const at::Tensor& system, con
 
 }  // namespace
 
-// --- Evaluator ------------------------------------------------------------------------------------------------------
+// --- Evaluator -----------------------------------------------------------------------------------
 
 class Evaluator::Impl {
  public:
@@ -255,8 +258,8 @@ class Evaluator::Impl {
 
  private:
   void load(const std::string& path, const std::string& dtype);
-  void run(const PreparedGraph& graph, const at::Tensor& system, const Request& request, GhostExchange* exchange,
-           Evaluation& result);
+  void run(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
+           GhostExchange* exchange, Evaluation& result);
   void run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange);
   at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
   at::Tensor with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local, GhostExchange* exchange);
@@ -343,7 +346,8 @@ at::Tensor Evaluator::Impl::with_ghosts(const PreparedGraph& graph, const at::Te
   buffer.narrow(0, 0, graph.n_local).copy_(v_local.cpu().index_select(0, graph.model_row));
   exchange->forward(buffer);
   const int64_t n_ghost = graph.n_node - graph.n_local;
-  return n_ghost == 0 ? v_local : at::cat({v_local, buffer.narrow(0, graph.n_local, n_ghost).to(v_local.device())});
+  return n_ghost == 0 ? v_local
+                      : at::cat({v_local, buffer.narrow(0, graph.n_local, n_ghost).to(v_local.device())});
 }
 
 /// Gradient of (n_node, width) rows -> of the n_local owned ones, with what other ranks' ghosts contribute.
@@ -366,14 +370,17 @@ void Evaluator::Impl::run_without_atoms(const PreparedGraph& graph, bool gradien
   if (exchange == nullptr) return;
   if (rules.group_by_system) exchange->sum(graph.composition);
   const auto options = cpu_double().dtype(dtype_);
-  for (size_t layer = 1; layer < layers.size(); ++layer) exchange->forward(at::zeros({graph.n_node, node_dim_}, options));
+  for (size_t layer = 1; layer < layers.size(); ++layer)
+    exchange->forward(at::zeros({graph.n_node, node_dim_}, options));
   for (size_t layer = 1; gradients && layer < layers.size(); ++layer) {
     exchange->reverse(at::zeros({graph.n_node, node_dim_}, options));
   }
 }
 
-Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
-  const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_) : std::nullopt);
+Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& request,
+                                     GhostExchange* exchange) {
+  const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
+                                                                : std::nullopt);
   const PreparedGraph prepared = prepare_graph(graph, rules);
   if (exchange == nullptr && prepared.n_node > prepared.n_local && layers.size() > 1) {
     throw Error("expected a GhostExchange for " + std::to_string(prepared.n_node - prepared.n_local) +
@@ -400,8 +407,8 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
     run(prepared, system, request, exchange, result);
   } catch (const std::exception& exception) {
     rethrow(exception, "evaluating " + std::to_string(prepared.n_local) + " atoms, " +
-                           std::to_string(prepared.n_edge) + " edges and " + std::to_string(prepared.n_angle) +
-                           " angles on " + device_name);
+                           std::to_string(prepared.n_edge) + " edges and " +
+                           std::to_string(prepared.n_angle) + " angles on " + device_name);
   }
 
   const auto* atom_energy = result.energies.const_data_ptr<double>();
@@ -410,13 +417,13 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
   for (int64_t i = 0; i < prepared.n_local; ++i) {
     if (!std::isfinite(atom_energy[i])) {
       throw Error("expected finite energies, got " + std::to_string(atom_energy[i]) + " eV for atom " +
-                  std::to_string(i) + ": its neighbourhood is far outside of what the model was trained on");
+                  std::to_string(i) + ": its neighbourhood is far outside of the training data");
     }
     energy[system_of[i]] += atom_energy[i];
   }
   if (request.forces && !std::isfinite(result.forces.sum().item<double>())) {
-    throw Error("expected finite forces, got NaN or infinity: the structure is far outside of what the model was "
-                "trained on");
+    throw Error(
+        "expected finite forces, got NaN or infinity: the structure is far outside of the training data");
   }
   return result;
 }
@@ -453,9 +460,10 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
     if (l > 0) v = with_ghosts(graph, v, exchange);
     Segment layer(layers[l], {v, e, a, shape[1], shape[2], shape[4]},
                   {v_requires_grad, gradients, gradients, gradients, gradients, gradients});
-    layer.forward({layer.leaf(0), layer.leaf(1), layer.leaf(2), layer.leaf(3), layer.leaf(4), layer.leaf(5), edge_index,
-                   angle_index, graph.n_local, graph.node_splits, graph.edge_splits, graph.angle_splits, features},
-                  3);
+    layer.forward(
+        {layer.leaf(0), layer.leaf(1), layer.leaf(2), layer.leaf(3), layer.leaf(4), layer.leaf(5), edge_index,
+         angle_index, graph.n_local, graph.node_splits, graph.edge_splits, graph.angle_splits, features},
+        3);
     v = layer.output(0);
     e = layer.output(1);
     a = layer.output(2);
@@ -467,7 +475,8 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   Segment readout(readout_, {v}, {v_requires_grad});
   readout.forward({readout.leaf(0), types.narrow(0, 0, graph.n_local)}, 1);
   const at::Tensor energies = readout.output(0);
-  result.energies = energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
+  result.energies =
+      energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
   if (!gradients) return;
 
   std::vector<at::Tensor> down = readout.backward({at::ones_like(energies)});
@@ -514,18 +523,20 @@ const std::string& Evaluator::device() const { return impl_->device_name; }
 int64_t Evaluator::n_layers() const { return static_cast<int64_t>(impl_->layers.size()); }
 const std::string& Evaluator::metadata() const { return impl_->metadata; }
 
-// --- version.h ------------------------------------------------------------------------------------------------------
+// --- version.h -----------------------------------------------------------------------------------
 
 const char* version() { return MOECALC_VERSION; }
 
 std::string build_info() {
-  return std::string("{\"moecalc\": \"") + version() + "\", \"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" +
+  return std::string("{\"moecalc\": \"") + version() +
+         "\", \"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" +
 #if defined(__clang__)
          "clang " __clang_version__
 #else
          "gcc " __VERSION__
 #endif
-         "\", \"cuda\": " + (MOECALC_WITH_CUDA ? "true" : "false") +
+         "\", \"cuda\": " +
+         (MOECALC_WITH_CUDA ? "true" : "false") +
          ", \"package_format\": " + std::to_string(package_format_version) + "}";
 }
 

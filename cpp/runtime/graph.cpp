@@ -121,14 +121,16 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
   std::vector<int64_t> close_count(static_cast<size_t>(n_local), 0);
   for (int64_t e = 0; e < n_edge_in; ++e) {
     const int64_t i = centre[e], j = neighbor[e];
-    if (i < 0 || i >= n_local) out_of_range("edge_index[0, " + std::to_string(e) + "] (a centre)", i, n_local);
-    if (j < 0 || j >= n_node) out_of_range("edge_index[1, " + std::to_string(e) + "] (a neighbour)", j, n_node);
+    if (i < 0 || i >= n_local)
+      out_of_range("edge_index[0, " + std::to_string(e) + "] (a centre)", i, n_local);
+    if (j < 0 || j >= n_node)
+      out_of_range("edge_index[1, " + std::to_string(e) + "] (a neighbour)", j, n_node);
     const double x = vec[3 * e], y = vec[3 * e + 1], z = vec[3 * e + 2];
     const double r = std::sqrt(x * x + y * y + z * z);
     if (!std::isfinite(r)) {
       throw Error("expected finite `edge_vec`, got (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
-                  std::to_string(z) + ") Angstrom between atoms " + std::to_string(i) + " and " + std::to_string(j) +
-                  ": check the positions and the cell");
+                  std::to_string(z) + ") Angstrom between atoms " + std::to_string(i) + " and " +
+                  std::to_string(j) + ": check the positions and the cell");
     }
     if (r > rules.cutoff || pair_mask[type[i] * n_types + type[j]] == 0) continue;
     if (r == 0.0) {
@@ -136,8 +138,8 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
                   std::to_string(j) + ": remove the duplicate atom");
     }
     if (j < n_local && system[i] != system[j]) {
-      throw Error("expected edges within one structure, got an edge between atoms " + std::to_string(i) + " and " +
-                  std::to_string(j) + " of structures " + std::to_string(system[i]) + " and " +
+      throw Error("expected edges within one structure, got an edge between atoms " + std::to_string(i) +
+                  " and " + std::to_string(j) + " of structures " + std::to_string(system[i]) + " and " +
                   std::to_string(system[j]));
     }
     const bool close = r < rules.angle_cutoff;
@@ -175,7 +177,8 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
 
   // Angles: all ordered pairs of close edges of one centre, j = k included.
   std::vector<int64_t> angle_offset(static_cast<size_t>(n_local) + 1, 0);
-  for (size_t row = 0; row < close_count.size(); ++row) angle_offset[row] = close_count[row] * close_count[row];
+  for (size_t row = 0; row < close_count.size(); ++row)
+    angle_offset[row] = close_count[row] * close_count[row];
   counts_to_offsets(angle_offset);
   out.n_angle = angle_offset.back();
   out.angle_index = empty({2, out.n_angle}, at::kLong);

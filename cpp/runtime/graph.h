@@ -23,8 +23,8 @@ struct GraphRules {
 
 /// A graph in model order. All tensors are on the CPU.
 ///
-/// Local atoms are sorted by group, ghosts keep their engine rows; edges are sorted by centre, angles by edge. All
-/// sorts are stable, so equal input gives bitwise equal output.
+/// Local atoms are sorted by group, ghosts keep their engine rows; edges are sorted by centre, angles by
+/// edge. All sorts are stable, so equal input gives bitwise equal output.
 struct PreparedGraph {
   int64_t n_node = 0, n_local = 0, n_edge = 0, n_angle = 0;
   int64_t max_neighbors = 0, max_angle_neighbors = 0;

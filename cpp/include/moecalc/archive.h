@@ -25,8 +25,8 @@ class MOECALC_API OutOfMemoryError : public Error {
 
 /// A package file, read into memory and checked as a whole.
 ///
-/// The check comes before anything is parsed, so that a truncated, damaged, foreign or too new file is reported as
-/// such instead of as an error of the zip reader or of the TorchScript loader.
+/// The check comes before anything is parsed, so that a truncated, damaged, foreign or too new file is
+/// reported as such instead of as an error of the zip reader or of the TorchScript loader.
 class MOECALC_API PackageFile {
  public:
   /// Reads `path`. Throws Error, with a message that begins with `path`, if the file is unusable.

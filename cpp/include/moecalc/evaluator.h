@@ -1,5 +1,5 @@
-// The boundary between engines and models: an engine fills an AtomicGraph, the Evaluator returns energies, forces
-// and virials in the engine's own order of atoms. Nothing below this header knows which engine it serves.
+// The boundary between engines and models: an engine fills an AtomicGraph, the Evaluator returns energies,
+// forces and virials in the engine's own order of atoms. Nothing below knows which engine it serves.
 //
 // Units: eV and Angstrom. Signs: force = -dE/dx, virial = -dE/d(strain) = -stress * volume.
 #pragma once
@@ -18,10 +18,14 @@ namespace moecalc {
 
 /// Atoms and their neighbours, as an engine lists them. Tensors are on the CPU, of exactly these types.
 struct AtomicGraph {
-  at::Tensor types;         // (n_node,) int64: index into Evaluator::elements(); owned atoms first, then ghosts
-  at::Tensor edge_index;    // (2, n_edge) int64: row 0 = centre < n_local, row 1 = neighbour < n_node; any order
-  at::Tensor edge_vec;      // (n_edge, 3) float64: r_j - r_i; edges beyond the cutoff are allowed (list with skin)
-  at::Tensor system_index;  // (n_local,) int64 in [0, n_systems): structure of a batch that an atom belongs to
+  /// (n_node,) int64: index into Evaluator::elements(); owned atoms first, then ghosts.
+  at::Tensor types;
+  /// (2, n_edge) int64, any order: row 0 = centre < n_local, row 1 = neighbour < n_node.
+  at::Tensor edge_index;
+  /// (n_edge, 3) float64: r_j - r_i in Angstrom. Edges beyond the cutoff are allowed (list with skin).
+  at::Tensor edge_vec;
+  /// (n_local,) int64 in [0, n_systems): structure of a batch that an owned atom belongs to.
+  at::Tensor system_index;
   int64_t n_systems = 1;
 };
 
@@ -30,7 +34,8 @@ struct AtomicGraph {
 class MOECALC_API GhostExchange {
  public:
   virtual ~GhostExchange();
-  /// Fill rows >= n_local of `features` with the owners' rows. (n_node, width), contiguous, CPU, engine order.
+  /// Fill rows >= n_local of `features` with the owners' rows: (n_node, width), contiguous, on the CPU, in
+  /// engine order.
   virtual void forward(at::Tensor features) = 0;
   /// Add the ghost rows of `gradients` to the owners' rows. Same layout.
   virtual void reverse(at::Tensor gradients) = 0;
@@ -49,8 +54,8 @@ struct Request {
 struct Evaluation {
   at::Tensor energy;    // (n_systems,) eV, sum over the atoms of this rank
   at::Tensor energies;  // (n_local,) eV
-  /// (n_node, 3) eV/Angstrom. Ghost rows hold what this rank contributes to atoms of other ranks: the engine must
-  /// add them to their owners.
+  /// (n_node, 3) eV/Angstrom. Ghost rows hold what this rank contributes to atoms of other ranks: the engine
+  /// must add them to their owners.
   at::Tensor forces;
   at::Tensor virial;       // (n_systems, 3, 3) eV, = -dE/d(strain), contribution of this rank
   at::Tensor atom_virial;  // (n_node, 3, 3) eV, centroid form: an edge's share is on its neighbour's row
@@ -63,17 +68,19 @@ struct Evaluation {
 /// A model loaded from a package file. Use one Evaluator per thread.
 class MOECALC_API Evaluator {
  public:
-  /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for the
-  /// package's own. Geometry, sums and results are float64 in any case. Throws Error.
-  explicit Evaluator(const std::string& path, const std::string& device = "cpu", const std::string& dtype = "");
+  /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for
+  /// the package's own. Geometry, sums and results are float64 in any case. Throws Error.
+  explicit Evaluator(const std::string& path, const std::string& device = "cpu",
+                     const std::string& dtype = "");
   ~Evaluator();
   Evaluator(Evaluator&&) noexcept;
   Evaluator& operator=(Evaluator&&) noexcept;
 
-  /// Throws Error for an invalid graph, a model that fails or a result that is not finite, and OutOfMemoryError.
-  /// `exchange` is needed as soon as there are ghosts and more than one layer; if it is given, it is used even on
-  /// ranks without ghosts, because other ranks may wait for this one.
-  Evaluation evaluate(const AtomicGraph& graph, const Request& request = {}, GhostExchange* exchange = nullptr);
+  /// Throws Error for an invalid graph, a model that fails or a result that is not finite, and
+  /// OutOfMemoryError. `exchange` is needed as soon as there are ghosts and more than one layer; if it is
+  /// given, it is used even on ranks without ghosts, because other ranks may wait for this one.
+  Evaluation evaluate(const AtomicGraph& graph, const Request& request = {},
+                      GhostExchange* exchange = nullptr);
 
   const std::vector<std::string>& elements() const;  // symbols; the position is the type
   double cutoff() const;                             // Angstrom

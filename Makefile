@@ -1,0 +1,71 @@
+# Development tasks. Needs python3 >= 3.11 with venv and headers, a C++20 compiler (g++ >= 11) and make; nothing else.
+#
+#   PYTHON         interpreter that creates the environment    (python3)
+#   VENV           where the environment is                    (.venv)
+#   TORCH_VERSION  torch to install and compile against        (2.13.0)
+#   EXTRAS         optional dependencies of moecalc to install (dev)
+#   PYTEST_ARGS    more arguments for pytest, for example -k archive
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+EXTRAS ?= dev
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
+DEV_STAMP := $(VENV)/.moecalc-$(EXTRAS)
+NATIVE_SOURCES := setup.py pyproject.toml $(shell find cpp lammps_plugin -type f 2>/dev/null)
+CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+# A torch that was exchanged by hand calls for a new build as well.
+INSTALLED_TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help dev test lint format demo clean distclean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+dev: $(DEV_STAMP)  ## Set up the environment and build (only what changed)
+
+test: lint  ## Check style and types, then run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)  ## Check style and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run -Werror $(CXX_FILES); \
+	else echo "clang-format is not installed: the C++ style is not checked"; fi
+
+format: $(DEV_STAMP)  ## Format all sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+demo: $(DEV_STAMP)  ## Package a checkpoint, relax an alloy and run dynamics with it
+	$(BIN)/python examples/demo.py
+
+clean:  ## Remove what was built, keep the environment
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_output
+	rm -f moecalc/*.so moecalc/_build_info.py $(VENV)/.moecalc-*
+
+distclean: clean  ## Remove the environment as well
+	rm -rf $(VENV)
+
+# Torch comes first and alone, so that nothing else decides on its version.
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"expected Python 3.11 or newer, got {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "torch==$(TORCH_VERSION)"
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+# Not isolated: an isolated build would download and compile against a torch of its own.
+$(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
+	$(PIP) install -q "setuptools>=70" wheel "pybind11>=2.13" numpy
+	@command -v cmake >/dev/null || $(PIP) install -q cmake
+	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
