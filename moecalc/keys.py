@@ -1,0 +1,56 @@
+"""Names, shapes, units and numerical limits shared by every Python part of moecalc.
+
+AtomicGraph (what an engine hands to the evaluator; `n_node == n_local` in ASE, because images are mapped to owned atoms)
+
+| field        | shape       | dtype   | unit     | meaning                                                        |
+|--------------|-------------|---------|----------|----------------------------------------------------------------|
+| types        | (n_node,)   | int64   |          | index into the package's element list                          |
+| edge_index   | (2, n_edge) | int64   |          | row 0 centre i, row 1 neighbour j; sorted by centre            |
+| edge_vec     | (n_edge, 3) | float64 | Angstrom | r_j - r_i + S @ cell                                           |
+| system_index | (n_local,)  | int64   |          | structure of a batch that an atom belongs to; 0 for one system |
+
+Results of `Evaluator.evaluate` (numpy, float64, order of the engine)
+
+| key                 | shape             | unit  | meaning                                                     |
+|---------------------|-------------------|-------|-------------------------------------------------------------|
+| energy              | (n_systems,)      | eV    | energy of each structure                                    |
+| energies            | (n_local,)        | eV    | energy of each atom                                         |
+| forces              | (n_node, 3)       | eV/A  | -dE/dr                                                      |
+| virial              | (n_systems, 3, 3) | eV    | -dE/d(strain)                                               |
+| atom_virial         | (n_node, 3, 3)    | eV    | centroid share of each atom; sums to the virial             |
+| max_neighbors       | int               |       | most edges within the cutoff that one atom has              |
+| max_angle_neighbors | int               |       | most edges within the angle cutoff that one atom has        |
+
+ASE results: stress = -virial/volume, Voigt order xx, yy, zz, yz, xz, xy, eV/A^3.
+"""
+
+from typing import Final
+
+ENERGY: Final = "energy"
+ENERGIES: Final = "energies"
+FREE_ENERGY: Final = "free_energy"
+FORCES: Final = "forces"
+VIRIAL: Final = "virial"
+ATOM_VIRIAL: Final = "atom_virial"
+STRESS: Final = "stress"
+STRESSES: Final = "stresses"
+MAX_NEIGHBORS: Final = "max_neighbors"
+MAX_ANGLE_NEIGHBORS: Final = "max_angle_neighbors"
+
+REFERENCE_RECORD: Final = "extra/reference.json"
+"""Record of a package that holds the reference frames."""
+
+DTYPES: Final = ("float32", "float64")
+"""Precisions in which a package can be evaluated."""
+
+MIN_DISTANCE: Final = 0.5
+"""Two atoms closer than this (Angstrom) are an error: no training data is there and the model's answer means nothing."""
+
+MAX_COORDINATE: Final = 1e7
+"""Largest sensible coordinate (Angstrom): beyond it float64 differences lose the accuracy of the forces."""
+
+REFERENCE_TOLERANCE: Final = {"float64": 1e-8, "float32": 2e-5}
+"""Largest |value - reference| / max(1, |reference|) when a package is checked on first use; energies are per atom."""
+
+VOIGT: Final = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
+"""Row and column of the six Voigt components in ASE's order."""

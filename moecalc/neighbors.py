@@ -1,0 +1,303 @@
+"""Neighbour list with a Verlet skin, and the `AtomicGraph` that it makes of an ASE structure.
+
+The pair search is matscipy's; this module decides when a search can be spared, handles the inputs matscipy does not take (no cell, zero
+atoms, slabs with an arbitrary or zero third vector), and refuses structures that cannot be evaluated.
+
+**When a list may be kept.** A list is built with radius R = cutoff + skin from positions r0 and cell h0. Later, with positions r and cell h, let
+F be a linear map that takes every periodic cell vector of h0 to that of h (row vectors: h0 F = h), and u_i = r_i - r0_i F - c the displacement that
+is left when the homogeneous deformation and a common translation c are taken out. A pair (i, j, S) then has
+
+    d = r_j - r_i + S h = d0 F + u_j - u_i,    so    |d| >= s |d0| - |u_i| - |u_j|    with s the smallest singular value of F.
+
+Every pair with |d| <= cutoff was therefore in the list (|d0| <= R) as long as
+
+    cutoff + |u_i| + |u_j| <= s R    for the two largest |u|,
+
+for all images S, however far. With an unchanged cell this is the usual rule (two atoms may move by half of the skin), and drift, rotation of the
+cell or a small strain do not count as displacements. The choice of c and F changes only how soon a list is rebuilt, never its correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+from matscipy.neighbours import neighbour_list
+from numpy.typing import NDArray
+
+from moecalc.errors import StructureError
+from moecalc.keys import MAX_COORDINATE, MIN_DISTANCE
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_PAD = 1e-8
+"""Added to the search radius (Angstrom): matscipy keeps r < radius while edges have r <= cutoff, and rounding must not lose one."""
+
+_MAX_BINS = 1 << 18
+"""Search bins matscipy may allocate in a box without periodicity; it bins the whole box, however empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class AtomicGraph:
+    """Atoms and directed edges: the only thing a model sees of a structure (shapes and units: `moecalc.keys`)."""
+
+    types: Ints
+    edge_index: Ints
+    edge_vec: Floats
+    system_index: Ints
+    n_systems: int = 1
+
+    @property
+    def n_node(self) -> int:
+        """Number of atoms."""
+        return len(self.types)
+
+    @property
+    def n_edge(self) -> int:
+        """Number of directed edges, those in the skin included."""
+        return len(self.edge_vec)
+
+    @staticmethod
+    def concatenate(graphs: Sequence[AtomicGraph]) -> AtomicGraph:
+        """Join structures into one batch: atoms, edges and systems keep their order, indices are shifted."""
+        if not graphs:
+            none = np.zeros(0, dtype=np.int64)
+            return AtomicGraph(none, none.reshape(2, 0), np.zeros((0, 3)), none, 0)
+        first_node = np.cumsum([0] + [g.n_node for g in graphs])
+        first_system = np.cumsum([0] + [g.n_systems for g in graphs])
+        return AtomicGraph(
+            types=np.concatenate([g.types for g in graphs]),
+            edge_index=np.concatenate(
+                [g.edge_index + n for g, n in zip(graphs, first_node, strict=False)], axis=1
+            ),
+            edge_vec=np.concatenate([g.edge_vec for g in graphs]),
+            system_index=np.concatenate(
+                [g.system_index + n for g, n in zip(graphs, first_system, strict=False)]
+            ),
+            n_systems=int(first_system[-1]),
+        )
+
+
+class SkinNeighborList:
+    """Full neighbour list of one ASE structure, reused while no pair can have entered the cutoff.
+
+    Args:
+        cutoff: largest edge length in Angstrom.
+        skin: how much farther the list reaches, in Angstrom; 0 searches anew at every call.
+
+    Attributes:
+        n_calls: number of graphs made.
+        n_rebuilds: number of pair searches; the other calls only recomputed the edge vectors.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 1.0) -> None:
+        if not (np.isfinite(cutoff) and cutoff > 0):
+            raise ValueError(f"expected a positive cutoff in Angstrom, got {cutoff!r}")
+        if not (np.isfinite(skin) and skin >= 0):
+            raise ValueError(
+                f"expected skin >= 0 in Angstrom, got {skin!r}: 0 rebuilds the list at every step, 1.0 suits MD of solids"
+            )
+        self.cutoff = float(cutoff)
+        self.skin = float(skin)
+        self.n_calls = 0
+        self.n_rebuilds = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the list: the next call searches."""
+        self._edge_index: Ints = np.zeros((2, 0), dtype=np.int64)
+        self._shift: Floats = np.zeros((0, 3))
+        self._shift_vec: Floats = np.zeros((0, 3))
+        self._shift_cell: Floats = np.zeros((3, 3))
+        self._system_index: Ints = np.zeros(0, dtype=np.int64)
+        self._positions: Floats | None = None
+        self._cell: Floats = np.zeros((3, 3))
+        self._pbc: NDArray[np.bool_] = np.zeros(3, dtype=bool)
+
+    def graph(self, atoms: Atoms, types: Ints) -> AtomicGraph:
+        """Edges of `atoms` as they are now.
+
+        Edges up to `cutoff + skin` are included, the model drops those beyond its cutoff. Atoms may lie anywhere, also outside of the cell, and may
+        jump by lattice vectors between calls.
+
+        Args:
+            atoms: the structure.
+            types: (n_atoms,) index of each atom's element in the model's list.
+
+        Returns:
+            The graph; `edge_index` and `system_index` are shared between calls and must not be written to.
+
+        Raises:
+            StructureError: positions or cell are not finite or absurdly large, a periodic direction has no cell vector, or two atoms are
+                closer than 0.5 Angstrom.
+        """
+        positions: Floats = atoms.positions
+        cell: Floats = atoms.cell.array
+        pbc: NDArray[np.bool_] = atoms.pbc
+        _check_finite(atoms, positions, cell)
+        self.n_calls += 1
+        current = self._keep(positions, cell, pbc) if self.skin > 0 else None
+        if current is None:
+            self._rebuild(atoms, positions, cell, pbc)
+            current = positions
+        elif not np.array_equal(cell, self._shift_cell):
+            self._set_shift_vectors(cell)
+        centre, neighbor = self._edge_index
+        edge_vec = current.take(neighbor, axis=0)
+        edge_vec -= current.take(centre, axis=0)
+        edge_vec += self._shift_vec
+        _check_overlap(atoms, self._edge_index, self._shift, edge_vec)
+        return AtomicGraph(types, self._edge_index, edge_vec, self._system_index)
+
+    def _keep(self, positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Floats | None:
+        """Positions to use with the present list (lattice jumps undone), or None when a pair might be missing from it."""
+        if (
+            self._positions is None
+            or len(positions) != len(self._positions)
+            or not np.array_equal(pbc, self._pbc)
+        ):
+            return None
+        if len(positions) == 0:
+            return positions
+        scale = 1.0
+        expected = self._positions
+        if not np.array_equal(cell, self._cell):
+            # the smallest change that takes the old periodic vectors to the new ones; directions across them stay
+            deformation = np.eye(3) + np.linalg.pinv(self._cell[pbc]) @ (cell - self._cell)[pbc]
+            scale = float(np.linalg.svd(deformation, compute_uv=False)[-1])
+            expected = self._positions @ deformation
+        room = scale * (self.cutoff + self.skin) - self.cutoff
+        if room < 0:
+            return None
+        displacement = positions - expected
+        if _spread(displacement) <= room:
+            return positions
+        if not pbc.any():
+            return None
+        # somebody may have wrapped the atoms: undo whole lattice vectors, counted relative to the first atom so that drift is none
+        jumps = np.rint((displacement - displacement[0]) @ np.linalg.pinv(cell[pbc]))
+        if not jumps.any():
+            return None
+        unwrap = jumps @ cell[pbc]
+        return positions - unwrap if _spread(displacement - unwrap) <= room else None
+
+    def _rebuild(self, atoms: Atoms, positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> None:
+        self.reset()  # a search that fails must not leave the list of another structure
+        if len(positions):
+            _check_cell(cell, pbc)
+            radius = self.cutoff + self.skin + _PAD
+            box, origin = _search_box(positions, cell, pbc, radius)
+            centre, neighbor, shift = neighbour_list(
+                "ijS", positions=positions, cell=box, pbc=pbc, cutoff=radius, cell_origin=origin
+            )
+            self._edge_index = np.array([centre, neighbor], dtype=np.int64)
+            self._shift = shift.astype(np.float64)
+        self._set_shift_vectors(cell)
+        self._system_index = np.zeros(len(positions), dtype=np.int64)
+        self._positions = positions.copy()
+        self._cell = cell.copy()
+        self._pbc = pbc.copy()
+        self.n_rebuilds += 1
+
+    def _set_shift_vectors(self, cell: Floats) -> None:
+        self._shift_vec = self._shift @ cell
+        self._shift_cell = cell.copy()
+
+
+def _spread(displacement: Floats) -> float:
+    """Bound on |u_i - u_j| over all pairs of rows (n, 3): the two largest lengths after the mean is taken out."""
+    u = displacement - displacement.mean(axis=0)
+    length2 = np.einsum("ij,ij->i", u, u)
+    if len(length2) < 2:
+        return 0.0
+    return float(np.sqrt(np.partition(length2, -2)[-2:]).sum())
+
+
+def _search_box(
+    positions: Floats, cell: Floats, pbc: NDArray[np.bool_], radius: float
+) -> tuple[Floats, Floats]:
+    """Cell and origin for the pair search: directions without periodicity get vectors across the periodic ones that just hold the atoms.
+
+    matscipy inverts the cell, so it cannot take missing vectors, and bins it, so empty space costs memory. Atoms outside of such a
+    direction are still found, only more slowly: a box that needs too many bins is cut around the median atom.
+    """
+    if pbc.all():
+        return cell, np.zeros(3)
+    periodic = cell[pbc]
+    across = np.linalg.svd(periodic)[2][len(periodic) :] if len(periodic) else np.eye(3)
+    coordinates = positions @ across.T
+    length = np.ptp(coordinates, axis=0) + 1.0
+    low = coordinates.min(axis=0) - 0.5
+    bins = float(np.prod(np.maximum(1.0, np.linalg.norm(periodic, axis=1) / radius)))
+    limit = max(_MAX_BINS, 8 * len(positions))
+    while bins * np.prod(np.maximum(1.0, length / radius)) > limit and length.max() > radius:
+        longest = int(length.argmax())
+        length[longest] /= 2
+        low[longest] = np.median(coordinates[:, longest]) - length[longest] / 2
+    box = cell.copy()
+    box[~pbc] = length[:, None] * across
+    return box, low @ across
+
+
+def _check_finite(atoms: Atoms, positions: Floats, cell: Floats) -> None:
+    # one pass decides; NaN compares false, so it is caught as well
+    if not (np.abs(positions) < MAX_COORDINATE).all():
+        index = int(np.argmin((np.abs(positions) < MAX_COORDINATE).all(axis=1)))
+        value = positions[index].tolist()
+        who = f"position of atom {index} ({atoms.symbols[index]}) is {value}"
+        if not np.isfinite(positions[index]).all():
+            raise StructureError(
+                f"{who}, expected finite numbers: check the input or, in dynamics, shorten the time step"
+            )
+        raise StructureError(
+            f"{who}, expected coordinates below {MAX_COORDINATE:g} A: atoms flew apart or the unit is not Angstrom"
+        )
+    if not (np.abs(cell) < MAX_COORDINATE).all():
+        index = int(np.argmin((np.abs(cell) < MAX_COORDINATE).all(axis=1)))
+        raise StructureError(
+            f"cell vector {index} is {cell[index].tolist()}, expected finite numbers below {MAX_COORDINATE:g} A: check the input or the barostat"
+        )
+
+
+def _check_cell(cell: Floats, pbc: NDArray[np.bool_]) -> None:
+    """Refuse periodic vectors that are missing, parallel, or so dense that an atom must overlap with its own image.
+
+    A lattice of k dimensions and k-volume V has a vector no longer than sqrt(g_k) V^(1/k), g = 1, 2/sqrt(3), 2^(1/3) (Hermite's constants).
+    """
+    periodic = cell[pbc]
+    k = len(periodic)
+    if k == 0:
+        return
+    volume = float(np.prod(np.linalg.svd(periodic, compute_uv=False)))
+    hermite = (1.0, 2 / 3**0.5, 2 ** (1 / 3))[k - 1]
+    smallest = float(MIN_DISTANCE / hermite**0.5) ** k
+    if volume < smallest:
+        what = ("length", "area", "volume")[k - 1]
+        unit = ("A", "A^2", "A^3")[k - 1]
+        raise StructureError(
+            f"periodic directions {np.flatnonzero(pbc).tolist()} have cell vectors {periodic.tolist()} of {what} {volume:.3g} {unit}, expected at "
+            f"least {smallest:.3g} {unit}: set the cell, or pbc=False where the structure does not repeat"
+        )
+
+
+def _check_overlap(atoms: Atoms, edge_index: Ints, shift: Floats, edge_vec: Floats) -> None:
+    if len(edge_vec) == 0:
+        return
+    distance2 = np.einsum("ij,ij->i", edge_vec, edge_vec)
+    edge = int(distance2.argmin())
+    if distance2[edge] >= MIN_DISTANCE**2:
+        return
+    i, j = (int(k) for k in edge_index[:, edge])
+    first = f"{i} ({atoms.symbols[i]})"
+    if i == j:
+        pair, remedy = f"atom {first} and its own periodic image", "check the cell"
+    else:
+        image = " (a periodic image)" if shift[edge].any() else ""
+        pair = f"atoms {first} and {j} ({atoms.symbols[j]}){image}"
+        remedy = "move or remove one of them, and check the cell and the units"
+    raise StructureError(
+        f"{pair} are {distance2[edge] ** 0.5:.3f} A apart, expected at least {MIN_DISTANCE} A: {remedy}"
+    )
