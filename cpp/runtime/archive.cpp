@@ -99,6 +99,12 @@ bool eocd_fields_agree(const std::string& bytes, size_t eocd) {
          little_endian(field + 16, 4) == std::min(offset, limit);
 }
 
+std::string stamp(uint32_t checksum, size_t size) {
+  char text[64];
+  std::snprintf(text, sizeof(text), "moecalc crc32=%08x size=%zu", checksum, size);
+  return text;
+}
+
 std::string damaged(uint32_t actual, uint32_t expected) {
   char text[128];
   std::snprintf(text, sizeof(text),
@@ -140,19 +146,16 @@ void PackageFile::check_checksum() const {
   const std::string comment = bytes_.substr(eocd + eocd_size);
   if (comment.size() < comment_size) throw Error(path_ + ": " + incomplete);
 
+  const uint32_t actual = crc32(reinterpret_cast<const unsigned char*>(bytes_.data()), eocd);
   uint32_t expected = 0;
   size_t expected_size = 0;
-  int parsed = 0;
-  const bool ours =
-      std::sscanf(comment.c_str(), "moecalc crc32=%8x size=%zu%n", &expected, &expected_size, &parsed) == 2;
-  const uint32_t actual = crc32(reinterpret_cast<const unsigned char*>(bytes_.data()), eocd);
-  if (!ours) {
+  if (std::sscanf(comment.c_str(), "moecalc crc32=%8x size=%zu", &expected, &expected_size) != 2) {
     // Our records under an unreadable comment: the flipped bit is in the comment itself.
     const bool has_records = !comment.empty() && bytes_.find("/extra/format_version") != std::string::npos;
     throw Error(path_ + ": " + (has_records ? damaged(actual, expected) : foreign + path_ + "`"));
   }
   if (expected_size != eocd) throw Error(path_ + ": " + incomplete);
-  if (actual != expected || comment_size != comment.size() || static_cast<size_t>(parsed) != comment.size() ||
+  if (actual != expected || comment != stamp(expected, expected_size) || comment_size != comment.size() ||
       !eocd_fields_agree(bytes_, eocd)) {
     throw Error(path_ + ": " + damaged(actual, expected));
   }

@@ -289,6 +289,13 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   const PackageFile file(path);
   metadata = file.record("extra/metadata.json");
   const Module model = torch::jit::load(std::make_shared<MemoryReader>(file.bytes()), device_);
+  for (const char* name : {"elements", "cutoff", "angle_cutoff", "routing_level", "pair_mask", "dtype_probe",
+                           "geometry", "embedding", "layers", "readout"}) {
+    if (!model.hasattr(name)) {
+      throw Error(path + ": expected a model with `" + name +
+                  "`, got one without: package the checkpoint again");
+    }
+  }
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
 
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
