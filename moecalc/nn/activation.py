@@ -1,6 +1,7 @@
 """Activation functions of DeePMD-kit models, by name."""
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ def check_activation(name: str) -> tuple[str, float]:
 class Activation(nn.Module):
     """phi(x), elementwise, any shape. `silut:T` is silu below T and a tanh that joins it smoothly above."""
 
-    kind: torch.jit.Final[str]
-    threshold: torch.jit.Final[float]
-    slope: torch.jit.Final[float]
-    offset: torch.jit.Final[float]
+    kind: Final[str]
+    threshold: Final[float]
+    slope: Final[float]
+    offset: Final[float]
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class Activation(nn.Module):
         self.offset = self.threshold * s
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x to phi(x), any shape."""
         if self.kind == "silut":
             tail = torch.tanh(self.slope * (x - self.threshold)) + self.offset
             return torch.where(x < self.threshold, nn.functional.silu(x), tail)

@@ -1,6 +1,7 @@
 """Geometry and initial features of the DPA3 descriptor (SPEC sections 3, 4)."""
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,27 @@ from torch import Tensor, nn
 from moecalc.nn.activation import Activation
 from moecalc.nn.config import DescriptorConfig
 
-_ORBITALS = "1s 2s 2p 3s 3p 3d 4s 4p 4d 4f 5s 5p 5d 5f 6s 6p 6d 7s 7p".split()
+_ORBITALS = [
+    "1s",
+    "2s",
+    "2p",
+    "3s",
+    "3p",
+    "3d",
+    "4s",
+    "4p",
+    "4d",
+    "4f",
+    "5s",
+    "5p",
+    "5d",
+    "5f",
+    "6s",
+    "6p",
+    "6d",
+    "7s",
+    "7p",
+]
 
 
 def switch(r: Tensor, start: float, stop: float, exponential: bool) -> Tensor:
@@ -36,13 +57,15 @@ class Geometry(nn.Module):
         n_types: number of element rows in the environment statistics.
     """
 
-    e_start: torch.jit.Final[float]
-    e_stop: torch.jit.Final[float]
-    a_start: torch.jit.Final[float]
-    a_stop: torch.jit.Final[float]
-    exp_switch: torch.jit.Final[bool]
-    use_dist: torch.jit.Final[bool]
-    protection: torch.jit.Final[float]
+    e_start: Final[float]
+    e_stop: Final[float]
+    a_start: Final[float]
+    a_stop: Final[float]
+    exp_switch: Final[bool]
+    use_dist: Final[bool]
+    protection: Final[float]
+    mean: Tensor
+    stddev: Tensor
 
     def __init__(self, config: DescriptorConfig, n_types: int) -> None:
         super().__init__()
@@ -105,7 +128,27 @@ def electron_configuration(symbol: str) -> Tensor:
     return torch.tensor(row, dtype=torch.float64) / math.sqrt(118.0)
 
 
-_AUFBAU = "1s 2s 2p 3s 3p 4s 3d 4p 5s 4d 5p 6s 4f 5d 6p 7s 5f 6d 7p".split()
+_AUFBAU = [
+    "1s",
+    "2s",
+    "2p",
+    "3s",
+    "3p",
+    "4s",
+    "3d",
+    "4p",
+    "5s",
+    "4d",
+    "5p",
+    "6s",
+    "4f",
+    "5d",
+    "6p",
+    "7s",
+    "5f",
+    "6d",
+    "7p",
+]
 # ground states that do not follow the aufbau order (NIST Atomic Spectra Database; 104+: as predicted)
 _EXCEPTIONS: dict[int, dict[str, int]] = {
     24: {"4s": 1, "3d": 5},
@@ -151,7 +194,8 @@ class TypeEmbedding(nn.Module):
         use_bias, use_econf: options `use_tebd_bias`, `use_econf_tebd`.
     """
 
-    use_bias: torch.jit.Final[bool]
+    use_bias: Final[bool]
+    rows: Tensor
 
     def __init__(self, type_map: list[str], n_dim: int, use_bias: bool, use_econf: bool) -> None:
         super().__init__()
@@ -181,6 +225,8 @@ class TypeEmbedding(nn.Module):
 class TypeTable(nn.Module):
     """The finished type embedding table (T, n_dim): what a package carries."""
 
+    table: Tensor
+
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.register_buffer("table", table)
@@ -198,7 +244,7 @@ class Embedding(nn.Module):
         table: module whose call gives the type embedding table (T, n_dim).
     """
 
-    use_dist: torch.jit.Final[bool]
+    use_dist: Final[bool]
 
     def __init__(self, config: DescriptorConfig, table: nn.Module) -> None:
         super().__init__()
@@ -210,7 +256,7 @@ class Embedding(nn.Module):
         self.phi = Activation(config.activation_function)
 
     def forward(self, types: Tensor, edge_input: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """types (n_node,), edge_input (E,), cos (A,) -> v (n_node, n_dim), e (E, e_dim), a (A, a_dim)."""
+        """Types (n_node,), edge_input (E,), cos (A,) -> v (n_node, n_dim), e (E, e_dim), a (A, a_dim)."""
         v = self.phi(self.table()).index_select(0, types)
         e = edge_input.unsqueeze(1) * self.edge_matrix + self.edge_bias
         if not self.use_dist:

@@ -1,5 +1,7 @@
 """Energy fitting net and per-element energy shifts (SPEC section 8)."""
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ class FittingLayer(nn.Module):
         use_idt: whether the layer has a residual time step (only kept where a residual exists).
     """
 
-    has_idt: torch.jit.Final[bool]
-    residual: torch.jit.Final[int]
+    has_idt: Final[bool]
+    residual: Final[int]
 
     def __init__(self, n_in: int, n_out: int, activation: str, use_idt: bool) -> None:
         super().__init__()
@@ -30,7 +32,7 @@ class FittingLayer(nn.Module):
         self.phi = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (R, n_in) -> (R, n_out)."""
+        """X (R, n_in) -> (R, n_out)."""
         y = self.phi(torch.addmm(self.bias, x, self.matrix))
         if self.has_idt:
             y = y * self.idt
@@ -51,8 +53,9 @@ class FittingNet(nn.Module):
         concat_table: option `concat_output_tebd`.
     """
 
-    concat_table: torch.jit.Final[bool]
-    with_case: torch.jit.Final[bool]
+    concat_table: Final[bool]
+    with_case: Final[bool]
+    case_embedding: Tensor
 
     def __init__(self, config: FittingConfig, n_dim: int, table: nn.Module, concat_table: bool) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class FittingNet(nn.Module):
         self.out_bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, v: Tensor, types: Tensor) -> Tensor:
-        """v (R, n_dim), types (R,) -> (R,) energies in eV, in the net's dtype."""
+        """V (R, n_dim), types (R,) -> (R,) energies in eV, in the net's dtype."""
         x = v.to(self.out_bias.dtype)
         if self.concat_table:
             x = torch.cat([x, self.table().to(x.dtype).index_select(0, types)], dim=1)
@@ -91,7 +94,10 @@ class Readout(nn.Module):
         excluded: `atom_exclude_types`, type indices whose atoms have no energy.
     """
 
-    def __init__(self, net: nn.Module, n_types: int, excluded: list[int]) -> None:
+    energy_shift: Tensor
+    energy_weight: Tensor
+
+    def __init__(self, net: FittingNet, n_types: int, excluded: list[int]) -> None:
         super().__init__()
         self.net = net
         self.register_buffer("energy_shift", torch.zeros(n_types, dtype=torch.float64))
@@ -100,6 +106,6 @@ class Readout(nn.Module):
         self.register_buffer("energy_weight", weight)
 
     def forward(self, v: Tensor, types: Tensor) -> Tensor:
-        """v (n_local, n_dim), types (n_local,) -> energies (n_local,) float64 in eV."""
+        """V (n_local, n_dim), types (n_local,) -> energies (n_local,) float64 in eV."""
         energy = self.net(v, types).to(torch.float64) + self.energy_shift.index_select(0, types)
         return energy * self.energy_weight.index_select(0, types)

@@ -106,6 +106,9 @@ class MoEPotential(nn.Module):
         config: the architecture.
     """
 
+    pair_mask: Tensor
+    dtype_probe: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config.descriptor

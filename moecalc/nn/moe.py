@@ -6,6 +6,8 @@ GEMM whose columns are its active experts side by side. Experts that no row rout
 Formulas: SPEC section 7 (public codes) and section 10 (arXiv 2603.07977, eqs. 4-6).
 """
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +27,10 @@ class MoERouter(nn.Module):
         n_routed_experts, n_shared_experts, top_k, gate: see `RouterConfig`.
     """
 
-    top_k: torch.jit.Final[int]
-    n_shared: torch.jit.Final[int]
-    n_routed: torch.jit.Final[int]
-    softmax_first: torch.jit.Final[bool]
+    top_k: Final[int]
+    n_shared: Final[int]
+    n_routed: Final[int]
+    softmax_first: Final[bool]
 
     def __init__(
         self,
@@ -77,6 +79,9 @@ class RoutingTable(nn.Module):
         weights: (T, K) their weights.
     """
 
+    ids: Tensor
+    weights: Tensor
+
     def __init__(self, ids: Tensor, weights: Tensor) -> None:
         super().__init__()
         self.register_buffer("ids", ids)
@@ -101,11 +106,10 @@ class ExpertLinear(nn.Module):
         activation: name of phi.
     """
 
-    router: torch.jit.Final[str]
-    routed: torch.jit.Final[bool]
-    merge: torch.jit.Final[bool]
-    n_in: torch.jit.Final[int]
-    n_out: torch.jit.Final[int]
+    # constants for TorchScript; not Final, because packaging turns routed maps into dense ones
+    __constants__ = ("merge", "routed", "router")
+    n_in: Final[int]
+    n_out: Final[int]
 
     def __init__(
         self,
@@ -126,7 +130,9 @@ class ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.randn(n_expert, n_out) * 0.1)
         self.phi = Activation(activation)
 
-    def group_weights(self, group: int, routes: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    def group_weights(
+        self, group: int, routes: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Active experts of a group side by side.
 
         Returns:
@@ -161,7 +167,7 @@ class RowExperts(ExpertLinear):
     """Experts on rows that carry their whole input (nodes, or edges of edge_angle_linear2)."""
 
     def forward(self, x: Tensor, splits: list[int], routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """x (R, n_in), splits (G+1) row offsets of the groups -> (R, n_out)."""
+        """X (R, n_in), splits (G+1) row offsets of the groups -> (R, n_out)."""
         if not self.routed:
             matrix, bias, p = self.group_weights(0, routes)
             return self.combine(torch.addmm(bias, x, matrix), p)
@@ -181,7 +187,7 @@ class EdgeExperts(ExpertLinear):
         n_dim, e_dim: widths of node and edge features; the others as in `ExpertLinear`.
     """
 
-    n_dim: torch.jit.Final[int]
+    n_dim: Final[int]
 
     def __init__(self, n_dim: int, e_dim: int, n_out: int, activation: str, n_expert: int = 1,
                  router: str = "", kind: str = "mlp") -> None:  # fmt: skip
@@ -199,7 +205,7 @@ class EdgeExperts(ExpertLinear):
 
     def forward(self, v: Tensor, e: Tensor, edge_index: Tensor, n_local: int, node_splits: list[int],
                 edge_splits: list[int], routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # fmt: skip
-        """v (n_node, n_dim), e (E, e_dim), edge_index (2, E), splits (G+1) -> (E, n_out)."""
+        """V (n_node, n_dim), e (E, e_dim), edge_index (2, E), splits (G+1) -> (E, n_out)."""
         if not self.routed:
             return self._group(v, e, edge_index[0], edge_index[1], 0, n_local, 0, routes)
         outputs: list[Tensor] = []
@@ -220,9 +226,9 @@ class AngleExperts(ExpertLinear):
         a_dim, n_dim, e_dim: widths of the angle part and of the (compressed) node and edge parts.
     """
 
-    a_dim: torch.jit.Final[int]
-    n_dim: torch.jit.Final[int]
-    e_dim: torch.jit.Final[int]
+    a_dim: Final[int]
+    n_dim: Final[int]
+    e_dim: Final[int]
 
     def __init__(self, a_dim: int, n_dim: int, e_dim: int, n_out: int, activation: str, n_expert: int = 1,
                  router: str = "", kind: str = "mlp") -> None:  # fmt: skip
@@ -248,7 +254,7 @@ class AngleExperts(ExpertLinear):
     def forward(self, a: Tensor, vc: Tensor, ec: Tensor, edge_index: Tensor, angle_index: Tensor,
                 node_splits: list[int], edge_splits: list[int], angle_splits: list[int],
                 routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # fmt: skip
-        """a (A, a_dim), vc (n_local, n_dim), ec (E, e_dim), angle_index (2, A), splits (G+1) -> (A, n_out)."""
+        """A (A, a_dim), vc (n_local, n_dim), ec (E, e_dim), angle_index (2, A), splits (G+1) -> (A, n_out)."""
         if not self.routed:
             return self._group(a, vc, ec, edge_index[0], angle_index, 0, 0, 0, routes)
         outputs: list[Tensor] = []

@@ -1,5 +1,7 @@
 """One RepFlow layer of DPA3: node, edge and angle updates on the line-graph series (SPEC section 6)."""
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -19,22 +21,22 @@ class RepFlowLayer(nn.Module):
         layer: index of this layer, 0-based.
     """
 
-    n_dim: torch.jit.Final[int]
-    n_head: torch.jit.Final[int]
-    axis: torch.jit.Final[int]
-    edge_norm: torch.jit.Final[float]
-    angle_norm: torch.jit.Final[float]
-    average: torch.jit.Final[bool]
-    with_residual: torch.jit.Final[bool]
-    sequential: torch.jit.Final[bool]
-    live_edge: torch.jit.Final[bool]
-    live_angle: torch.jit.Final[bool]
-    with_angles: torch.jit.Final[bool]
-    keep_far_edges: torch.jit.Final[bool]
-    compress: torch.jit.Final[bool]
-    compress_split: torch.jit.Final[bool]
-    vc_dim: torch.jit.Final[int]
-    ec_dim: torch.jit.Final[int]
+    n_dim: Final[int]
+    n_head: Final[int]
+    axis: Final[int]
+    edge_norm: Final[float]
+    angle_norm: Final[float]
+    average: Final[bool]
+    with_residual: Final[bool]
+    sequential: Final[bool]
+    live_edge: Final[bool]
+    live_angle: Final[bool]
+    with_angles: Final[bool]
+    keep_far_edges: Final[bool]
+    compress: Final[bool]
+    compress_split: Final[bool]
+    vc_dim: Final[int]
+    ec_dim: Final[int]
 
     def __init__(self, config: DescriptorConfig, moe: MoEConfig, layer: int) -> None:
         super().__init__()
@@ -66,9 +68,7 @@ class RepFlowLayer(nn.Module):
         used = sorted({moe.positions[name].router for name in live if name in moe.positions})
         self.routers = nn.ModuleDict(
             {
-                name: MoERouter(
-                    c.n_dim, r.n_routed_experts, r.top_k, r.n_shared_experts, r.gate
-                )
+                name: MoERouter(c.n_dim, r.n_routed_experts, r.top_k, r.n_shared_experts, r.gate)
                 for name, r in ((name, moe.routers[name]) for name in used)
             }
         )
@@ -89,13 +89,20 @@ class RepFlowLayer(nn.Module):
         self.node_self_mlp = RowExperts(c.n_dim, c.n_dim, **experts("node_self_mlp"))  # type: ignore[arg-type]
         self.node_sym_linear = RowExperts(c.axis_neuron * width, c.n_dim, **experts("node_sym_linear"))  # type: ignore[arg-type]
         self.node_edge_linear = EdgeExperts(
-            c.n_dim, c.e_dim, c.n_multi_edge_message * c.n_dim, **experts("node_edge_linear")  # type: ignore[arg-type]
+            c.n_dim,
+            c.e_dim,
+            c.n_multi_edge_message * c.n_dim,
+            **experts("node_edge_linear"),  # type: ignore[arg-type]
         )
         if self.live_edge:
             self.edge_self_linear = EdgeExperts(c.n_dim, c.e_dim, c.e_dim, **experts("edge_self_linear"))  # type: ignore[arg-type]
         if self.with_angles:
             self.edge_angle_linear1 = AngleExperts(
-                c.a_dim, self.vc_dim, self.ec_dim, c.e_dim, **experts("edge_angle_linear1")  # type: ignore[arg-type]
+                c.a_dim,
+                self.vc_dim,
+                self.ec_dim,
+                c.e_dim,
+                **experts("edge_angle_linear1"),  # type: ignore[arg-type]
             )
             self.edge_angle_linear2 = RowExperts(c.e_dim, c.e_dim, **experts("edge_angle_linear2"))  # type: ignore[arg-type]
             if self.compress and not self.compress_split:
@@ -103,7 +110,11 @@ class RepFlowLayer(nn.Module):
                 self.a_compress_e_linear = nn.Parameter(torch.randn(c.e_dim, self.ec_dim) / c.e_dim**0.5)
         if self.live_angle:
             self.angle_self_linear = AngleExperts(
-                c.a_dim, self.vc_dim, self.ec_dim, c.a_dim, **experts("angle_self_linear")  # type: ignore[arg-type]
+                c.a_dim,
+                self.vc_dim,
+                self.ec_dim,
+                c.a_dim,
+                **experts("angle_self_linear"),  # type: ignore[arg-type]
             )
         if self.with_residual:
             self.n_residual = nn.Parameter(torch.full((2 + self.n_head, c.n_dim), 0.1))
@@ -157,7 +168,9 @@ class RepFlowLayer(nn.Module):
             m = torch.zeros_like(e).index_add(0, first, message * asw.unsqueeze(1)) * self.angle_norm**-0.5
             if self.keep_far_edges:
                 # every angle neighbour has at least the angle with itself (j = k)
-                near = torch.zeros((e.size(0), 1), dtype=torch.bool, device=e.device).index_fill(0, first, True)
+                near = torch.zeros((e.size(0), 1), dtype=torch.bool, device=e.device).index_fill(
+                    0, first, True
+                )
                 m = torch.where(near, m, e)
             return self.edge_angle_linear2(m, edge_splits, routes)
         return torch.zeros_like(e)
@@ -206,7 +219,17 @@ class RepFlowLayer(nn.Module):
         if self.with_angles:
             a_in = a_new if self.sequential else a
             e2 = self._angle_to_edge(
-                e_new, a_in, vc, ec, asw, edge_index, angle_index, node_splits, edge_splits, angle_splits, routes
+                e_new,
+                a_in,
+                vc,
+                ec,
+                asw,
+                edge_index,
+                angle_index,
+                node_splits,
+                edge_splits,
+                angle_splits,
+                routes,
             )
             if self.sequential:
                 e_new = e_new + self.e_residual[1] * e2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from moecalc.errors import CheckpointError
 from moecalc.nn import MoEPotential
@@ -42,7 +42,9 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
                 "use the .pt file of the training folder"
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[:200]}): copy or train it again") from None
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({reason[:200]}): copy or train it again"
+        ) from None
     try:
         if not isinstance(data, Mapping):
             raise CheckpointError(f"holds {type(data).__name__}, expected a dictionary as trainers write it")
@@ -84,7 +86,9 @@ def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> Mo
                 f"tensor {key!r} has shape {tuple(value.shape)}, expected {tuple(own[key].shape)} by the configuration"
             )
         if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"tensor {key!r} has non-finite values: the training diverged, use an earlier checkpoint")
+            raise CheckpointError(
+                f"tensor {key!r} has non-finite values: the training diverged, use an earlier checkpoint"
+            )
     model.load_state_dict(imported.state, strict=False)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
@@ -92,10 +96,10 @@ def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> Mo
     return model.eval()
 
 
-def set_precision(model: nn.Module, descriptor: str, fitting: str) -> None:
-    """Convert the network of a model (embedding and layers, fitting net); geometry and energy shifts stay float64."""
+def set_precision(model: Any, descriptor: str, fitting: str) -> None:
+    """Convert the network of a (scripted) model (embedding and layers, fitting net); geometry and energy shifts stay float64."""
     d, f = getattr(torch, descriptor), getattr(torch, fitting)
-    model.readout.net.to(f)  # type: ignore[operator, union-attr]
-    model.embedding.to(d)  # type: ignore[operator, union-attr]
-    model.layers.to(d)  # type: ignore[operator, union-attr]
-    model.dtype_probe = model.dtype_probe.to(d)  # type: ignore[operator]
+    model.readout.net.to(f)
+    model.embedding.to(d)
+    model.layers.to(d)
+    model.dtype_probe = model.dtype_probe.to(d)

@@ -53,7 +53,9 @@ class Tensors:
     def __getitem__(self, key: str) -> Tensor:
         name = self._prefix + key
         if name not in self._tensors:
-            raise CheckpointError(f"checkpoint has no tensor {name!r}, expected by its configuration: retrain or re-save it")
+            raise CheckpointError(
+                f"checkpoint has no tensor {name!r}, expected by its configuration: retrain or re-save it"
+            )
         value = self._tensors[name]
         if not isinstance(value, Tensor):
             raise CheckpointError(f"checkpoint entry {name!r} is {type(value).__name__}, expected a tensor")
@@ -63,7 +65,7 @@ class Tensors:
         """The tensors below a further prefix."""
         return Tensors(self._tensors, self._prefix + prefix)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names below the prefix."""
         n = len(self._prefix)
         return [k[n:] for k in self._tensors if k.startswith(self._prefix)]
@@ -71,12 +73,18 @@ class Tensors:
     def count(self, prefix: str) -> int:
         """How many consecutive indices 0, 1, ... exist directly below `prefix`."""
         n = 0
-        while any(key.startswith(f"{prefix}{n}.") for key in self.keys()):
+        while any(key.startswith(f"{prefix}{n}.") for key in self.names()):
             n += 1
         return n
 
 
-PRECISIONS = {"float64": "float64", "double": "float64", "default": "float64", "float32": "float32", "single": "float32"}
+PRECISIONS = {
+    "float64": "float64",
+    "double": "float64",
+    "default": "float64",
+    "float32": "float32",
+    "single": "float32",
+}
 
 
 def precision(value: object, where: str) -> Any:
@@ -167,7 +175,9 @@ def check_supported(params: Mapping[str, Any]) -> list[str]:
     if any(x is not None for x in fitting.get("atom_ener") or []):
         raise _reject("fitting_net.atom_ener", fitting["atom_ener"], "an empty list")
     unknown = sorted(set(params) - _KNOWN_MODEL_KEYS - set(_INERT) - {"bridging_r_inner", "bridging_r_outer"})
-    remarks += [f"unknown option model.{key} = {params[key]!r} was not used" for key in unknown if params[key]]
+    remarks += [
+        f"unknown option model.{key} = {params[key]!r} was not used" for key in unknown if params[key]
+    ]
     return remarks
 
 
@@ -181,7 +191,9 @@ def descriptor_config(descriptor: Mapping[str, Any], skip: set[str]) -> tuple[De
     known = set(DescriptorConfig.model_fields)
     values = {k: v for k, v in repflow.items() if k in known}
     unknown = sorted(set(repflow) - known - _TRAINING_ONLY - skip)
-    remarks = [f"unknown option repflow.{key} = {repflow[key]!r} was not used" for key in unknown if repflow[key]]
+    remarks = [
+        f"unknown option repflow.{key} = {repflow[key]!r} was not used" for key in unknown if repflow[key]
+    ]
     for key in ("concat_output_tebd", "use_tebd_bias", "use_econf_tebd", "env_protection", "exclude_types"):
         if descriptor.get(key) is not None:
             values[key] = descriptor[key]
@@ -207,7 +219,9 @@ def fitting_config(fitting: Mapping[str, Any], atom_exclude_types: list[int]) ->
     except ValidationError as error:
         raise CheckpointError(f"fitting_net options: {first_error(error)}") from None
     except KeyError as error:
-        raise CheckpointError(f"fitting_net option {error} is missing, expected in the checkpoint's model_params") from None
+        raise CheckpointError(
+            f"fitting_net option {error} is missing, expected in the checkpoint's model_params"
+        ) from None
 
 
 def first_error(error: ValidationError) -> str:

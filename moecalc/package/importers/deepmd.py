@@ -26,7 +26,15 @@ _MOE_GROUPS = {
     "use_edge_moe": ("edge_self_linear", "edge_angle_linear2"),
     "use_angle_moe": ("edge_angle_linear1", "angle_self_linear"),
 }
-_MOE_KEYS = {"n_experts", "moe_top_k", "use_node_moe", "use_edge_moe", "use_angle_moe", "share_expert", "fuse_moe_mlps"}
+_MOE_KEYS = {
+    "n_experts",
+    "moe_top_k",
+    "use_node_moe",
+    "use_edge_moe",
+    "use_angle_moe",
+    "share_expert",
+    "fuse_moe_mlps",
+}
 _PACK_KEYS = {"use_moe", "n_routing_experts", "moe_topk", "n_shared_experts"}
 _PACK_EXPERTS = {
     "node_self_mlp": ("node_self_experts", "node"),
@@ -81,10 +89,14 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     elif head is not None:
         raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
     tensors = Tensors(state_dict, f"model.{branch}.")
-    layout = detect_layout(tensors.keys())
+    layout = detect_layout(tensors.names())
     reader = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack}[layout]
     config, state, remarks = reader(params, tensors)
-    network = [k for k in tensors.keys() if "._networks." not in k and isinstance(state_dict[f"model.{branch}.{k}"], torch.Tensor)]
+    network = [
+        k
+        for k in tensors.names()
+        if "._networks." not in k and isinstance(state_dict[f"model.{branch}.{k}"], torch.Tensor)
+    ]
     statistics = ("min_nbor_dist", ".mean", ".stddev", "out_bias", "out_std", "bias_atom_e")
     count = sum(tensors[k].numel() for k in network if not k.endswith(statistics))
     return ImportedModel(config, state, layout, head, trained_elements(params, tensors), count, remarks)
@@ -168,9 +180,7 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
                     positions[name] = key
                     fused_pairs[name] = (key, pair)
     routers = {router: _router(n_routed, top_k, n_shared) for router in positions.values()}
-    moe = _moe_config(
-        routers=routers, positions={n: PositionConfig(router=r) for n, r in positions.items()}
-    )
+    moe = _moe_config(routers=routers, positions={n: PositionConfig(router=r) for n, r in positions.items()})
     config, remarks = build_config(params, moe, _MOE_KEYS | _PACK_KEYS)
     c = config.descriptor
     widths = {"edge_fused": c.n_multi_edge_message * c.n_dim, "angle_fused": c.e_dim}
@@ -239,7 +249,7 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
     n_routed, n_shared = repflow.get("n_routing_experts", 0), repflow.get("n_shared_experts", 0)
     router = _router(n_routed, repflow.get("moe_topk", 0), n_shared)
     moe = _moe_config(
-        routers={name: router for name in ("node", "edge", "angle")},
+        routers=dict.fromkeys(("node", "edge", "angle"), router),
         positions={name: PositionConfig(router=r) for name, (_, r) in _PACK_EXPERTS.items()},
     )
     config, remarks = build_config(params, moe, _MOE_KEYS | _PACK_KEYS)
@@ -264,7 +274,11 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
             matrix, bias = _pack_experts(src.under(f"moe_phase1.{collection}."), n_routed, n_shared)
             if collection in first_width:
                 width = first_width[collection]
-                columns = slice(None, width) if name in ("node_edge_linear", "edge_angle_linear1") else slice(width, None)
+                columns = (
+                    slice(None, width)
+                    if name in ("node_edge_linear", "edge_angle_linear1")
+                    else slice(width, None)
+                )
                 matrix, bias = matrix[..., columns], bias[..., columns]
             state[f"{dst}{name}.matrix"] = matrix
             state[f"{dst}{name}.bias"] = bias

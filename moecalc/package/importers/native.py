@@ -59,9 +59,13 @@ def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
         raise CheckpointError(f"config: {first_error(error)}") from None
     state = data.get("state_dict")
     if not isinstance(state, Mapping):
-        raise CheckpointError("checkpoint has no state_dict, expected tensors by the names of docs/checkpoints.md")
+        raise CheckpointError(
+            "checkpoint has no state_dict, expected tensors by the names of docs/checkpoints.md"
+        )
     network = {k: v for k, v in state.items() if not k.startswith(("geometry.", "dtype_probe", "pair_mask"))}
     shared = {k for k in network if k.startswith("readout.net.table.")}
     n = sum(v.numel() for k, v in network.items() if k not in shared and "energy_" not in k)
     trained = data.get("trained_elements") or list(config.type_map)
-    return ImportedModel(config, dict(state), "moecalc", None, [e for e in config.type_map if e in set(trained)], n)
+    return ImportedModel(
+        config, dict(state), "moecalc", None, [e for e in config.type_map if e in set(trained)], n
+    )

@@ -1,0 +1,241 @@
+"""Packaging: checkpoint -> import -> prune -> merge -> TorchScript -> metadata, reference frames -> verification."""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from ase import Atoms
+
+from moecalc._jit import jit_script
+from moecalc.errors import PackageError
+from moecalc.nn import MoEPotential
+from moecalc.package.archive import check_archive, replace, write_archive
+from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
+from moecalc.package.lower import count_parameters, lower
+from moecalc.package.metadata import (
+    FORMAT_VERSION,
+    Check,
+    Metadata,
+    PackageReport,
+    Parameters,
+    ReferenceFrame,
+    Routing,
+    Source,
+    VerificationReport,
+)
+from moecalc.package.reference import reference_frame, reference_structures
+from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, verify_package
+
+CITATION = "T. Liu et al., arXiv:2603.07977 (element-wise MoE); D. Zhang et al., arXiv:2506.01686 (DPA3)"
+
+
+def package_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    head: str | None = None,
+    elements: Sequence[str] | None = None,
+    dtype: str | None = None,
+    name: str | None = None,
+    note: str = "",
+    license: str = "",  # noqa: A002 - the field is called so
+    citation: str = CITATION,
+    progress: Callable[[str], None] | None = None,
+) -> PackageReport:
+    """Turn a trained checkpoint into a package that ASE and LAMMPS run.
+
+    Nothing is written unless every check of the verification passes.
+
+    Args:
+        checkpoint: `.pt` file of any supported layout (detected from the file).
+        out: package to write, `*.moe.pt`.
+        head: head of a multi-task checkpoint.
+        elements: symbols to keep; None = all of the checkpoint.
+        dtype: "float32" or "float64"; None = the checkpoint's.
+        name: name of the package; default: the file name.
+        note, license, citation: free text kept in the metadata.
+        progress: called with the name of each step.
+
+    Returns:
+        Sizes, metadata and the verification.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be imported.
+        ElementError: an element that the model does not have.
+        PackageError: wrong file name or dtype, or a failed verification (names the checks).
+    """
+    say = progress or (lambda _: None)
+    checkpoint, out = Path(checkpoint), Path(out)
+    if not out.name.endswith(".moe.pt"):
+        raise PackageError(f"{out}: expected a file name that ends in .moe.pt")
+    if dtype not in (None, "float32", "float64"):
+        raise PackageError(f"dtype {dtype!r}, expected float32 or float64")
+    if not out.parent.is_dir():
+        raise PackageError(f"{out.parent}: no such folder, expected an existing one for the package")
+    say("reading the checkpoint")
+    imported = load_checkpoint(checkpoint, head)
+    full = build_model(imported, torch.float64)
+    dtype = dtype or imported.config.descriptor.precision
+    say("pruning and merging")
+    exact, routing = lower(full, imported.config, list(elements) if elements is not None else None)
+    low = copy.deepcopy(exact)
+    set_precision(low, dtype, dtype)
+    # what the file must give in exact arithmetic: its own rounded weights in float64
+    rounded = copy.deepcopy(low)
+    set_precision(rounded, "float64", "float64")
+    say("computing reference frames")
+    structures = reference_structures(low.elements, (low.cutoff, low.angle_cutoff))
+    frames = [reference_frame(rounded, label, atoms) for label, atoms in structures]
+    say("compiling to TorchScript")
+    scripted = jit_script(low)
+    metadata = _metadata(
+        imported,
+        low,
+        routing,
+        dtype,
+        checkpoint,
+        name or out.name.removesuffix(".moe.pt"),
+        note,
+        license,
+        citation,
+    )
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".moecalc-") as folder:
+        draft = Path(folder) / out.name
+        _write(draft, scripted, metadata, frames, VerificationReport(checks=[]))
+        report = verify_package(draft, say)
+        say("pruned against full model")
+        report.checks[:0] = _compare_with_full(full, exact, frames, structures, dtype)
+        if not report.passed:
+            failed = "; ".join(f"{c.name}: {c.value:.1e} > {c.tolerance:.1e}" for c in report.failures())
+            raise PackageError(
+                f"{out} was not written: verification failed ({failed}); "
+                "please report it with the checkpoint's model_params"
+            )
+        _write(draft, scripted, metadata, frames, report)
+        check_archive(draft)
+        replace(draft, out)
+    return PackageReport(
+        path=str(out), metadata=metadata, verification=report, size_bytes=out.stat().st_size,
+        pruned={
+            "elements": [e for e in imported.config.type_map if e not in low.elements],
+            "experts_before": _count_experts(full),
+            "experts_after": _count_experts(low),
+        },
+    )  # fmt: skip
+
+
+def _compare_with_full(
+    full: MoEPotential,
+    exact: MoEPotential,
+    frames: list[ReferenceFrame],
+    structures: list[tuple[str, Atoms]],
+    dtype: str,
+) -> list[Check]:
+    """Pruned against full model in float64, and what rounding to the package's dtype changed."""
+    wanted = [reference_frame(full, label, atoms) for label, atoms in structures]
+    pruned = compare_frames(exact, wanted)
+    checks = [
+        Check(
+            name="pruned vs full model (float64)",
+            value=pruned,
+            tolerance=TOLERANCE["float64"],
+            unit="relative",
+            detail=f"{len(frames)} frames, all experts",
+        )
+    ]
+    if dtype == "float32":
+        rounding = max(frame_deviation(got, want) for got, want in zip(frames, wanted, strict=True))
+        checks.append(
+            Check(
+                name="rounding of the weights to float32",
+                value=rounding,
+                tolerance=TOLERANCE["float32"],
+                unit="relative",
+            )
+        )
+    return checks
+
+
+def _count_experts(model: MoEPotential) -> int:
+    return sum(
+        p.size(0) for n, p in model.named_parameters() if n.startswith("layers.") and n.endswith(".matrix")
+    )
+
+
+def _write(
+    path: Path,
+    scripted: torch.jit.ScriptModule,
+    metadata: Metadata,
+    frames: list[ReferenceFrame],
+    verification: VerificationReport,
+) -> None:
+    write_archive(
+        path,
+        scripted,
+        {
+            "format_version": str(FORMAT_VERSION),
+            "metadata.json": metadata.model_dump_json(indent=1),
+            "reference.json": json.dumps([f.model_dump() for f in frames]),
+            "verification.json": verification.model_dump_json(indent=1),
+        },
+    )
+
+
+def _metadata(
+    imported: ImportedModel,
+    low: MoEPotential,
+    routing: Routing,
+    dtype: str,
+    checkpoint: Path,
+    name: str,
+    note: str,
+    license: str,  # noqa: A002
+    citation: str,
+) -> Metadata:
+    from moecalc import __version__
+
+    d = imported.config.descriptor
+    total, active = count_parameters(low)
+    trained = set(imported.trained_elements)
+    remarks = list(imported.remarks)
+    if routing.level == "configuration" and any(
+        p.kind == "mlp" for layer in routing.layers for p in layer.values()
+    ):
+        remarks.append(
+            "nonlinear experts with configuration-level routing: the paper found these numerically unstable"
+        )
+    return Metadata(
+        format_version=FORMAT_VERSION,
+        name=name,
+        elements=low.elements,
+        trained_elements=[e for e in low.elements if e in trained],
+        cutoff=low.cutoff,
+        angle_cutoff=low.angle_cutoff,
+        n_layers=d.nlayers,
+        dims={"node": d.n_dim, "edge": d.e_dim, "angle": d.a_dim},
+        dtype=dtype,  # type: ignore[arg-type]
+        neighbor_limits={"edge": d.e_sel, "angle": d.a_sel},
+        routing=routing,
+        parameters=Parameters(checkpoint=imported.n_parameters, total=total, active=active),
+        source=Source(
+            file=checkpoint.name,
+            sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+            layout=imported.layout,
+            head=imported.head,
+            size_bytes=checkpoint.stat().st_size,
+            parameters=imported.n_parameters,
+        ),
+        versions={"moecalc": __version__, "torch": torch.__version__},
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        note=note,
+        license=license,
+        citation=citation,
+        remarks=remarks,
+    )

@@ -1,0 +1,169 @@
+"""Small reference structures of a package, and a neighbour list that shares no code with the production one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import atomic_numbers, covalent_radii
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moecalc.nn.model import ModelOutput, evaluate
+from moecalc.package.metadata import ReferenceFrame
+
+Floats = NDArray[np.float64]
+
+_MAX_ELEMENTS_PER_FRAME = 10
+# distance of every edge from the cutoffs, so that finite differences never step across one (Angstrom)
+_CUTOFF_GAP = 1e-3
+
+
+def brute_force_edges(
+    positions: Floats, cell: Floats, pbc: tuple[bool, ...], cutoff: float
+) -> tuple[NDArray[np.int64], Floats]:
+    """All ordered pairs within the cutoff by trying every image; for small structures only.
+
+    Args:
+        positions: (n, 3) Angstrom; cell: (3, 3) rows; pbc: three flags.
+        cutoff: Angstrom.
+
+    Returns:
+        edge_index (2, E) sorted by centre, edge_vec (E, 3) = r_j - r_i.
+    """
+    n = len(positions)
+    ranges = []
+    spread = np.ptp(positions, axis=0).max() if n else 0.0
+    reciprocal = np.linalg.pinv(cell)
+    for axis in range(3):
+        if not pbc[axis]:
+            ranges.append(range(1))
+            continue
+        reach = (cutoff + np.sqrt(3) * spread) * np.linalg.norm(reciprocal[:, axis])
+        m = int(np.ceil(reach)) + 1
+        ranges.append(range(-m, m + 1))
+    index, vectors = [], []
+    for shift in itertools.product(*ranges):
+        d = positions[None, :] - positions[:, None] + np.array(shift) @ cell
+        inside = np.einsum("ijk,ijk->ij", d, d) <= cutoff * cutoff
+        if shift == (0, 0, 0):
+            np.fill_diagonal(inside, False)
+        i, j = np.nonzero(inside)
+        index.append(np.stack([i, j]))
+        vectors.append(d[i, j])
+    edge_index = np.concatenate(index, axis=1).astype(np.int64)
+    edge_vec = np.concatenate(vectors)
+    order = np.argsort(edge_index[0], kind="stable")
+    return edge_index[:, order], edge_vec[order]
+
+
+def graph_tensors(
+    symbols: list[str],
+    positions: Floats,
+    cell: Floats,
+    pbc: tuple[bool, ...],
+    elements: list[str],
+    cutoff: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Types (n,), edge_index (2, E), edge_vec (E, 3) of a structure as tensors."""
+    types = torch.tensor([elements.index(s) for s in symbols], dtype=torch.int64)
+    edge_index, edge_vec = brute_force_edges(positions, cell, pbc, cutoff)
+    return types, torch.from_numpy(edge_index), torch.from_numpy(edge_vec).reshape(-1, 3)
+
+
+def evaluate_structure(
+    model: Any, symbols: list[str], positions: Floats, cell: Floats, pbc: tuple[bool, ...]
+) -> ModelOutput:
+    """Reference answer of a (scripted) `MoEPotential` for one structure."""
+    types, edge_index, edge_vec = graph_tensors(
+        symbols, positions, cell, pbc, list(model.elements), model.cutoff
+    )
+    return evaluate(model, types, edge_index, edge_vec)
+
+
+def _radius(symbol: str) -> float:
+    number = atomic_numbers.get(symbol, 0)
+    return float(covalent_radii[number]) if number else 1.2
+
+
+def _insert(rng: np.random.Generator, symbols: list[str], cell: Floats, periodic: bool) -> Floats | None:
+    """Random positions no closer than 0.85 of the sum of covalent radii, or None when it does not fit."""
+    images = np.array(list(itertools.product((-1, 0, 1), repeat=3))) @ cell if periodic else np.zeros((1, 3))
+    placed: list[Floats] = []
+    for k, symbol in enumerate(symbols):
+        for _ in range(300):
+            trial = rng.random(3) @ cell
+            close = 0.85 * (_radius(symbol) + np.array([_radius(s) for s in symbols[:k]]))
+            if k:
+                d = np.linalg.norm(np.array(placed)[:, None] - trial + images[None], axis=2).min(axis=1)
+                if (d < close).any():
+                    continue
+            placed.append(trial)
+            break
+        else:
+            return None
+    return np.array(placed)
+
+
+def _random_frame(seed: int, symbols: list[str], periodic: bool, avoid: tuple[float, ...]) -> Atoms:
+    """A dense random structure: skewed cell or free cluster, no edge within a gap of a cutoff."""
+    rng = np.random.default_rng(seed)
+    length = float((sum((2.0 * _radius(s)) ** 3 for s in symbols) / 0.85) ** (1 / 3))
+    while True:
+        cell = length * (np.eye(3) + rng.uniform(-0.15, 0.15, (3, 3)))
+        length *= 1.02  # a larger box next time, in case this one cannot hold the atoms
+        positions = _insert(rng, symbols, cell, periodic)
+        if positions is None:
+            continue
+        if not periodic:
+            cell = np.zeros((3, 3))
+        _, vec = brute_force_edges(positions, cell, (periodic,) * 3, max(avoid) + 0.1)
+        r = np.linalg.norm(vec, axis=1)
+        # swell the structure by up to 5 % until no distance is near a cutoff
+        for scale in np.linspace(1.0, 1.05, 300):
+            if all((np.abs(scale * r - c) > _CUTOFF_GAP).all() for c in avoid):
+                return Atoms(symbols, positions=scale * positions, cell=scale * cell, pbc=periodic)
+
+
+def reference_structures(elements: list[str], cutoffs: tuple[float, ...]) -> list[tuple[str, Atoms]]:
+    """Labelled structures that together hold every element: isolated atom, dimer, crystal-dense cells, cluster.
+
+    Args:
+        elements: symbols of the package.
+        cutoffs: edge and angle cutoff in Angstrom; no pair sits on one.
+    """
+    avoid = tuple(c for c in cutoffs if c > 0)
+    first, last = elements[0], elements[-1]
+    frames = [
+        ("isolated atom", Atoms([first], positions=[[0.0, 0.0, 0.0]])),
+        ("dimer", Atoms([first, last], positions=[[0, 0, 0], [0.1, 0.2, _radius(first) + _radius(last)]])),
+    ]
+    n = _MAX_ELEMENTS_PER_FRAME
+    for k, begin in enumerate(range(0, len(elements), n)):
+        chunk = elements[begin : begin + n]
+        symbols = [chunk[i % len(chunk)] for i in range(max(8, len(chunk)))]
+        label = "periodic" if len(elements) <= n else f"periodic {k + 1}"
+        frames.append((label, _random_frame(101 + k, symbols, True, avoid)))
+    symbols = [elements[(3 * i) % len(elements)] for i in range(9)]
+    frames.append(("cluster", _random_frame(7, symbols, False, avoid)))
+    return frames
+
+
+def reference_frame(model: nn.Module, label: str, atoms: Atoms) -> ReferenceFrame:
+    """Evaluate a structure and record it."""
+    symbols = atoms.get_chemical_symbols()
+    out = evaluate_structure(model, symbols, atoms.positions, atoms.cell.array, tuple(atoms.pbc))
+    return ReferenceFrame(
+        label=label,
+        symbols=symbols,
+        positions=atoms.positions.tolist(),
+        cell=atoms.cell.array.tolist(),
+        pbc=[bool(p) for p in atoms.pbc],
+        energy=float(out.energy),
+        energies=out.energies.tolist(),
+        forces=out.forces.tolist(),
+        virial=out.virial[0].tolist(),
+    )

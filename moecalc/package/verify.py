@@ -1,0 +1,222 @@
+"""Verification of a package: does the file give the forces that the checkpoint's model has?"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moecalc._jit import jit_load, unoptimized
+from moecalc.nn.model import ModelOutput
+from moecalc.package.archive import read_metadata, read_reference
+from moecalc.package.importers import set_precision
+from moecalc.package.metadata import Check, ReferenceFrame, VerificationReport
+from moecalc.package.reference import evaluate_structure, graph_tensors
+
+Floats = NDArray[np.float64]
+Progress = Callable[[str], None]
+
+# relative to the largest magnitude of the quantity in the frame, floored at 1 in its unit
+TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
+_STEP = (
+    1e-4  # Angstrom or strain: no pair crosses a cutoff (reference.py keeps a gap), fourth-order error is nil
+)
+_DIFFERENCE_TOLERANCE = 1e-6
+
+
+def _arrays(frame: ReferenceFrame) -> tuple[list[str], Floats, Floats, tuple[bool, ...]]:
+    return frame.symbols, np.array(frame.positions).reshape(-1, 3), np.array(frame.cell), tuple(frame.pbc)
+
+
+def _deviation(energy: float, forces: Floats, virial: Floats, frame: ReferenceFrame) -> float:
+    """Largest deviation from a frame, relative to the scale of each quantity."""
+    n = max(len(frame.symbols), 1)
+    # per-element shifts are exact in every path: what can deviate is the rest, of the order of eV per atom
+    worst = abs(energy - frame.energy) / n
+    for got, want in (
+        (forces, np.array(frame.forces).reshape(-1, 3)),
+        (virial / n, np.array(frame.virial) / n),
+    ):
+        scale = max(1.0, float(np.abs(want).max(initial=0.0)))
+        worst = max(worst, float(np.abs(got - want).max(initial=0.0)) / scale)
+    return worst if np.isfinite(worst) else float("nan")
+
+
+def _of(out: ModelOutput) -> tuple[float, Floats, Floats]:
+    return float(out.energy), out.forces.numpy(), out.virial[0].numpy()
+
+
+def frame_deviation(got: ReferenceFrame, want: ReferenceFrame) -> float:
+    """Largest relative deviation between two answers for one structure."""
+    return _deviation(got.energy, np.array(got.forces).reshape(-1, 3), np.array(got.virial), want)
+
+
+def compare_frames(model: nn.Module, frames: list[ReferenceFrame]) -> float:
+    """Largest relative deviation of a (scripted) model from the frames."""
+    return max(_deviation(*_of(evaluate_structure(model, *_arrays(f))), f) for f in frames)
+
+
+def _evaluator_deviation(evaluator: Any, frames: list[ReferenceFrame]) -> float:
+    worst = 0.0
+    for f in frames:
+        symbols, positions, cell, pbc = _arrays(f)
+        types, edge_index, edge_vec = graph_tensors(
+            symbols, positions, cell, pbc, evaluator.elements, evaluator.cutoff
+        )
+        out = evaluator.evaluate(
+            types.numpy(), edge_index.numpy(), edge_vec.numpy(), np.zeros(len(symbols), dtype=np.int64), 1
+        )
+        worst = max(worst, _deviation(float(out["energy"][0]), out["forces"], out["virial"][0], f))
+    return worst
+
+
+def _fourth_order(energy: Callable[[float], float]) -> float:
+    h = _STEP
+    return (8.0 * (energy(h) - energy(-h)) - (energy(2 * h) - energy(-2 * h))) / (12.0 * h)
+
+
+def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float, float]:
+    """Deviation of forces (a few atoms) and virial from fourth-order central differences of the energy."""
+    symbols, positions, cell, pbc = _arrays(frame)
+    out = evaluate_structure(model, symbols, positions, cell, pbc)
+    rng = np.random.default_rng(11)
+    force_error = virial_error = 0.0
+
+    def energy(x: Floats, c: Floats) -> float:
+        return float(evaluate_structure(model, symbols, x, c, pbc).energy)
+
+    # a random direction over all atoms tests every force component at the cost of one
+    for _ in range(4):
+        direction = rng.normal(size=positions.shape)
+        direction /= np.linalg.norm(direction)
+        slope = _fourth_order(lambda h, d=direction: energy(positions + h * d, cell))  # type: ignore[misc]
+        exact = -float((out.forces.numpy() * direction).sum())
+        force_error = max(force_error, abs(slope - exact) / max(1.0, abs(exact)))
+    if all(pbc):
+        for a in range(3):
+            for b in range(a, 3):
+                strain = np.zeros((3, 3))
+                strain[a, b] = strain[b, a] = 1.0 if a == b else 0.5
+                slope = _fourth_order(
+                    lambda h, s=strain: energy(positions @ (np.eye(3) + h * s), cell @ (np.eye(3) + h * s))  # type: ignore[misc]
+                )
+                w = out.virial[0].numpy()
+                exact = -float((w * strain).sum())
+                virial_error = max(virial_error, abs(slope - exact) / max(1.0, abs(exact)))
+    return force_error, virial_error
+
+
+def _symmetries(model: nn.Module, frame: ReferenceFrame) -> dict[str, float]:
+    """Deviation under rotation (or rotoinversion), translation and permutation."""
+    symbols, positions, cell, pbc = _arrays(frame)
+    base = evaluate_structure(model, symbols, positions, cell, pbc)
+    e0, f0, w0 = _of(base)
+    scale = max(1.0, float(np.abs(f0).max(initial=0.0)))
+    q = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
+    e, f, w = _of(evaluate_structure(model, symbols, positions @ q.T, cell @ q.T, pbc))
+    w_scale = max(1.0, float(np.abs(w0).max()))
+    rotation = max(
+        abs(e - e0) / len(symbols),
+        float(np.abs(f - f0 @ q.T).max()) / scale,
+        float(np.abs(w - q @ w0 @ q.T).max()) / w_scale,
+    )
+    e, f, _ = _of(evaluate_structure(model, symbols, positions + np.array([3.3, -7.1, 0.4]), cell, pbc))
+    translation = max(abs(e - e0) / len(symbols), float(np.abs(f - f0).max()) / scale)
+    p = np.random.default_rng(3).permutation(len(symbols))
+    e, f, _ = _of(evaluate_structure(model, [symbols[k] for k in p], positions[p], cell, pbc))
+    permutation = max(abs(e - e0) / len(symbols), float(np.abs(f - f0[p]).max()) / scale)
+    return {"rotation": rotation, "translation": translation, "permutation": permutation}
+
+
+@contextmanager
+def _small_structures() -> Iterator[None]:
+    """One thread and no TorchScript profiling: the frames have about ten atoms."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with unoptimized():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def verify_package(
+    path: str | Path,
+    progress: Progress | None = None,
+    device: str = "cpu",
+) -> VerificationReport:
+    """Check a package against its reference frames, finite differences and symmetries.
+
+    Args:
+        path: the package.
+        progress: called with the name of each step.
+        device: where the C++ evaluator runs.
+
+    Returns:
+        All checks with the deviation found and the deviation allowed (eV, eV/Angstrom, relative to max(1, scale)).
+
+    Raises:
+        PackageError: the file is damaged, foreign or newer.
+    """
+    from moecalc import __version__, _lib
+
+    say = progress or (lambda _: None)
+    metadata = read_metadata(path)
+    frames = read_reference(path)
+    checks: list[Check] = []
+
+    def add(name: str, value: float, tolerance: float, detail: str = "") -> None:
+        checks.append(Check(name=name, value=value, tolerance=tolerance, unit="relative", detail=detail))
+
+    with _small_structures():
+        say("scripted model in float64 against the reference frames")
+        scripted = jit_load(path)
+        set_precision(scripted, "float64", "float64")
+        exact = TOLERANCE["float64"]
+        add(
+            "scripted vs reference (float64)",
+            compare_frames(scripted, frames),
+            exact,
+            f"{len(frames)} frames",
+        )
+        native = _lib.load()
+        for dtype in ("float64", "float32"):
+            say(f"evaluator in {dtype} on {device}")
+            evaluator = native.Evaluator(str(path), device, dtype)
+            tolerance = 1e-9 if dtype == "float64" else TOLERANCE["float32"]
+            add(f"evaluator {dtype} on {device}", _evaluator_deviation(evaluator, frames), tolerance)
+
+        for frame in frames:
+            if len(frame.symbols) < 2:
+                continue
+            say(f"finite differences and symmetries: {frame.label}")
+            force, virial = _finite_differences(scripted, frame)
+            add(f"finite-difference forces ({frame.label})", force, _DIFFERENCE_TOLERANCE)
+            if all(frame.pbc):
+                add(f"finite-difference virial ({frame.label})", virial, _DIFFERENCE_TOLERANCE)
+            for name, value in _symmetries(scripted, frame).items():
+                add(f"{name} ({frame.label})", value, exact)
+
+        say("isolated atoms")
+        worst = 0.0
+        for element in metadata.elements:
+            out = evaluate_structure(scripted, [element], np.zeros((1, 3)), np.zeros((3, 3)), (False,) * 3)
+            worst = max(
+                worst,
+                float(out.forces.abs().max()),
+                0.0 if bool(torch.isfinite(out.energy)) else float("nan"),
+            )
+        add("isolated atoms: zero force, finite energy", worst, 0.0, f"{len(metadata.elements)} elements")
+    return VerificationReport(
+        checks=checks,
+        torch=torch.__version__,
+        moecalc=__version__,
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    )
