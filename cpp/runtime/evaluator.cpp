@@ -322,7 +322,7 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
 
   dtype_ = model.attr("dtype_probe").toTensor().scalar_type();
-  if (!dtype.empty() && parse_dtype(dtype) != dtype_) {
+  if (!dtype.empty()) {
     dtype_ = parse_dtype(dtype);
     // Not geometry and not the energy shifts: these are float64 whatever the dtype of the network.
     convert(embedding_, dtype_);

@@ -1,0 +1,428 @@
+"""The C++ evaluator against the plain PyTorch model: order, batches, ghosts, precision, and what it refuses."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from moecalc import _lib
+from moecalc._jit import jit_script
+from moecalc.nn import ModelConfig, MoEPotential, evaluate
+from moecalc.package.archive import write_archive
+from moecalc.package.importers import set_precision
+from moecalc.testing import SAME_MODEL, brute_force_edges, bulk_alloy, molecule, one_atom_cell
+
+ELEMENTS = ["Nb", "Mo", "Ta", "W"]
+CUTOFF = 5.0
+
+
+def config(routing, dtype="float64"):
+    positions = ("node_self_mlp", "node_sym_linear", "node_edge_linear", "edge_self_linear")
+    angle_positions = ("edge_angle_linear1", "angle_self_linear")
+    return ModelConfig.model_validate(
+        {
+            "type_map": ELEMENTS,
+            "descriptor": {
+                "n_dim": 8,
+                "e_dim": 6,
+                "a_dim": 4,
+                "nlayers": 3,
+                "e_rcut": CUTOFF,
+                "e_rcut_smth": 3.5,
+                "e_sel": 60,
+                "a_rcut": 3.4,
+                "a_rcut_smth": 2.8,
+                "a_sel": 20,
+                "axis_neuron": 3,
+                "precision": dtype,
+                "exclude_types": [[0, 2]],
+            },
+            "fitting": {"neuron": [6, 6], "precision": dtype},
+            "moe": {
+                "routing": routing,
+                "routers": {"main": {"n_routed_experts": 4, "top_k": 2, "n_shared_experts": 1}},
+                "positions": {name: {"router": "main"} for name in positions + angle_positions},
+            },
+        }
+    )
+
+
+def make(folder, routing, dtype="float64"):
+    """A random model and the package made of it."""
+    torch.manual_seed(1)
+    model = MoEPotential(config(routing, dtype)).eval()
+    set_precision(model, dtype, dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    path = folder / f"{routing}-{dtype}.moe.pt"
+    write_archive(
+        path, jit_script(model), {"format_version": "1", "metadata.json": json.dumps({"name": routing})}
+    )
+    return model, str(path)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return _lib.load()
+
+
+@pytest.fixture(scope="module", params=["element", "configuration"])
+def pair(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("packages"), request.param)
+
+
+@pytest.fixture
+def evaluator(library, pair):
+    return library.Evaluator(pair[1])
+
+
+def graph_of(atoms, cutoff=CUTOFF + 0.4):
+    types = np.array([ELEMENTS.index(symbol) for symbol in atoms.symbols])
+    centre, neighbor, vectors = brute_force_edges(atoms, cutoff)
+    return types, np.stack([centre, neighbor]), vectors, np.zeros(len(atoms), dtype=np.int64)
+
+
+def join(graphs):
+    """One graph of several structures."""
+    offsets = np.cumsum([0, *(len(types) for types, *_ in graphs)])
+    return (
+        np.concatenate([types for types, *_ in graphs]),
+        np.concatenate(
+            [edges + offset for (_, edges, *_), offset in zip(graphs, offsets, strict=False)], axis=1
+        ),
+        np.concatenate([vectors for _, _, vectors, _ in graphs]),
+        np.concatenate([np.full(len(types), s) for s, (types, *_) in enumerate(graphs)]),
+    )
+
+
+def reference(model, graph, n_systems=1):
+    return evaluate(model, *(torch.as_tensor(array) for array in graph), n_systems)
+
+
+def assert_equal(result, expected, tolerance=SAME_MODEL):
+    for key in ("energy", "energies", "forces", "virial"):
+        np.testing.assert_allclose(
+            result[key], getattr(expected, key).numpy(), rtol=0, atol=tolerance, err_msg=key
+        )
+
+
+def test_properties(library, pair, evaluator):
+    assert evaluator.elements == ELEMENTS
+    assert (evaluator.cutoff, evaluator.angle_cutoff, evaluator.n_layers) == (CUTOFF, 3.4, 3)
+    assert (evaluator.dtype, evaluator.device) == ("float64", "cpu")
+    assert json.loads(evaluator.metadata) == {"name": pair[0].routing_level}
+    assert library.Evaluator(pair[1], "auto").device in {"cpu", "cuda:0"}
+
+
+@pytest.mark.parametrize(
+    "atoms", [bulk_alloy(), molecule(), one_atom_cell()], ids=["bulk", "molecule", "one"]
+)
+def test_equals_the_reference_model(pair, evaluator, atoms):
+    graph = graph_of(atoms)
+    result = evaluator.evaluate(*graph)
+    assert_equal(result, reference(pair[0], graph))
+    assert np.abs(result["forces"]).max() > 1e-3 or len(atoms) == 1
+
+
+def test_batch_with_shuffled_edges_and_an_empty_structure(pair, evaluator):
+    types, edges, vectors, system = join(
+        [graph_of(bulk_alloy()), graph_of(molecule()), graph_of(one_atom_cell())]
+    )
+    system[system == 2] = 3  # structure 2 has no atoms
+    order = np.random.default_rng(0).permutation(len(vectors))
+    graph = types, edges[:, order], vectors[order], system
+    result = evaluator.evaluate(*graph, 4)
+    assert_equal(result, reference(pair[0], graph, 4))
+    assert result["energy"][2] == 0
+
+
+def test_counts(evaluator):
+    graph = types, edges, vectors, _ = graph_of(bulk_alloy())
+    r = np.linalg.norm(vectors, axis=1)
+    masked = {(0, 2), (2, 0)}
+    kept = (r <= CUTOFF) & [(types[i], types[j]) not in masked for i, j in edges.T]
+    neighbors = np.bincount(edges[0, kept], minlength=len(types))
+    close = np.bincount(edges[0, kept & (r < 3.4)], minlength=len(types))
+    result = evaluator.evaluate(*graph)
+    assert result["n_edge"] == kept.sum() < len(r)
+    assert result["n_angle"] == (close**2).sum() > 0
+    assert (result["max_neighbors"], result["max_angle_neighbors"]) == (neighbors.max(), close.max())
+
+
+def test_only_what_is_requested_is_returned(evaluator):
+    graph = graph_of(molecule())
+    counts = {"n_edge", "n_angle", "max_neighbors", "max_angle_neighbors"}
+    full = evaluator.evaluate(*graph, atom_virial=True)
+    assert set(full) == counts | {"energy", "energies", "forces", "virial", "atom_virial"}
+    np.testing.assert_allclose(full["atom_virial"].sum(axis=0), full["virial"][0], rtol=0, atol=SAME_MODEL)
+    for name in ("forces", "virial", "atom_virial"):
+        request = {"forces": False, "virial": False, "atom_virial": False} | {name: True}
+        result = evaluator.evaluate(*graph, **request)
+        assert set(result) == counts | {"energy", "energies", name}
+        np.testing.assert_array_equal(result[name], full[name])
+    result = evaluator.evaluate(*graph, forces=False, virial=False)
+    assert set(result) == counts | {"energy", "energies"}
+    np.testing.assert_array_equal(result["energies"], full["energies"])
+
+
+def test_no_atoms_and_no_neighbors(pair, evaluator):
+    nothing = np.zeros(0, int), np.zeros((2, 0), int), np.zeros((0, 3)), np.zeros(0, int)
+    result = evaluator.evaluate(*nothing, 2, atom_virial=True)
+    assert result["energy"].tolist() == [0, 0]
+    assert result["forces"].shape == (0, 3)
+    assert result["atom_virial"].shape == (0, 3, 3)
+    alone = np.array([1, 3]), *nothing[1:3], np.array([0, 0])
+    result = evaluator.evaluate(*alone)
+    assert_equal(result, reference(pair[0], alone))
+    assert not result["forces"].any()
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float64", "float32"), ("float32", "float64"), ("float32", "")]
+)
+def test_precision_can_be_chosen(library, tmp_path, stored, wanted):
+    model, path = make(tmp_path, "element", stored)
+    graph = graph_of(bulk_alloy())
+    evaluator = library.Evaluator(path, dtype=wanted)
+    assert evaluator.dtype == (wanted or stored)
+    expected = reference(model, graph)
+    scale = max(1.0, float(expected.forces.abs().max()), float(expected.virial.abs().max()))
+    assert_equal(evaluator.evaluate(*graph), expected, 2e-5 * scale)
+
+
+def test_same_input_gives_the_same_bits(library, pair, evaluator):
+    graph = graph_of(bulk_alloy())
+    first, again = evaluator.evaluate(*graph), library.Evaluator(pair[1]).evaluate(*graph)
+    for key in ("energy", "energies", "forces", "virial"):
+        np.testing.assert_array_equal(first[key], again[key])
+
+
+def test_input_may_be_strided_read_only_and_of_other_integer_types(evaluator):
+    types, edges, vectors, system = graph_of(molecule())
+    expected = evaluator.evaluate(types, edges, vectors, system)
+    wide = np.zeros((len(vectors), 6))
+    wide[:, ::2] = vectors
+    columns = edges.T.copy()
+    columns.flags.writeable = False
+    result = evaluator.evaluate(types.astype(np.int32), columns.T, wide[:, ::2], system.astype(np.uint8))
+    np.testing.assert_array_equal(result["forces"], expected["forces"])
+
+
+def test_results_outlive_the_evaluator(library, pair):
+    result = library.Evaluator(pair[1]).evaluate(*graph_of(molecule()))
+    copy = result["forces"].copy()
+    library.Evaluator(pair[1]).evaluate(*graph_of(bulk_alloy()))
+    np.testing.assert_array_equal(result["forces"], copy)
+
+
+# --- ghosts ------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """A few ranks, each a thread with a slab of the cell and a shell of ghosts one cutoff thick."""
+
+    def __init__(self, atoms, borders):
+        types = graph_of(atoms)[0]
+        x = atoms.get_scaled_positions()[:, 0]
+        self.owner = np.searchsorted(borders, x, side="right")
+        self.n_ranks = len(borders) + 1
+        self.owned = [np.flatnonzero(self.owner == rank) for rank in range(self.n_ranks)]
+        self.row = np.array([int((self.owned[self.owner[k]] == k).argmax()) for k in range(len(atoms))])
+        self.barrier = threading.Barrier(self.n_ranks, timeout=60)
+        self.shared = [np.zeros(0)] * self.n_ranks
+        self.graphs, self.ghosts = [], []
+        centre, neighbor, vectors = brute_force_edges(atoms, CUTOFF + 0.4)
+        for rank, owned in enumerate(self.owned):
+            mine = self.owner[centre] == rank
+            i, j, r = self.row[centre[mine]], neighbor[mine], vectors[mine]
+            # one ghost per edge to a foreign atom: engines merge them, but nothing relies on it
+            foreign = self.owner[j] != rank
+            row = self.row[j]
+            row[foreign] = len(owned) + np.arange(foreign.sum())
+            self.ghosts.append(j[foreign])
+            rows = np.concatenate([owned, j[foreign]])
+            self.graphs.append((types[rows], np.stack([i, row]), r, np.zeros(len(owned), dtype=np.int64)))
+
+    def run(self, library, path, **request):
+        results, errors = [None] * self.n_ranks, []
+
+        def work(rank):
+            try:
+                evaluator = library.Evaluator(path)
+                results[rank] = evaluator.evaluate(
+                    *self.graphs[rank], exchange=Exchange(self, rank), **request
+                )
+            except Exception as error:  # noqa: BLE001 - raised again by the main thread
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.n_ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    def gather(self, results, key):
+        """Rows of owned atoms plus what the ghosts of other ranks contribute, in the order of the atoms."""
+        total = np.zeros((len(self.row), *results[0][key].shape[1:]))
+        for rank, result in enumerate(results):
+            np.add.at(total, np.concatenate([self.owned[rank], self.ghosts[rank]]), result[key])
+        return total
+
+
+class Exchange:
+    def __init__(self, world, rank):
+        self.world, self.rank = world, rank
+        self.n_local = len(world.owned[rank])
+
+    def _share(self, array):
+        self.world.shared[self.rank] = array.copy()
+        self.world.barrier.wait()
+        shared = list(self.world.shared)
+        self.world.barrier.wait()
+        return shared
+
+    def forward(self, features):
+        shared, world = self._share(features), self.world
+        for row, atom in enumerate(world.ghosts[self.rank], self.n_local):
+            features[row] = shared[world.owner[atom]][world.row[atom]]
+
+    def reverse(self, gradients):
+        shared, world = self._share(gradients), self.world
+        for rank in range(world.n_ranks):
+            for row, atom in enumerate(world.ghosts[rank], len(world.owned[rank])):
+                if world.owner[atom] == self.rank:
+                    gradients[world.row[atom]] += shared[rank][row]
+
+    def sum(self, values):
+        values[...] = sum(self._share(values))
+
+
+@pytest.mark.parametrize(
+    "borders", [[], [0.5], [0.2, 0.6], [0.5, 1.0]], ids=["1", "2", "3", "one rank empty"]
+)
+def test_ranks_with_ghosts_agree_with_one_rank(library, pair, borders):
+    atoms = bulk_alloy()
+    world = World(atoms, borders)
+    results = world.run(library, pair[1], atom_virial=True)
+    expected = library.Evaluator(pair[1]).evaluate(*graph_of(atoms), atom_virial=True)
+    for key in ("energy", "virial"):
+        np.testing.assert_allclose(sum(r[key] for r in results), expected[key], rtol=0, atol=SAME_MODEL)
+    for key in ("forces", "atom_virial"):
+        np.testing.assert_allclose(world.gather(results, key), expected[key], rtol=0, atol=SAME_MODEL)
+
+
+def test_ranks_need_no_reverse_exchange_for_energies(library, pair):
+    results = World(bulk_alloy(), [0.5, 1.0]).run(library, pair[1], forces=False, virial=False)
+    expected = library.Evaluator(pair[1]).evaluate(*graph_of(bulk_alloy()))
+    np.testing.assert_allclose(sum(r["energy"] for r in results), expected["energy"], rtol=0, atol=SAME_MODEL)
+
+
+def test_failing_exchange_is_reported(library, evaluator):
+    class Broken(Exchange):
+        def __init__(self):
+            pass
+
+        def forward(self, features):
+            raise ValueError("cable unplugged")
+
+        def sum(self, values):
+            pass
+
+    with pytest.raises(
+        library.Error, match="ghost exchange failed in `forward`: ValueError: cable unplugged"
+    ):
+        evaluator.evaluate(*graph_of(molecule()), exchange=Broken())
+
+
+def test_ghosts_without_exchange_are_refused(library, evaluator):
+    graph = np.array([0, 1, 2]), np.array([[0, 1], [2, 2]]), np.ones((2, 3)), np.array([0, 0])
+    with pytest.raises(
+        library.Error, match="expected a GhostExchange for 1 ghost atoms and a model of 3 layers"
+    ):
+        evaluator.evaluate(*graph)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"types": [0, 4]}, r"expected types\[1\] in \[0, 4\), got 4"),
+        ({"types": [-1, 0]}, r"expected types\[0\] in \[0, 4\), got -1"),
+        ({"types": [0.0, 1.0]}, r"expected `types` to be an array of integers, got float64"),
+        ({"types": [[0, 1]]}, r"expected `types` of shape \[any\], got \[1, 2\]"),
+        ({"edge_index": [[0, 2], [1, 0]]}, r"expected edge_index\[0, 1\] \(a centre\) in \[0, 2\), got 2"),
+        (
+            {"edge_index": [[0, 1], [-1, 0]]},
+            r"expected edge_index\[1, 0\] \(a neighbour\) in \[0, 2\), got -1",
+        ),
+        ({"edge_index": [[0], [1]]}, r"expected `edge_vec` of shape \[1, 3\], got \[2, 3\]"),
+        ({"edge_index": [[0.0, 1.0], [1.0, 0.0]]}, r"expected `edge_index` to be an array of integers"),
+        (
+            {"edge_vec": [[2.0, 0, 0], [np.nan, 0, 0]]},
+            r"expected finite `edge_vec`, got \(nan, .* atoms 1 and 0",
+        ),
+        (
+            {"edge_vec": [[2.0, 0, 0], [0, 0, np.inf]]},
+            r"expected finite `edge_vec`, got .*inf.*check the positions",
+        ),
+        ({"edge_vec": [[0.0, 0, 0], [2.0, 0, 0]]}, r"distance 0 between atoms 0 and 1: remove the duplicate"),
+        ({"system_index": [0, 1]}, r"expected system_index\[1\] in \[0, 1\), got 1"),
+        (
+            {"system_index": [0, 1], "n_systems": 2},
+            r"expected edges within one structure, got .* structures 0 and 1",
+        ),
+        ({"system_index": [0, 0, 0]}, r"expected `system_index` no longer than `types` \(2\), got 3"),
+        ({"n_systems": 0}, r"expected `n_systems` >= 1, got 0"),
+    ],
+)
+def test_invalid_graph_is_refused_in_one_line(library, evaluator, change, message):
+    valid = {
+        "types": [0, 1],
+        "edge_index": [[0, 1], [1, 0]],
+        "edge_vec": [[2.0, 0, 0], [-2.0, 0, 0]],
+        "system_index": [0, 0],
+        "n_systems": 1,
+    }
+    arrays = {k: v if k == "n_systems" else np.asarray(v) for k, v in (valid | change).items()}
+    with pytest.raises(library.Error, match=message) as caught:
+        evaluator.evaluate(**arrays)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda0", "", "CPU"])
+def test_unknown_device_is_refused(library, pair, device):
+    with pytest.raises(library.Error, match=f"expected `device` to be .* got '{device}'"):
+        library.Evaluator(pair[1], device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_missing_cuda_is_named(library, pair):
+    with pytest.raises(
+        library.Error, match=r"device 'cuda:0': torch .* finds no CUDA device: use device 'cpu'"
+    ):
+        library.Evaluator(pair[1], "cuda:0")
+
+
+def test_unknown_dtype_is_refused(library, pair):
+    with pytest.raises(
+        library.Error, match=r"expected `dtype` to be 'float64', 'float32' or '' .* got 'float16'"
+    ):
+        library.Evaluator(pair[1], dtype="float16")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_cpu(library, pair):
+    graph = join([graph_of(bulk_alloy()), graph_of(molecule())])
+    on_cpu = library.Evaluator(pair[1]).evaluate(*graph, 2, atom_virial=True)
+    on_cuda = library.Evaluator(pair[1], "cuda").evaluate(*graph, 2, atom_virial=True)
+    for key in ("energy", "energies", "forces", "virial", "atom_virial"):
+        np.testing.assert_allclose(on_cuda[key], on_cpu[key], rtol=0, atol=100 * SAME_MODEL)
