@@ -149,7 +149,7 @@ _AUFBAU = [
     "6d",
     "7p",
 ]
-# ground states that do not follow the aufbau order (NIST Atomic Spectra Database; 104+: as predicted)
+# ground states that do not follow the aufbau order (NIST Atomic Spectra Database; from 103 on as DeePMD-kit has them)
 _EXCEPTIONS: dict[int, dict[str, int]] = {
     24: {"4s": 1, "3d": 5},
     29: {"4s": 1, "3d": 10},
@@ -170,7 +170,8 @@ _EXCEPTIONS: dict[int, dict[str, int]] = {
     92: {"5f": 3, "6d": 1},
     93: {"5f": 4, "6d": 1},
     96: {"5f": 7, "6d": 1},
-    103: {"6d": 0, "7p": 1},
+    110: {"7s": 1, "6d": 9},
+    111: {"7s": 1, "6d": 10},
 }
 
 
@@ -204,14 +205,14 @@ class TypeEmbedding(nn.Module):
         else:
             rows = torch.eye(len(type_map), dtype=torch.float64)
         self.use_bias = use_bias
-        self.register_buffer("rows", rows.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("rows", rows, persistent=False)
         self.matrix = nn.Parameter(torch.randn(rows.size(1), n_dim) / (rows.size(1) + n_dim) ** 0.5)
         if use_bias:
             self.bias = nn.Parameter(torch.randn(n_dim) * 0.1)
 
     def forward(self) -> Tensor:
         """The table, (T, n_dim)."""
-        x = self.rows
+        x = self.rows.to(self.matrix.dtype)
         y = x @ self.matrix
         if self.use_bias:
             y = y + self.bias
