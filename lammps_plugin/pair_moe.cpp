@@ -1,0 +1,710 @@
+#include "pair_moe.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <dlfcn.h>
+#include <sched.h>
+#include <torch/cuda.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "atom.h"
+#include "comm.h"
+#include "domain.h"
+#include "error.h"
+#include "exceptions.h"
+#include "force.h"
+#include "json.h"
+#include "memory.h"
+#include "moecalc/evaluator.h"
+#include "neigh_list.h"
+#include "neighbor.h"
+#include "update.h"
+#include "utils.h"
+
+namespace LAMMPS_NS {
+
+namespace {
+
+constexpr int not_mapped = -1;
+
+/// What the package's metadata say that the evaluator does not offer.
+struct Description {
+  std::string name, citation;
+  std::vector<std::string> trained_elements;
+  int node_dim = 0;
+  int edge_limit = 0, angle_limit = 0;  // 0 = unknown
+
+  Description() = default;
+  explicit Description(const std::string& text) {
+    const json metadata = json::parse(text);
+    name = metadata.value("name", std::string());
+    citation = metadata.value("citation", std::string());
+    for (const auto& element : metadata.at("trained_elements")) trained_elements.push_back(element);
+    node_dim = metadata.at("dims").at("node");
+    if (metadata.contains("neighbor_limits")) {
+      edge_limit = metadata["neighbor_limits"].value("edge", 0);
+      angle_limit = metadata["neighbor_limits"].value("angle", 0);
+    }
+  }
+};
+
+std::string joined(const std::vector<std::string>& words, const std::string& separator = " ") {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : separator) + word;
+  return text;
+}
+
+bool contains(const std::vector<std::string>& words, const std::string& word) {
+  return std::find(words.begin(), words.end(), word) != words.end();
+}
+
+/// Folder of libmoecalc.so, which is that of the Python package.
+std::string package_folder() {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&moecalc::version), &info) == 0 || info.dli_fname == nullptr) {
+    return ".";
+  }
+  const std::string file = info.dli_fname;
+  const size_t slash = file.rfind('/');
+  return slash == std::string::npos ? "." : file.substr(0, slash);
+}
+
+/// Processors on this node, and how many ranks share them.
+struct Node {
+  int rank = 0, n_ranks = 1, n_cores = 1;
+
+  explicit Node(MPI_Comm world) {
+    MPI_Comm node;
+    MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
+    MPI_Comm_rank(node, &rank);
+    MPI_Comm_size(node, &n_ranks);
+    // mpirun may have bound every rank to processors of its own: what counts is how many there are together.
+    cpu_set_t mine, all;
+    CPU_ZERO(&mine);
+    if (sched_getaffinity(0, sizeof(mine), &mine) != 0) CPU_SET(0, &mine);
+    MPI_Allreduce(&mine, &all, sizeof(mine), MPI_BYTE, MPI_BOR, node);
+    n_cores = std::min(CPU_COUNT(&mine), std::max(1, CPU_COUNT(&all) / n_ranks));
+    MPI_Comm_free(&node);
+  }
+};
+
+/// Threads per rank: what the user says, else the processors divided by the ranks on the node.
+int choose_threads(const Node& node) {
+  const char* text = std::getenv("OMP_NUM_THREADS");
+  const int wanted = text == nullptr ? 0 : std::atoi(text);
+  return wanted > 0 ? wanted : node.n_cores;
+}
+
+/// "cuda" and "auto" are spread over the GPUs of a node by the rank within the node.
+std::string choose_device(const std::string& device, const Node& node) {
+  if (device != "cuda" && device != "auto") return device;
+  const int n_devices = torch::cuda::is_available() ? static_cast<int>(torch::cuda::device_count()) : 0;
+  if (n_devices == 0) return device == "auto" ? "cpu" : device;
+  return "cuda:" + std::to_string(node.rank % n_devices);
+}
+
+void write_text(FILE* fp, const std::string& text) {
+  const int size = static_cast<int>(text.size());
+  fwrite(&size, sizeof(int), 1, fp);
+  fwrite(text.data(), 1, text.size(), fp);
+}
+
+/// Counterpart of write_text; rank 0 reads, all ranks get it.
+std::string read_text(FILE* fp, MPI_Comm world, Error* error) {
+  int me = 0, size = 0;
+  MPI_Comm_rank(world, &me);
+  if (me == 0) utils::sfread(FLERR, &size, sizeof(int), 1, fp, nullptr, error);
+  MPI_Bcast(&size, 1, MPI_INT, 0, world);
+  std::string text(static_cast<size_t>(size), '\0');
+  if (size > 0) {
+    if (me == 0) utils::sfread(FLERR, text.data(), 1, text.size(), fp, nullptr, error);
+    MPI_Bcast(text.data(), size, MPI_CHAR, 0, world);
+  }
+  return text;
+}
+
+}  // namespace
+
+// --- state ---------------------------------------------------------------------------------------
+
+class PairMoE::Impl : public moecalc::GhostExchange {
+ public:
+  explicit Impl(PairMoE* pair) : pair_(pair) {}
+
+  // from the input script
+  std::string device = "auto", dtype;    // dtype "" = the package's own
+  std::string file;                      // as given
+  std::vector<std::string> type_labels;  // element (or NULL) per atom type, as given
+
+  // from the package
+  std::unique_ptr<moecalc::Evaluator> evaluator;
+  Description description;
+  std::vector<int> element_of_type;  // index 1..ntypes
+  double energy_scale = 1.0;         // from eV to the energy unit of the simulation
+  int n_threads = 1;
+  bool density_checked = false;
+
+  // of the current step
+  moecalc::AtomicGraph graph;
+  std::vector<int> atom_of_row;  // node of the graph -> index of the atom in LAMMPS
+  std::vector<int> row_of_atom;  // the inverse; not_mapped if the atom is no node
+  std::vector<int> canonical;    // ghost -> atom of the same ID that stands for all of its images
+  std::vector<int64_t> types, centre, neighbor;
+  std::vector<double> edge_vec;
+  int64_t n_local = 0;
+
+  // --- GhostExchange: LAMMPS knows which atoms are whose ghosts, so it does the communication -----
+
+  void forward(at::Tensor features) override {
+    start(features);
+    for (int64_t row = 0; row < n_local; ++row)
+      std::memcpy(of_atom(atom_of_row[row]), of_row(row), row_bytes_);
+    pair_->comm->forward_comm(pair_);
+    for (size_t row = n_local; row < atom_of_row.size(); ++row) {
+      std::memcpy(of_row(row), of_atom(atom_of_row[row]), row_bytes_);
+    }
+  }
+
+  void reverse(at::Tensor gradients) override {
+    start(gradients);
+    // Ghosts may be sent on over several ranks, so all atoms have a row of the buffer, nodes or not.
+    for (size_t row = 0; row < atom_of_row.size(); ++row) {
+      std::memcpy(of_atom(atom_of_row[row]), of_row(row), row_bytes_);
+    }
+    pair_->comm->reverse_comm(pair_);
+    for (int64_t row = 0; row < n_local; ++row)
+      std::memcpy(of_row(row), of_atom(atom_of_row[row]), row_bytes_);
+  }
+
+  void sum(at::Tensor values) override {
+    MPI_Allreduce(MPI_IN_PLACE, values.mutable_data_ptr<double>(), static_cast<int>(values.numel()),
+                  MPI_DOUBLE, MPI_SUM, pair_->world);
+  }
+
+  char* of_atom(int atom) { return buffer_.data() + static_cast<size_t>(atom) * row_bytes_; }
+  size_t row_bytes() const { return row_bytes_; }
+
+  /// dst += src, both one row.
+  void add(char* dst, const double* src) const {
+    if (is_float_) {
+      add_as<float>(dst, src);
+    } else {
+      add_as<double>(dst, src);
+    }
+  }
+
+  /// Doubles of LAMMPS' communication buffers that hold one row.
+  static int doubles_per_row(int64_t width, bool is_float) {
+    return static_cast<int>(is_float ? (width + 1) / 2 : width);
+  }
+
+  double memory() const {
+    return static_cast<double>(buffer_.capacity() + edge_vec.capacity() * sizeof(double) +
+                               (centre.capacity() + neighbor.capacity() + types.capacity()) *
+                                   sizeof(int64_t) +
+                               (atom_of_row.capacity() + row_of_atom.capacity()) * sizeof(int));
+  }
+
+ private:
+  void start(const at::Tensor& tensor) {
+    is_float_ = tensor.scalar_type() == at::kFloat;
+    const int size = doubles_per_row(tensor.size(1), is_float_);
+    if (size != pair_->comm_forward || static_cast<size_t>(tensor.size(0)) != atom_of_row.size()) {
+      throw moecalc::Error("expected features of " + std::to_string(atom_of_row.size()) +
+                           " atoms and width " + std::to_string(description.node_dim) + ", got " +
+                           std::to_string(tensor.size(0)) + " x " + std::to_string(tensor.size(1)) +
+                           ": package the checkpoint again");
+    }
+    data_ = static_cast<char*>(tensor.data_ptr());
+    row_bytes_ = static_cast<size_t>(tensor.size(1)) * tensor.element_size();
+    const size_t n_atom = row_of_atom.size();
+    buffer_.assign(n_atom * row_bytes_, 0);
+  }
+
+  char* of_row(size_t row) { return data_ + row * row_bytes_; }
+
+  template <typename T>
+  void add_as(char* dst, const double* src) const {
+    auto* sum = reinterpret_cast<T*>(dst);
+    const auto* summand = reinterpret_cast<const T*>(src);
+    for (size_t k = 0; k < row_bytes_ / sizeof(T); ++k) sum[k] += summand[k];
+  }
+
+  PairMoE* pair_;
+  char* data_ = nullptr;
+  size_t row_bytes_ = 0;
+  bool is_float_ = false;
+  std::vector<char> buffer_;  // one row per atom of LAMMPS, ghosts included
+};
+
+// --- set-up --------------------------------------------------------------------------------------
+
+PairMoE::PairMoE(LAMMPS* lmp) : Pair(lmp), impl(std::make_unique<Impl>(this)) {
+  single_enable = 0;
+  restartinfo = 1;
+  one_coeff = 1;
+  manybody_flag = 1;
+  respa_enable = 0;
+  no_virial_fdotr_compute = 1;
+  centroidstressflag = CENTROID_AVAIL;
+  unit_convert_flag = utils::get_supported_conversions(utils::ENERGY);
+}
+
+PairMoE::~PairMoE() {
+  if (allocated) {
+    memory->destroy(setflag);
+    memory->destroy(cutsq);
+  }
+}
+
+void PairMoE::allocate() {
+  allocated = 1;
+  const int n = atom->ntypes + 1;
+  memory->create(setflag, n, n, "pair:setflag");
+  memory->create(cutsq, n, n, "pair:cutsq");
+  for (int i = 1; i < n; ++i) {
+    for (int j = 1; j < n; ++j) setflag[i][j] = 0;
+  }
+}
+
+void PairMoE::settings(int narg, char** arg) {
+  std::string device = "auto", dtype;
+  for (int i = 0; i < narg; i += 2) {
+    const std::string keyword = arg[i];
+    if (keyword != "device" && keyword != "dtype") {
+      error->all(FLERR, "Pair style moe: expected keyword device or dtype, got {}", keyword);
+    }
+    if (i + 1 == narg) error->all(FLERR, "Pair style moe: expected a value after keyword {}", keyword);
+    const std::string value = arg[i + 1];
+    if (keyword == "device") {
+      const bool known = value == "auto" || value == "cpu" || value == "cuda" || value.rfind("cuda:", 0) == 0;
+      if (!known)
+        error->all(FLERR, "Pair style moe: expected device auto, cpu, cuda or cuda:N, got {}", value);
+      device = value;
+    } else {
+      if (value != "float32" && value != "float64") {
+        error->all(FLERR, "Pair style moe: expected dtype float32 or float64, got {}", value);
+      }
+      dtype = value;
+    }
+  }
+  check_units();
+  if (device != impl->device || dtype != impl->dtype)
+    impl->evaluator.reset();  // loaded again in init_style()
+  impl->device = device;
+  impl->dtype = dtype;
+}
+
+void PairMoE::check_units() {
+  const std::string units = update->unit_style;
+  if (units != "metal" && units != "real") {
+    error->all(FLERR, "Pair style moe: expected units metal or real, got {}", units);
+  }
+  impl->energy_scale = units == "real" ? utils::get_conversion_factor(utils::ENERGY, utils::METAL2REAL) : 1.0;
+}
+
+void PairMoE::coeff(int narg, char** arg) {
+  const int n_types = atom->ntypes;
+  if (narg < 3 || std::string(arg[0]) != "*" || std::string(arg[1]) != "*") {
+    error->all(FLERR, "Pair style moe: expected pair_coeff * * FILE ELEMENT ..., one element per atom type");
+  }
+  const std::vector<std::string> labels(arg + 3, arg + narg);
+  if (static_cast<int>(labels.size()) != n_types) {
+    error->all(FLERR, "Pair style moe: expected {} elements in pair_coeff, one per atom type, got {} ({})",
+               n_types, labels.size(), labels.empty() ? "none" : joined(labels));
+  }
+  if (force->pair == this && contains(labels, "NULL")) {
+    error->all(
+        FLERR,
+        "Pair style moe: expected an element for every atom type, got NULL: NULL is for pair_style hybrid, "
+        "where another style describes these atoms");
+  }
+  impl->file = arg[2];
+  impl->type_labels = labels;
+  load_model();
+
+  if (!allocated) allocate();
+  for (int i = 1; i <= n_types; ++i) {
+    for (int j = i; j <= n_types; ++j) {
+      setflag[i][j] = impl->element_of_type[i] != not_mapped && impl->element_of_type[j] != not_mapped;
+    }
+  }
+}
+
+/// Load the package on every rank. The outcome is agreed upon, so that no rank goes on when another failed.
+void PairMoE::load_model() {
+  check_units();
+  const Node node(world);
+  impl->evaluator.reset();
+  impl->density_checked = false;
+  std::string path = impl->file, message;
+  if (path == "default") {
+    path = package_folder() + "/models/metals10.moe.pt";
+  } else if (!platform::file_is_readable(path)) {
+    const std::string found = utils::get_potential_file_path(path);  // looks into LAMMPS_POTENTIALS
+    if (!found.empty()) path = found;
+  }
+  try {
+    impl->n_threads = choose_threads(node);
+    at::set_num_threads(impl->n_threads);
+    impl->evaluator =
+        std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node), impl->dtype);
+    impl->description = Description(impl->evaluator->metadata());
+  } catch (const std::exception& exception) {
+    message = exception.what();
+    if (message.empty()) message = path + ": cannot be loaded";
+  } catch (...) {
+    message = path + ": cannot be loaded";
+  }
+
+  int failed = message.empty() ? comm->nprocs : comm->me, first = 0;
+  MPI_Allreduce(&failed, &first, 1, MPI_INT, MPI_MIN, world);
+  if (first < comm->nprocs) {
+    int size = static_cast<int>(message.size());
+    MPI_Bcast(&size, 1, MPI_INT, first, world);
+    message.resize(size);
+    MPI_Bcast(message.data(), size, MPI_CHAR, first, world);
+    impl->evaluator.reset();
+    const std::string where = first == 0 ? "" : " (on rank " + std::to_string(first) + ")";
+    error->all(FLERR, "Pair style moe: " + message + where);
+  }
+
+  const std::vector<std::string>& elements = impl->evaluator->elements();
+  impl->element_of_type.assign(atom->ntypes + 1, not_mapped);
+  for (int type = 1; type <= atom->ntypes; ++type) {
+    const std::string& label = impl->type_labels[type - 1];
+    if (label == "NULL") continue;
+    const auto found = std::find(elements.begin(), elements.end(), label);
+    if (found == elements.end()) {
+      error->all(FLERR, "Pair style moe: expected elements of the model {} ({}), got {} for atom type {}",
+                 impl->description.name, joined(elements), label, type);
+    }
+    if (!contains(impl->description.trained_elements, label)) {
+      error->all(FLERR,
+                 "Pair style moe: element {} of atom type {} is known to the model {}, but was not trained: "
+                 "expected one "
+                 "of {}",
+                 label, type, impl->description.name, joined(impl->description.trained_elements));
+    }
+    impl->element_of_type[type] = static_cast<int>(found - elements.begin());
+  }
+
+  const bool is_float = impl->evaluator->dtype() == "float32";
+  comm_forward = comm_reverse = Impl::doubles_per_row(impl->description.node_dim, is_float);
+  log_model();
+}
+
+void PairMoE::log_model() {
+  if (comm->me != 0) return;
+  const moecalc::Evaluator& evaluator = *impl->evaluator;
+  utils::logmesg(lmp,
+                 "Pair style moe (moecalc {}): model {} from {}\n"
+                 "  elements {}; cutoff {} A; {} on {}, {} threads per rank\n",
+                 moecalc::version(), impl->description.name, impl->file, joined(evaluator.elements()),
+                 evaluator.cutoff(), evaluator.dtype(), evaluator.device(), impl->n_threads);
+  if (!impl->description.citation.empty()) {
+    utils::logmesg(lmp, "  please cite {}\n", impl->description.citation);
+  }
+}
+
+void PairMoE::init_style() {
+  if (force->newton_pair == 0) error->all(FLERR, "Pair style moe: expected newton on, got newton pair off");
+  if (atom->tag_enable == 0) error->all(FLERR, "Pair style moe: expected atom IDs, got atom_modify id no");
+  if (neighbor->includegroup != 0) {
+    error->all(FLERR, "Pair style moe: expected all atoms in the neighbor list, got neigh_modify include");
+  }
+  check_units();
+  check_special_bonds();
+  if (impl->evaluator == nullptr) load_model();  // from a restart file, or after another pair_style command
+  impl->density_checked = false;
+
+  // A hybrid style read the size of our exchange before the model was known.
+  if (force->pair != nullptr && force->pair != this) {
+    force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
+    force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
+  }
+  // Images are found by atom ID.
+  if (atom->map_style == Atom::MAP_NONE) {
+    atom->map_user = Atom::MAP_YES;
+    atom->map_init();
+    atom->map_set();
+  }
+  neighbor->add_request(this, NeighConst::REQ_FULL);
+}
+
+/// With a weight of exactly 0, LAMMPS leaves bonded neighbours out of the list.
+void PairMoE::check_special_bonds() {
+  if (atom->molecular == Atom::ATOMIC || atom->nspecial == nullptr) return;
+  std::array<int, 3> excluded{};
+  for (int i = 0; i < atom->nlocal; ++i) {
+    const int* n = atom->nspecial[i];  // cumulative: 1-2, 1-3, 1-4
+    const std::array<int, 3> count = {n[0], n[1] - n[0], n[2] - n[1]};
+    for (int k = 0; k < 3; ++k) {
+      const bool left_out = force->special_lj[k + 1] == 0.0 && force->special_coul[k + 1] == 0.0;
+      if (count[k] > 0 && left_out) excluded[k] = 1;
+    }
+  }
+  MPI_Allreduce(MPI_IN_PLACE, excluded.data(), 3, MPI_INT, MPI_MAX, world);
+  if (excluded[0] + excluded[1] + excluded[2] > 0) {
+    error->all(
+        FLERR,
+        "Pair style moe: expected bonded atoms in the neighbor list, got special_bonds with weight 0: use "
+        "`special_bonds lj/coul 1.0 1.0 1.0`");
+  }
+}
+
+double PairMoE::init_one(int /*i*/, int /*j*/) { return impl->evaluator->cutoff(); }
+
+// --- restart -------------------------------------------------------------------------------------
+
+void PairMoE::write_restart(FILE* fp) {
+  write_restart_settings(fp);
+  write_text(fp, impl->file);
+  write_text(fp, joined(impl->type_labels));
+}
+
+/// The model itself is loaded in init_style(), so that a pair_coeff command can name another file before.
+void PairMoE::read_restart(FILE* fp) {
+  read_restart_settings(fp);
+  impl->file = read_text(fp, world, error);
+  impl->type_labels = utils::split_words(read_text(fp, world, error));
+  if (impl->file.empty()) return;
+  if (!allocated) allocate();
+  for (int i = 1; i <= atom->ntypes; ++i) {
+    for (int j = i; j <= atom->ntypes; ++j) setflag[i][j] = 1;
+  }
+}
+
+void PairMoE::write_restart_settings(FILE* fp) {
+  write_text(fp, impl->device);
+  write_text(fp, impl->dtype);
+}
+
+void PairMoE::read_restart_settings(FILE* fp) {
+  impl->device = read_text(fp, world, error);
+  impl->dtype = read_text(fp, world, error);
+}
+
+// --- every step ----------------------------------------------------------------------------------
+
+/// From LAMMPS' neighbour list to the graph. Only atoms within the cutoff become nodes, and all images of an
+/// atom are one node: an owned atom if this rank owns it, else one ghost. With one rank, there are no ghosts.
+void PairMoE::build_graph() {
+  Impl& s = *impl;
+  const int n_local = atom->nlocal, n_all = n_local + atom->nghost;
+  double** const x = atom->x;
+  const int *const type = atom->type, *const mask = atom->mask;
+  const tagint* const tag = atom->tag;
+
+  // Atoms that are excluded from all interactions are absent: fix gcmc hides an atom that it tries to delete
+  // in this way, and the energy of an isolated atom, which is not zero, must not stay behind.
+  int hidden = 0;
+  for (int m = 0; m < neighbor->nex_group; ++m) {
+    if (neighbor->ex2_bit[m] == 1) hidden |= neighbor->ex1_bit[m];
+    if (neighbor->ex1_bit[m] == 1) hidden |= neighbor->ex2_bit[m];
+  }
+
+  s.row_of_atom.assign(n_all, not_mapped);
+  s.canonical.assign(n_all, not_mapped);
+  s.atom_of_row.clear();
+  s.types.clear();
+  s.centre.clear();
+  s.neighbor.clear();
+  s.edge_vec.clear();
+  const auto add_node = [&s, type](int i) {
+    s.row_of_atom[i] = static_cast<int>(s.atom_of_row.size());
+    s.atom_of_row.push_back(i);
+    s.types.push_back(s.element_of_type[type[i]]);
+  };
+  for (int i = 0; i < n_local; ++i) {
+    if (!std::isfinite(x[i][0] + x[i][1] + x[i][2])) {
+      error->one(FLERR, "Pair style moe: position of atom {} is not finite: {} {} {}", tag[i], x[i][0],
+                 x[i][1], x[i][2]);
+    }
+    if (s.element_of_type[type[i]] != not_mapped && (mask[i] & hidden) == 0) add_node(i);
+  }
+  s.n_local = static_cast<int64_t>(s.atom_of_row.size());
+
+  // A hair above the cutoff: the evaluator has the last word on which edges are inside.
+  const double reach2 = s.evaluator->cutoff() * s.evaluator->cutoff() * (1.0 + 1e-12);
+  for (int ii = 0; ii < list->inum; ++ii) {
+    const int i = list->ilist[ii];
+    const int row = s.row_of_atom[i];
+    if (row == not_mapped) continue;
+    const int* const neighbors = list->firstneigh[i];
+    for (int jj = 0; jj < list->numneigh[i]; ++jj) {
+      const int j = neighbors[jj] & NEIGHMASK;
+      const double d[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
+      if (d[0] * d[0] + d[1] * d[1] + d[2] * d[2] > reach2) continue;
+      if (s.element_of_type[type[j]] == not_mapped || (mask[j] & hidden) != 0) continue;
+      int& k = s.canonical[j];
+      if (k == not_mapped) k = j < n_local ? j : atom->map(tag[j]);
+      if (k < 0 || (comm->nprocs == 1 && k >= n_local)) {
+        error->one(FLERR, "Pair style moe: ghost of atom {} without its atom: was an atom lost?", tag[j]);
+      }
+      if (s.row_of_atom[k] == not_mapped) add_node(k);
+      s.centre.push_back(row);
+      s.neighbor.push_back(s.row_of_atom[k]);
+      s.edge_vec.insert(s.edge_vec.end(), d, d + 3);
+    }
+  }
+
+  const auto n_node = static_cast<int64_t>(s.atom_of_row.size()),
+             n_edge = static_cast<int64_t>(s.centre.size());
+  s.graph.types = at::from_blob(s.types.data(), {n_node}, at::kLong);
+  s.graph.edge_index = at::empty({2, n_edge}, at::kLong);
+  auto* edge_index = s.graph.edge_index.mutable_data_ptr<int64_t>();
+  std::copy(s.centre.begin(), s.centre.end(), edge_index);
+  std::copy(s.neighbor.begin(), s.neighbor.end(), edge_index + n_edge);
+  s.graph.edge_vec = at::from_blob(s.edge_vec.data(), {n_edge, 3}, at::kDouble);
+  s.graph.system_index = at::zeros({s.n_local}, at::kLong);
+}
+
+void PairMoE::compute(int eflag, int vflag) {
+  ev_init(eflag, vflag);
+
+  moecalc::Request request;
+  request.virial = vflag_global != 0;
+  request.atom_virial = vflag_atom != 0 || cvflag_atom != 0;
+  moecalc::Evaluation result;
+  std::string message;
+  bool out_of_memory = false;
+  try {
+    build_graph();
+    // All ranks take part in every exchange, also those without atoms; one rank alone has none to make.
+    result = impl->evaluator->evaluate(impl->graph, request, comm->nprocs > 1 ? impl.get() : nullptr);
+  } catch (const LAMMPSException&) {
+    throw;
+  } catch (const moecalc::OutOfMemoryError& exception) {
+    message = exception.what();
+    out_of_memory = true;
+  } catch (const std::bad_alloc&) {
+    message = "out of memory";
+    out_of_memory = true;
+  } catch (const std::exception& exception) {
+    message = exception.what();
+  } catch (...) {
+    message = "unknown error";
+  }
+  if (!message.empty()) fail(message, out_of_memory, message.find("expected finite") != std::string::npos);
+  if (!impl->density_checked) {
+    warn_about_density(static_cast<int>(result.max_neighbors), static_cast<int>(result.max_angle_neighbors));
+  }
+
+  const double scale = impl->energy_scale;
+  const std::vector<int>& atom_of_row = impl->atom_of_row;
+  const auto* force_of = result.forces.const_data_ptr<double>();
+  double** const f = atom->f;
+  for (size_t row = 0; row < atom_of_row.size(); ++row) {
+    for (int k = 0; k < 3; ++k) f[atom_of_row[row]][k] += scale * force_of[3 * row + k];
+  }
+  if (eflag_global) eng_vdwl += scale * result.energy.item<double>();
+  if (eflag_atom) {
+    const auto* energy_of = result.energies.const_data_ptr<double>();
+    for (int64_t row = 0; row < impl->n_local; ++row) eatom[atom_of_row[row]] += scale * energy_of[row];
+  }
+  // LAMMPS' orders: xx yy zz xy xz yz, and for centroid virials (first index position, second force) yx zx zy
+  // in addition.
+  constexpr int first[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2}, second[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
+  if (vflag_global) {
+    const auto* w = result.virial.const_data_ptr<double>();
+    for (int k = 0; k < 6; ++k) {
+      virial[k] += 0.5 * scale * (w[3 * first[k] + second[k]] + w[3 * second[k] + first[k]]);
+    }
+  }
+  if (request.atom_virial) {
+    const auto* w = result.atom_virial.const_data_ptr<double>();
+    for (size_t row = 0; row < atom_of_row.size(); ++row, w += 9) {
+      const int i = atom_of_row[row];
+      for (int k = 0; vflag_atom && k < 6; ++k) {
+        vatom[i][k] += 0.5 * scale * (w[3 * first[k] + second[k]] + w[3 * second[k] + first[k]]);
+      }
+      for (int k = 0; cvflag_atom && k < 9; ++k) cvatom[i][k] += scale * w[3 * first[k] + second[k]];
+    }
+  }
+}
+
+/// Once per run: all neighbours are used, but a structure denser than any in training is worth a warning.
+void PairMoE::warn_about_density(int max_neighbors, int max_angle_neighbors) {
+  impl->density_checked = true;
+  std::array<int, 2> most = {max_neighbors, max_angle_neighbors};
+  MPI_Allreduce(MPI_IN_PLACE, most.data(), 2, MPI_INT, MPI_MAX, world);
+  const std::array<int, 2> limit = {impl->description.edge_limit, impl->description.angle_limit};
+  const std::array<double, 2> radius = {impl->evaluator->cutoff(), impl->evaluator->angle_cutoff()};
+  for (int k = 0; k < 2; ++k) {
+    if (comm->me != 0 || limit[k] == 0 || most[k] <= limit[k]) continue;
+    error->warning(
+        FLERR,
+        "Pair style moe: an atom has {} neighbors within {} A, in training the model saw at most {}: all are "
+        "used, but the structure is denser than what the model knows",
+        most[k], radius[k], limit[k]);
+  }
+}
+
+/// Stop all ranks: the others may be waiting in an exchange, which error->one() ends.
+void PairMoE::fail(const std::string& message, bool out_of_memory, bool not_finite) {
+  if (out_of_memory) {
+    error->one(FLERR, "Pair style moe: {} atoms on rank {} ({} in all on {} ranks): {}", impl->n_local,
+               comm->me, atom->natoms, comm->nprocs, message);
+  }
+  if (!not_finite) error->one(FLERR, "Pair style moe (rank " + std::to_string(comm->me) + "): " + message);
+
+  // What the user can look at is the atom in the most extreme environment, which is where the closest
+  // neighbour is.
+  double shortest = std::numeric_limits<double>::infinity();
+  int64_t row = -1, partner = -1;
+  for (size_t edge = 0; edge < impl->centre.size(); ++edge) {
+    const double* d = impl->edge_vec.data() + 3 * edge;
+    const double length = std::sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
+    if (length >= shortest) continue;
+    shortest = length;
+    row = impl->centre[edge];
+    partner = impl->neighbor[edge];
+  }
+  if (row < 0) error->one(FLERR, "Pair style moe (rank " + std::to_string(comm->me) + "): " + message);
+  const int i = impl->atom_of_row[row], j = impl->atom_of_row[partner];
+  error->one(FLERR,
+             "Pair style moe: energies or forces are not finite on rank {}: the closest atoms are {} at "
+             "{:.6g} {:.6g} {:.6g} "
+             "and {}, {:.4g} A apart ({})",
+             comm->me, atom->tag[i], atom->x[i][0], atom->x[i][1], atom->x[i][2], atom->tag[j], shortest,
+             message);
+}
+
+// --- communication: a row of the exchange buffer per atom ----------------------------------------
+
+int PairMoE::pack_forward_comm(int n, int* list, double* buf, int /*pbc_flag*/, int* /*pbc*/) {
+  for (int i = 0; i < n; ++i) {
+    std::memcpy(buf + static_cast<size_t>(i) * comm_forward, impl->of_atom(list[i]), impl->row_bytes());
+  }
+  return n * comm_forward;
+}
+
+void PairMoE::unpack_forward_comm(int n, int first, double* buf) {
+  for (int i = 0; i < n; ++i) {
+    std::memcpy(impl->of_atom(first + i), buf + static_cast<size_t>(i) * comm_forward, impl->row_bytes());
+  }
+}
+
+int PairMoE::pack_reverse_comm(int n, int first, double* buf) {
+  for (int i = 0; i < n; ++i) {
+    std::memcpy(buf + static_cast<size_t>(i) * comm_reverse, impl->of_atom(first + i), impl->row_bytes());
+  }
+  return n * comm_reverse;
+}
+
+void PairMoE::unpack_reverse_comm(int n, int* list, double* buf) {
+  for (int i = 0; i < n; ++i) impl->add(impl->of_atom(list[i]), buf + static_cast<size_t>(i) * comm_reverse);
+}
+
+double PairMoE::memory_usage() { return Pair::memory_usage() + impl->memory(); }
+
+}  // namespace LAMMPS_NS
