@@ -441,7 +441,7 @@ def _check(model: _Model, record: bytes) -> None:
         raise PackageError(
             f"{model.path}: expected reference frames, got none: package the checkpoint again, or pass check=False"
         )
-    frame = frames[0]
+    frame = max(frames, key=lambda frame: len(frame["symbols"]))  # an isolated atom would test little
     atoms = Atoms(frame["symbols"], frame["positions"], cell=frame["cell"], pbc=frame["pbc"])
     types = model.types(atoms, allow_untrained=True)
     raw = model.evaluate(SkinNeighborList(model.cutoff, skin=0.0).graph(atoms, types))

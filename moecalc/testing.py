@@ -1,6 +1,6 @@
 """Tolerances, small structures and reference computations for the tests of moecalc and of those who build on it.
 
-Everything here is plain numpy and ASE, so that it can serve as an oracle: it shares no code with what it checks.
+Everything here is plain numpy and ASE, so that it can serve as an oracle.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, Final
 import numpy as np
 from ase import Atoms
 from ase.build import bcc100, bulk
-from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
+
+from moecalc.keys import VOIGT
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -41,39 +42,44 @@ ROUNDING: Final = 1e-9
 
 
 def bulk_alloy(
-    symbols: Sequence[str] = ("Nb", "Mo", "Ta", "W"), a: float = 3.24, amplitude: float = 0.1, seed: int = 0
+    symbols: Sequence[str] = ("Nb", "Mo", "Ta", "W"),
+    a: float = 3.24,
+    repeat: int = 2,
+    amplitude: float = 0.1,
+    seed: int = 0,
 ) -> Atoms:
-    """Strained and rattled bcc supercell, 16 atoms, periodic in all directions, cell shorter than twice a usual cutoff."""
-    atoms = bulk(symbols[0], "bcc", a=a, cubic=True) * 2
-    return _disturb(atoms, symbols, amplitude, seed)
+    """Strained and rattled bcc crystal of 2 repeat^3 atoms, periodic in all directions."""
+    return _disturb(bulk(symbols[0], "bcc", a=a, cubic=True) * repeat, symbols, amplitude, seed)
 
 
 def slab(
-    symbols: Sequence[str] = ("Nb", "Mo", "Ta", "W"), a: float = 3.24, amplitude: float = 0.1, seed: int = 1
+    symbols: Sequence[str] = ("Nb", "Mo", "Ta", "W"),
+    a: float = 3.24,
+    repeat: int = 2,
+    amplitude: float = 0.1,
+    seed: int = 1,
 ) -> Atoms:
-    """Rattled bcc (100) slab, 16 atoms, periodic in x and y, without a third cell vector."""
-    atoms = bcc100(symbols[0], (2, 2, 4), a=a, periodic=False)
-    return _disturb(atoms, symbols, amplitude, seed)
+    """Rattled bcc (100) slab of 4 repeat^2 atoms, periodic in x and y, without a third cell vector."""
+    return _disturb(bcc100(symbols[0], (repeat, repeat, 4), a=a, periodic=False), symbols, amplitude, seed)
 
 
 def molecule(
     symbols: Sequence[str] = ("Nb", "Mo", "Ta", "W"),
     distance: float = 2.5,
+    n_atoms: int = 8,
     amplitude: float = 0.2,
     seed: int = 2,
 ) -> Atoms:
-    """Cluster of 8 atoms, not periodic, without a cell."""
-    corners = np.array(list(itertools.product((0.0, distance), repeat=3)))
-    return _disturb(Atoms([symbols[0]] * 8, corners), symbols, amplitude, seed)
+    """Cluster of up to 8 atoms, not periodic, without a cell."""
+    corners = distance * np.array(list(itertools.product((0.0, 1.0), repeat=3)))[:n_atoms]
+    return _disturb(Atoms([symbols[0]] * len(corners), corners), symbols, amplitude, seed)
 
 
 def one_atom_cell(symbol: str = "W", a: float = 3.17) -> Atoms:
     """Primitive bcc cell, sheared: every neighbour of the atom is its own image."""
     atoms = bulk(symbol, "bcc", a=a)
-    atoms.set_cell(
-        atoms.cell.array @ ([*np.eye(3), [0.01, 0.03, 0.0], [0.0, -0.02, 0.02], [0.015, 0.0, 0.01]]),
-        scale_atoms=True,
-    )
+    deformation = np.eye(3) + np.array([[0.01, 0.03, 0.0], [0.0, -0.02, 0.02], [0.015, 0.0, 0.01]])
+    atoms.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
     return atoms
 
 
@@ -123,12 +129,15 @@ _STENCIL: Final = ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
 
 
 def finite_difference_forces(
-    energy: Callable[[Atoms], float], atoms: Atoms, step: float = 2e-3, indices: Sequence[int] | None = None
+    energies: Callable[[list[Atoms]], Sequence[float]],
+    atoms: Atoms,
+    step: float = 2e-3,
+    indices: Sequence[int] | None = None,
 ) -> Floats:
-    """Minus the derivative of `energy(atoms)` with respect to positions.
+    """Minus the derivative of the energy with respect to positions.
 
     Args:
-        energy: eV of a structure.
+        energies: eV of each of many structures, for example from `MoECalculator.calculate_batch`.
         atoms: the structure; not changed.
         step: displacement in Angstrom.
         indices: atoms to move, all by default.
@@ -136,34 +145,32 @@ def finite_difference_forces(
     Returns:
         (len(indices), 3) forces in eV/A.
     """
-    moved = atoms.copy()
     chosen = range(len(atoms)) if indices is None else indices
-    forces = np.zeros((len(chosen), 3))
-    for row, index in enumerate(chosen):
-        for axis in range(3):
-            start = moved.positions[index, axis]
-            for offset, weight in _STENCIL:
-                moved.positions[index, axis] = start + offset * step
-                forces[row, axis] -= weight * energy(moved) / step
-            moved.positions[index, axis] = start
-    return forces
+    moved = []
+    for index, axis, (offset, _) in itertools.product(chosen, range(3), _STENCIL):
+        moved.append(atoms.copy())
+        moved[-1].positions[index, axis] += offset * step
+    return -_derivatives(energies(moved), step).reshape(len(chosen), 3)
 
 
-def finite_difference_stress(energy: Callable[[Atoms], float], atoms: Atoms, step: float = 1e-3) -> Floats:
-    """Derivative of `energy(atoms)` with respect to symmetric strain, over the volume, in ASE's Voigt order (6,), eV/A^3."""
-    stress = np.zeros((3, 3))
-    for a, b in itertools.combinations_with_replacement(range(3), 2):
-        for offset, weight in _STENCIL:
-            strain = np.eye(3)
-            strain[a, b] += offset * step / 2
-            strain[b, a] += offset * step / 2
-            strained = atoms.copy()
-            strained.set_cell(atoms.cell.array @ strain, scale_atoms=False)
-            strained.positions = atoms.positions @ strain
-            stress[a, b] += weight * energy(strained) / step
-        stress[b, a] = stress[a, b]
-    voigt: Floats = full_3x3_to_voigt_6_stress(stress / atoms.get_volume())
-    return voigt
+def finite_difference_stress(
+    energies: Callable[[list[Atoms]], Sequence[float]], atoms: Atoms, step: float = 1e-3
+) -> Floats:
+    """Derivative of the energy with respect to symmetric strain, over the volume: (6,) in ASE's Voigt order, eV/A^3."""
+    strained = []
+    for (a, b), (offset, _) in itertools.product(zip(*VOIGT, strict=True), _STENCIL):
+        strain = np.eye(3)
+        strain[a, b] += offset * step / 2
+        strain[b, a] += offset * step / 2
+        strained.append(atoms.copy())
+        strained[-1].set_cell(atoms.cell.array @ strain, scale_atoms=False)
+        strained[-1].positions = atoms.positions @ strain
+    return _derivatives(energies(strained), step) / atoms.get_volume()
+
+
+def _derivatives(values: Sequence[float], step: float) -> Floats:
+    weights = np.array([weight for _, weight in _STENCIL])
+    return np.asarray(values, dtype=float).reshape(-1, len(_STENCIL)) @ weights / step
 
 
 class PairEvaluator:
@@ -176,10 +183,10 @@ class PairEvaluator:
     device = "cpu"
     n_layers = 1
     angle_cutoff = 0.0
-    metadata = "{}"
 
-    def __init__(self, elements: Sequence[str], cutoff: float = 5.0) -> None:
+    def __init__(self, elements: Sequence[str], cutoff: float = 5.0, metadata: str = "{}") -> None:
         self.elements = list(elements)
+        self.metadata = metadata
         self.cutoff = cutoff
         self.n_calls = 0
 

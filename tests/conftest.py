@@ -1,0 +1,29 @@
+"""Fixtures that several test files share."""
+
+import pytest
+
+from moecalc import MoECalculator, testing
+
+
+@pytest.fixture(scope="session")
+def shared_calculator():
+    """The default model in float64, loaded once; for tests that only evaluate with it."""
+    return MoECalculator(dtype="float64", device="cpu")
+
+
+@pytest.fixture
+def calculator(shared_calculator):
+    """The default model in float64, in a calculator of the test's own."""
+    return MoECalculator(dtype="float64", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def energies_of(shared_calculator):
+    """Energies (eV) of many structures with the default model in float64."""
+    return lambda structures: [r["energy"] for r in shared_calculator.calculate_batch(structures, ["energy"])]
+
+
+@pytest.fixture
+def small_bulk():
+    """Two atoms in a cell much smaller than the cutoff."""
+    return testing.bulk_alloy(repeat=1)
