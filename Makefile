@@ -65,7 +65,7 @@ $(TORCH_STAMP):
 
 # Not isolated: an isolated build would download and compile against a torch of its own.
 $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
-	$(PIP) install -q "setuptools>=70" wheel "pybind11>=2.13"
+	$(PIP) install -q "setuptools>=77" wheel "pybind11>=2.13"
 	@command -v cmake >/dev/null || $(PIP) install -q cmake
 	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@

