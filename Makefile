@@ -55,17 +55,16 @@ clean:  ## Remove what was built, keep the environment
 distclean: clean  ## Remove the environment as well
 	rm -rf $(VENV)
 
-# Torch comes first and alone, so that nothing else decides on its version.
+# Torch comes first, so that nothing else decides on its version; with the build tools, whose versions it limits.
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"expected Python 3.11 or newer, got {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q "torch==$(TORCH_VERSION)"
+	$(PIP) install -q "torch==$(TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
 	@rm -f $(VENV)/.torch-*
 	@touch $@
 
 # Not isolated: an isolated build would download and compile against a torch of its own.
 $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
-	$(PIP) install -q "setuptools>=77" wheel "pybind11>=2.13"
 	@command -v cmake >/dev/null || $(PIP) install -q cmake
 	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
