@@ -30,7 +30,7 @@ from moecalc.neighbors import AtomicGraph, Floats, Ints, SkinNeighborList
 
 
 class UndefinedStressError(StructureError, PropertyNotImplementedError):
-    """Stress was asked of a structure that has no volume. ASE's writers and loggers pass over it, as over any property that is not there."""
+    """Stress was asked of a structure that has no volume. ASE's file writers pass over it, as over any property that is not there."""
 
 
 class MoECalculator(Calculator):

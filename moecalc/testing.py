@@ -85,6 +85,7 @@ def one_atom_cell(symbol: str = "W", a: float = 3.17) -> Atoms:
 
 def _disturb(atoms: Atoms, symbols: Sequence[str], amplitude: float, seed: int) -> Atoms:
     rng = np.random.default_rng(seed)
+    atoms.info.clear()  # surface builders leave notes there that not every file format takes
     atoms.symbols[:] = [symbols[k % len(symbols)] for k in rng.permutation(len(atoms))]
     strain = np.eye(3) + 0.02 * rng.standard_normal((3, 3))
     strain[2, :2] = strain[:2, 2] = 0  # a slab stays across its normal
@@ -236,3 +237,68 @@ class PairEvaluator:
         if atom_virial:
             result["atom_virial"] = atom
         return result
+
+
+def random_config(
+    type_map: Sequence[str] = ("Nb", "Mo", "Ta", "W"),
+    *,
+    n_routed: int = 0,
+    top_k: int = 2,
+    n_shared: int = 1,
+    kind: str = "mlp",
+    gate: str = "topk_softmax",
+    routing: str = "element",
+    shared_routers: bool = False,
+    neuron: Sequence[int] = (8, 8),
+    **descriptor: Any,
+) -> Any:
+    """Configuration of a small potential (`moecalc.nn.ModelConfig`), dense or with experts at every position.
+
+    Args:
+        type_map: element symbols.
+        n_routed: routed experts per position; 0 is a dense model.
+        top_k, n_shared, kind, gate, routing: see `moecalc.nn.MoEConfig`.
+        shared_routers: one router for all positions of nodes, one for edges, one for angles.
+        neuron: hidden widths of the fitting net.
+        **descriptor: overrides of `moecalc.nn.DescriptorConfig`.
+    """
+    from moecalc.nn import POSITIONS, DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
+
+    small: dict[str, Any] = {
+        "n_dim": 8, "e_dim": 6, "a_dim": 4, "nlayers": 3, "e_rcut": 4.5, "e_rcut_smth": 3.5, "e_sel": 100,
+        "a_rcut": 3.5, "a_rcut_smth": 2.8, "a_sel": 40, "a_compress_rate": 1, "a_compress_e_rate": 2,
+        "a_compress_use_split": True, "use_dynamic_sel": True, "smooth_edge_update": True,
+        "use_exp_switch": True, "edge_init_use_dist": True, "activation_function": "silut:3.0",
+    }  # fmt: skip
+    moe = MoEConfig()
+    if n_routed:
+        router = {"n_routed_experts": n_routed, "top_k": top_k, "n_shared_experts": n_shared, "gate": gate}
+        names = {p: p.split("_", maxsplit=1)[0] if shared_routers else p for p in POSITIONS}
+        moe = MoEConfig.model_validate(
+            {
+                "routing": routing,
+                "routers": dict.fromkeys(names.values(), router),
+                "positions": {p: {"router": names[p], "kind": kind} for p in POSITIONS},
+            }
+        )
+    return ModelConfig(
+        type_map=list(type_map),
+        descriptor=DescriptorConfig.model_validate({**small, **descriptor}),
+        fitting=FittingConfig(neuron=list(neuron), activation_function="silut:3.0"),
+        moe=moe,
+    )
+
+
+def random_potential(config: Any, seed: int = 0, dtype: str = "float64") -> Any:
+    """A `moecalc.nn.MoEPotential` of a configuration with random weights and energy shifts, reproducible."""
+    import torch
+
+    from moecalc.nn import MoEPotential
+    from moecalc.package.importers import set_precision
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MoEPotential(config)
+        model.readout.energy_shift.copy_(torch.randn(len(config.type_map), dtype=torch.float64))
+    set_precision(model, dtype, dtype)
+    return model.eval()

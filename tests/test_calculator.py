@@ -17,7 +17,7 @@ import torch
 from ase import Atoms, units
 from ase.calculators.calculator import CalculatorSetupError, PropertyNotImplementedError
 from ase.filters import FrechetCellFilter
-from ase.io import Trajectory, read
+from ase.io import Trajectory, read, write
 from ase.md import MDLogger
 from ase.md.nose_hoover_chain import MTKNPT
 from ase.md.verlet import VelocityVerlet
@@ -359,6 +359,18 @@ def test_dynamics_of_a_slab_are_logged_and_written(tmp_path, calculator):
         last.get_stress()
 
 
+@pytest.mark.parametrize("suffix", ["xyz", "json", "db"])
+@pytest.mark.parametrize("name", ["bulk", "slab"])
+def test_results_are_written_with_the_structure(tmp_path, shared_calculator, name, suffix):
+    atoms = STRUCTURES[name]()
+    atoms.calc = shared_calculator
+    energy = atoms.get_potential_energy()
+    write(tmp_path / f"x.{suffix}", atoms)
+    again = read(tmp_path / f"x.{suffix}")
+    assert again.get_potential_energy() == pytest.approx(energy, abs=1e-6)
+    assert ("stress" in again.calc.results) == (name == "bulk")
+
+
 # --- copies ----------------------------------------------------------------------------------------
 
 
@@ -399,6 +411,14 @@ def test_a_deep_copy_shares_the_model_but_not_the_list(small_bulk, calculator):
     assert other._model is calculator._model
     assert other.neighbor_list is not calculator.neighbor_list
     assert other.get_potential_energy(small_bulk) == energy
+
+
+def test_a_copy_does_not_need_the_file(tmp_path, small_bulk):
+    package = tmp_path / "copy.moe.pt"
+    package.write_bytes(models.default_model_path().read_bytes())
+    calculator = MoECalculator(package, device="cpu", check=False)
+    package.unlink()
+    assert np.isfinite(copy.copy(calculator).get_potential_energy(small_bulk))
 
 
 def test_a_copy_has_its_own_results(small_bulk, calculator):
