@@ -92,9 +92,9 @@ def test_library_that_does_not_load_is_named_with_its_reason(unloaded):
     assert_names_remedy(message)
 
 
-def test_loading_warns_of_nothing_and_prints_nothing():
+def test_loading_warns_of_nothing_and_prints_nothing(tmp_path):
     code = "from moecalc import _lib; _lib.load()"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
