@@ -40,8 +40,8 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
         jit_save(module, raw, records)
         with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
             for name in sorted(source.namelist()):
-                # debug records hold source paths of the machine that packaged, and nothing a run needs
-                if name.endswith(".debug_pkl"):
+                # source paths of the machine that packaged, and a random id: nothing that a run needs
+                if name.endswith((".debug_pkl", "/serialization_id")):
                     continue
                 # torch names the top folder after the file; give it one name
                 inner = "model/" + name.split("/", 1)[1]

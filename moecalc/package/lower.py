@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from ase.data import atomic_numbers
 from torch import Tensor, nn
 
 from moecalc.errors import ElementError
@@ -21,6 +22,12 @@ def choose_elements(type_map: list[str], elements: list[str] | None) -> list[int
     Raises:
         ElementError: names an element that the model does not know, or that was given twice.
     """
+    for symbol in type_map if elements is None else elements:
+        if symbol in type_map and atomic_numbers.get(symbol, 0) == 0:
+            known = ",".join(s for s in type_map if atomic_numbers.get(s, 0))
+            raise ElementError(
+                f"type_map entry {symbol!r} is not an element symbol, which ASE needs: keep the others (--elements {known})"
+            )
     if elements is None:
         return list(range(len(type_map)))
     for element in elements:

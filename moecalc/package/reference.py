@@ -1,4 +1,4 @@
-"""Small reference structures of a package, and a neighbour list that shares no code with the production one."""
+"""Small reference structures of a package; their neighbours come from brute force, not from the production list."""
 
 from __future__ import annotations
 
@@ -14,50 +14,13 @@ from torch import Tensor, nn
 
 from moecalc.nn.model import ModelOutput, evaluate
 from moecalc.package.metadata import ReferenceFrame
+from moecalc.testing import brute_force_edges
 
 Floats = NDArray[np.float64]
 
 _MAX_ELEMENTS_PER_FRAME = 10
 # distance of every edge from the cutoffs, so that finite differences never step across one (Angstrom)
 _CUTOFF_GAP = 1e-3
-
-
-def brute_force_edges(
-    positions: Floats, cell: Floats, pbc: tuple[bool, ...], cutoff: float
-) -> tuple[NDArray[np.int64], Floats]:
-    """All ordered pairs within the cutoff by trying every image; for small structures only.
-
-    Args:
-        positions: (n, 3) Angstrom; cell: (3, 3) rows; pbc: three flags.
-        cutoff: Angstrom.
-
-    Returns:
-        edge_index (2, E) sorted by centre, edge_vec (E, 3) = r_j - r_i.
-    """
-    n = len(positions)
-    ranges = []
-    spread = np.ptp(positions, axis=0).max() if n else 0.0
-    reciprocal = np.linalg.pinv(cell)
-    for axis in range(3):
-        if not pbc[axis]:
-            ranges.append(range(1))
-            continue
-        reach = (cutoff + np.sqrt(3) * spread) * np.linalg.norm(reciprocal[:, axis])
-        m = int(np.ceil(reach)) + 1
-        ranges.append(range(-m, m + 1))
-    index, vectors = [], []
-    for shift in itertools.product(*ranges):
-        d = positions[None, :] - positions[:, None] + np.array(shift) @ cell
-        inside = np.einsum("ijk,ijk->ij", d, d) <= cutoff * cutoff
-        if shift == (0, 0, 0):
-            np.fill_diagonal(inside, False)
-        i, j = np.nonzero(inside)
-        index.append(np.stack([i, j]))
-        vectors.append(d[i, j])
-    edge_index = np.concatenate(index, axis=1).astype(np.int64)
-    edge_vec = np.concatenate(vectors)
-    order = np.argsort(edge_index[0], kind="stable")
-    return edge_index[:, order], edge_vec[order]
 
 
 def graph_tensors(
@@ -70,8 +33,8 @@ def graph_tensors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Types (n,), edge_index (2, E), edge_vec (E, 3) of a structure as tensors."""
     types = torch.tensor([elements.index(s) for s in symbols], dtype=torch.int64)
-    edge_index, edge_vec = brute_force_edges(positions, cell, pbc, cutoff)
-    return types, torch.from_numpy(edge_index), torch.from_numpy(edge_vec).reshape(-1, 3)
+    i, j, edge_vec = brute_force_edges(Atoms(symbols, positions, cell=cell, pbc=pbc), cutoff)
+    return types, torch.from_numpy(np.stack([i, j])), torch.from_numpy(edge_vec)
 
 
 def evaluate_structure(
@@ -85,8 +48,7 @@ def evaluate_structure(
 
 
 def _radius(symbol: str) -> float:
-    number = atomic_numbers.get(symbol, 0)
-    return float(covalent_radii[number]) if number else 1.2
+    return float(covalent_radii[atomic_numbers[symbol]])
 
 
 def _insert(rng: np.random.Generator, symbols: list[str], cell: Floats, periodic: bool) -> Floats | None:
@@ -120,8 +82,8 @@ def _random_frame(seed: int, symbols: list[str], periodic: bool, avoid: tuple[fl
             continue
         if not periodic:
             cell = np.zeros((3, 3))
-        _, vec = brute_force_edges(positions, cell, (periodic,) * 3, max(avoid) + 0.1)
-        r = np.linalg.norm(vec, axis=1)
+        atoms = Atoms(symbols, positions, cell=cell, pbc=periodic)
+        r = np.linalg.norm(brute_force_edges(atoms, max(avoid) + 0.1)[2], axis=1)
         # swell the structure by up to 5 % until no distance is near a cutoff
         for scale in np.linspace(1.0, 1.05, 300):
             if all((np.abs(scale * r - c) > _CUTOFF_GAP).all() for c in avoid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,16 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, expected a trained checkpoint (.pt)")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise CheckpointError(
+                    f"{path}: a TorchScript archive (a frozen model or a package), expected a trained checkpoint: "
+                    "use the .pt file of the training folder"
+                )
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path}: a TorchScript archive (a frozen model or a package), expected a trained checkpoint: "
-                "use the .pt file of the training folder"
-            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({reason[:200]}): copy or train it again"
