@@ -115,7 +115,7 @@ def test_heads_are_listed_when_none_is_chosen():
 
 
 def test_unknown_head_is_refused_with_the_list():
-    with pytest.raises(CheckpointError, match="head 'steam' is not in this checkpoint.*water_a, water_b"):
+    with pytest.raises(CheckpointError, match=r"head 'steam' is not in this checkpoint.*water_a, water_b"):
         load_checkpoint(ORACLE / "D1_multitask.pt", "steam")
 
 
@@ -211,7 +211,7 @@ def test_wrong_shape_is_named(write):
 def test_diverged_weights_are_refused(write):
     data = raw()
     data["model"]["model.Default.atomic_model.descriptor.repflows.edge_embd.bias"][0] = float("nan")
-    with pytest.raises(CheckpointError, match="'embedding.edge_bias' has non-finite values"):
+    with pytest.raises(CheckpointError, match=r"'embedding.edge_bias' has non-finite values"):
         write(data)
 
 
@@ -242,7 +242,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_state_dict_without_parameters_of_the_model_is_refused(tmp_path):
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="no _extra_state.model_params"):
+    with pytest.raises(CheckpointError, match=r"no _extra_state.model_params"):
         load_checkpoint(tmp_path / "x.pt")
 
 

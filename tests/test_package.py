@@ -317,7 +317,7 @@ def test_untrained_elements_are_marked_and_refused(tmp_path):
     assert read_metadata(tmp_path / "x.moe.pt").trained_elements == ["O", "H"]
     atoms = testing.molecule(["O", "Na"])
     atoms.calc = MoECalculator(tmp_path / "x.moe.pt", device="cpu")
-    with pytest.raises(ElementError, match="Na.*allow_untrained=True"):
+    with pytest.raises(ElementError, match=r"Na.*allow_untrained=True"):
         atoms.get_potential_energy()
 
 
