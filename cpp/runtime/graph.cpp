@@ -17,13 +17,26 @@ std::string shape_of(const at::Tensor& tensor) {
   return text.str();
 }
 
+const char* name_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kLong:
+      return "int64";
+    case at::kDouble:
+      return "float64";
+    case at::kFloat:
+      return "float32";
+    default:
+      return at::toString(dtype);
+  }
+}
+
 /// Checks type, place and shape (-1 = any length), and returns the tensor contiguous.
 at::Tensor checked(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
                    const std::vector<int64_t>& shape) {
   if (!tensor.defined()) throw Error(std::string("expected `") + name + "`, got an undefined tensor");
   if (tensor.scalar_type() != dtype || !tensor.is_cpu()) {
-    throw Error(std::string("expected `") + name + "` to be " + at::toString(dtype) + " on the CPU, got " +
-                at::toString(tensor.scalar_type()) + " on " + tensor.device().str());
+    throw Error(std::string("expected `") + name + "` to be " + name_of(dtype) + " on the CPU, got " +
+                name_of(tensor.scalar_type()) + " on " + tensor.device().str());
   }
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   std::string expected = "[";
