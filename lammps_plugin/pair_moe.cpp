@@ -555,8 +555,16 @@ void PairMoE::build_graph() {
     for (int jj = 0; jj < list->numneigh[i]; ++jj) {
       const int j = neighbors[jj] & NEIGHMASK;
       const double d[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
-      if (d[0] * d[0] + d[1] * d[1] + d[2] * d[2] > reach2) continue;
+      const double distance2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2];
+      if (distance2 > reach2) continue;
       if (s.element_of_type[type[j]] == not_mapped || (mask[j] & hidden) != 0) continue;
+      if (distance2 == 0.0) {
+        error->one(
+            FLERR,
+            "Pair style moe: expected distinct positions, got atoms {} and {} both at {:.8g} {:.8g} {:.8g}: "
+            "remove the duplicate, for example with delete_atoms overlap",
+            tag[i], tag[j], x[i][0], x[i][1], x[i][2]);
+      }
       int& k = s.canonical[j];
       if (k == not_mapped) k = j < n_local ? j : atom->map(tag[j]);
       if (k < 0 || (comm->nprocs == 1 && k >= n_local)) {

@@ -36,9 +36,9 @@ def packages(tmp_path_factory):
         if not out.exists():
             found = [p for p in (DATA / "oracle/models", DATA / "deepmd") if (p / f"{name}.pt").exists()]
             with (
-                mock.patch.object(build, "verify_package", lambda *_: VerificationReport(checks=[])),
-                mock.patch.object(build, "_compare_with_full", lambda *_: []),
-                mock.patch.object(build, "reference_structures", lambda *_: []),
+                mock.patch.object(build, "verify_package", return_value=VerificationReport(checks=[])),
+                mock.patch.object(build, "_compare_with_full", return_value=[]),
+                mock.patch.object(build, "reference_structures", return_value=[]),
             ):
                 build.package_checkpoint(found[0] / f"{name}.pt", out)
         return out
