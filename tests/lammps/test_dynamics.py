@@ -123,7 +123,9 @@ def test_hidden_atoms_are_absent(shared_calculator, tmp_path):
     frame = run.dump("dump.hidden")[0]
     rest = np.array([k for k in range(len(atoms)) if k not in {1, 4}])
     expected = shared_calculator.calculate_batch([atoms[rest]])[0]
-    assert float(run.output.split("frame hidden ")[-1].split()[0]) == pytest.approx(expected["energy"], abs=1e-8)
+    assert float(run.output.split("frame hidden ")[-1].split()[0]) == pytest.approx(
+        expected["energy"], abs=1e-8
+    )
     forces = frame.array("fx", "fy", "fz")
     assert np.abs(forces[rest] - expected["forces"]).max() < FORCES
     assert np.abs(forces[[1, 4]]).max() == 0
@@ -187,7 +189,9 @@ def test_energy_is_conserved_while_atoms_migrate(tmp_path):
     hot = alloy(METALS, (2, 2, 2), amplitude=0.05)
     hot.positions += 0.01  # close to the borders of the ranks
     write_data(tmp_path / "data.alloy", hot, METALS)
-    script = START.format(before="processors 1 1 4", inputs="", temperature=6000).replace("float64", "float32")
+    script = START.format(before="processors 1 1 4", inputs="", temperature=6000).replace(
+        "float64", "float32"
+    )
     script += """
     timestep 0.001
     neigh_modify every 5 delay 0 check no
@@ -199,7 +203,9 @@ def test_energy_is_conserved_while_atoms_migrate(tmp_path):
     """
     run = succeed(script, tmp_path, ranks=4, limit=250)
     energy = run.thermo()[0][:, 1]
-    assert np.abs(energy - energy[0]).max() / 16 < 1e-4 * 3  # eV/atom; the integration error of this step oscillates
+    assert (
+        np.abs(energy - energy[0]).max() / 16 < 1e-4 * 3
+    )  # eV/atom; the integration error of this step oscillates
     slope = np.polyfit(np.arange(len(energy)), energy, 1)[0] * len(energy) / 16
     assert abs(slope) < 1e-4
     frames = run.dump("dump.owners")
@@ -217,7 +223,9 @@ def test_pressure_is_minus_the_volume_derivative(tmp_path):
         script += 'print "result $(pe:%.17g) $(vol:%.17g) $(press:%.17g)"\n'
     rows = np.array(succeed(script, tmp_path).values("result"))
     energy, volume, pressure = rows.T
-    weights = np.array([1 / 12, -2 / 3, 0, 2 / 3, -1 / 12]) / width  # derivative with respect to the scale of lengths
+    weights = (
+        np.array([1 / 12, -2 / 3, 0, 2 / 3, -1 / 12]) / width
+    )  # derivative with respect to the scale of lengths
     derivative = (weights @ energy) / (weights @ volume)
     assert pressure[2] == pytest.approx(-derivative * METAL_PRESSURE, rel=1e-6)
 
