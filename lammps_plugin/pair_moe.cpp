@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <dlfcn.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <sched.h>
 #include <torch/cuda.h>
 
@@ -101,6 +104,18 @@ int choose_threads(const Node& node) {
   const char* text = std::getenv("OMP_NUM_THREADS");
   const int wanted = text == nullptr ? 0 : std::atoi(text);
   return wanted > 0 ? wanted : node.n_cores;
+}
+
+/// Keep freed memory for the next step. By default glibc returns large blocks to the system, and the pages of
+/// every tensor of every step are mapped and zeroed again, which takes up to half of the time of a step.
+void keep_memory() {
+#ifdef __GLIBC__
+  for (const char* name : {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}) {
+    if (std::getenv(name) != nullptr) return;  // the user's choice
+  }
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, -1);
+#endif
 }
 
 /// "cuda" and "auto" are spread over the GPUs of a node by the rank within the node.
@@ -364,6 +379,7 @@ void PairMoE::load_model() {
   try {
     impl->n_threads = choose_threads(node);
     at::set_num_threads(impl->n_threads);
+    keep_memory();
     impl->evaluator =
         std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node), impl->dtype);
     impl->description = Description(impl->evaluator->metadata());
