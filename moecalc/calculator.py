@@ -428,6 +428,11 @@ def _open(path: Path, device: str, dtype: str, *, check: bool) -> _Model:
                 message = str(error)
                 raise PackageError(message if str(path) in message else f"{path}: {message}") from error
             model = _open_models[key] = _Model(path, evaluator, native.Error)
+            if evaluator.backend == "torchscript" and evaluator.device == "cpu":
+                warnings.warn(
+                    f"{path}: evaluated through TorchScript, several times slower than the fused kernels ({evaluator.backend_reason})",
+                    stacklevel=4,
+                )
         if check and key not in _checked:
             _check(model, native.read_record(str(path), keys.REFERENCE_RECORD))
             _checked.add(key)

@@ -258,7 +258,6 @@ class TestInspect:
     def test_foreign_file(self):
         assert "not a moecalc package" in error_of(run("inspect", ROOT / "pyproject.toml"))
 
-    @pytest.mark.xfail(reason="moecalc.package.archive imports torch", strict=False)
     def test_does_not_load_torch(self, packaged):
         code = (
             "import sys; from moecalc.cli import app; app(sys.argv[1:], standalone_mode=False); "

@@ -60,6 +60,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*evaluated through TorchScript")  # sequential updates
 @pytest.mark.parametrize("kind", KINDS)
 def test_calculator_equals_the_eager_model(make, kind):
     path, model = make(kind.replace(" ", "_").replace(",", ""), **KINDS[kind])

@@ -139,6 +139,8 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("dtype", &moecalc::Evaluator::dtype)
       .def_property_readonly("device", &moecalc::Evaluator::device)
       .def_property_readonly("n_layers", &moecalc::Evaluator::n_layers)
+      .def_property_readonly("backend", &moecalc::Evaluator::backend)
+      .def_property_readonly("backend_reason", &moecalc::Evaluator::backend_reason)
       .def_property_readonly("metadata", &moecalc::Evaluator::metadata)
       .def("evaluate", &evaluate, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
            py::arg("system_index"), py::arg("n_systems") = 1, py::kw_only(), py::arg("forces") = true,

@@ -12,10 +12,12 @@
 
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <exception>
 #include <optional>
 #include <utility>
 
+#include "fused.h"
 #include "graph.h"
 #include "memory_reader.h"
 
@@ -255,11 +257,15 @@ class Evaluator::Impl {
   GraphRules rules;
   std::string dtype_name, device_name, metadata;
   std::vector<Module> layers;
+  std::string backend = "torchscript", backend_reason;
 
  private:
   void load(const std::string& path, const std::string& dtype);
   void run(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
            GhostExchange* exchange, Evaluation& result);
+  void run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
+                 GhostExchange* exchange, Evaluation& result);
+  void choose_backend();
   void run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange);
   at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
   at::Tensor with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local, GhostExchange* exchange);
@@ -268,7 +274,8 @@ class Evaluator::Impl {
   at::Device device_;
   at::ScalarType dtype_ = at::kDouble;
   Module geometry_, embedding_, readout_;
-  at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
+  std::unique_ptr<FusedModel> fused_;  // null: TorchScript
+  at::Tensor element_features_;        // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
 };
 
@@ -334,6 +341,28 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   const at::Tensor identity = at::eye(rules.n_types, at::TensorOptions().dtype(dtype_).device(device_));
   element_features_ = embedding_.get_method("group_features")({identity}).toTensor();
   node_dim_ = element_features_.size(1);
+  choose_backend();
+}
+
+/// Fused kernels where they cover the model; MOECALC_BACKEND=torchscript asks for the slower path (for
+/// comparisons).
+void Evaluator::Impl::choose_backend() {
+  const char* wanted = std::getenv("MOECALC_BACKEND");
+  const std::string choice = wanted == nullptr ? "" : wanted;
+  if (!choice.empty() && choice != "fused" && choice != "torchscript") {
+    throw Error("expected MOECALC_BACKEND to be 'fused' or 'torchscript', got '" + choice + "'");
+  }
+  if (!device_.is_cpu()) {
+    backend_reason = "the fused kernels run on the CPU";
+  } else if (choice == "torchscript") {
+    backend_reason = "MOECALC_BACKEND=torchscript";
+  } else {
+    fused_ = make_fused_model(geometry_, embedding_, layers, dtype_, backend_reason);
+    if (fused_ != nullptr) backend = std::string("fused ") + fused_->instruction_set();
+  }
+  if (choice == "fused" && fused_ == nullptr) {
+    throw Error("MOECALC_BACKEND=fused: the fused kernels do not cover " + backend_reason);
+  }
 }
 
 at::Tensor Evaluator::Impl::group_features(const PreparedGraph& graph, GhostExchange* exchange) {
@@ -388,7 +417,7 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
                                      GhostExchange* exchange) {
   const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
                                                                 : std::nullopt);
-  const PreparedGraph prepared = prepare_graph(graph, rules);
+  const PreparedGraph prepared = prepare_graph(graph, rules, /*with_angle_index=*/fused_ == nullptr);
   if (exchange == nullptr && prepared.n_node > prepared.n_local && layers.size() > 1) {
     throw Error("expected a GhostExchange for " + std::to_string(prepared.n_node - prepared.n_local) +
                 " ghost atoms and a model of " + std::to_string(layers.size()) +
@@ -411,7 +440,8 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
 
   const at::Tensor system = graph.system_index.contiguous();
   try {
-    run(prepared, system, request, exchange, result);
+    fused_ != nullptr ? run_fused(prepared, system, request, exchange, result)
+                      : run(prepared, system, request, exchange, result);
   } catch (const std::exception& exception) {
     rethrow(exception, "evaluating " + std::to_string(prepared.n_local) + " atoms, " +
                            std::to_string(prepared.n_edge) + " edges and " +
@@ -512,6 +542,29 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   }
 }
 
+void Evaluator::Impl::run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
+                                GhostExchange* exchange, Evaluation& result) {
+  const bool gradients = request.forces || request.virial || request.atom_virial;
+  const at::AutoGradMode grad_mode(false);
+  const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
+  FusedModel::Exchange extend, reduce;
+  if (exchange != nullptr) {
+    extend = [&](const at::Tensor& v) { return with_ghosts(graph, v, exchange); };
+    reduce = [&](const at::Tensor& dv) { return without_ghosts(graph, dv, exchange); };
+  }
+  const at::Tensor v = fused_->forward(graph, group_features(graph, exchange), extend);
+  const at::AutoGradMode readout_mode(gradients);
+  Segment readout(readout_, {v}, {gradients});
+  readout.forward({readout.leaf(0), graph.types.narrow(0, 0, graph.n_local)}, 1);
+  const at::Tensor energies = readout.output(0);
+  result.energies = energies.to(at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
+  if (!gradients) return;
+  at::Tensor dv = readout.backward({at::ones_like(energies)})[0];
+  if (!dv.defined()) dv = at::zeros_like(v);
+  const at::Tensor g = fused_->backward(graph, dv, reduce);
+  scatter_on_cpu(graph, system.const_data_ptr<int64_t>(), g, request, result);
+}
+
 Evaluator::Evaluator(const std::string& path, const std::string& device, const std::string& dtype)
     : impl_(std::make_unique<Impl>(path, device, dtype)) {}
 Evaluator::~Evaluator() = default;
@@ -528,6 +581,8 @@ double Evaluator::angle_cutoff() const { return impl_->rules.angle_cutoff; }
 const std::string& Evaluator::dtype() const { return impl_->dtype_name; }
 const std::string& Evaluator::device() const { return impl_->device_name; }
 int64_t Evaluator::n_layers() const { return static_cast<int64_t>(impl_->layers.size()); }
+const std::string& Evaluator::backend() const { return impl_->backend; }
+const std::string& Evaluator::backend_reason() const { return impl_->backend_reason; }
 const std::string& Evaluator::metadata() const { return impl_->metadata; }
 
 // --- version.h -----------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ struct KeptEdge {
 
 }  // namespace
 
-PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
+PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, bool with_angle_index) {
   if (graph.n_systems < 1) throw Error("expected `n_systems` >= 1, got " + std::to_string(graph.n_systems));
   const at::Tensor types_in = checked(graph.types, "types", at::kLong, {-1});
   const at::Tensor system_in = checked(graph.system_index, "system_index", at::kLong, {-1});
@@ -175,16 +175,16 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
   auto* new_centre = out.edge_index.mutable_data_ptr<int64_t>();
   int64_t* new_neighbor = new_centre + n_edge;
   auto* new_vec = out.edge_vec.mutable_data_ptr<double>();
-  std::vector<uint8_t> is_close(static_cast<size_t>(n_edge));
   {
-    std::vector<int64_t> next = edge_offset;
+    // Angle neighbours first: their rows are then one block.
+    std::vector<int64_t> next_close = edge_offset, next_far = edge_offset;
+    for (size_t row = 0; row < close_count.size(); ++row) next_far[row] += close_count[row];
     for (const KeptEdge& item : kept) {
       const int64_t row = model_row[centre[item.edge]], j = neighbor[item.edge];
-      const int64_t place = next[static_cast<size_t>(row)]++;
+      const int64_t place = (item.close ? next_close : next_far)[static_cast<size_t>(row)]++;
       new_centre[place] = row;
       new_neighbor[place] = j < n_local ? model_row[j] : j;
       std::copy_n(vec + 3 * item.edge, 3, new_vec + 3 * place);
-      is_close[static_cast<size_t>(place)] = item.close ? 1 : 0;
     }
   }
 
@@ -194,19 +194,17 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
     angle_offset[row] = close_count[row] * close_count[row];
   counts_to_offsets(angle_offset);
   out.n_angle = angle_offset.back();
-  out.angle_index = empty({2, out.n_angle}, at::kLong);
-  auto* first = out.angle_index.mutable_data_ptr<int64_t>();
-  int64_t* second = first + out.n_angle;
-  std::vector<int64_t> close_edges(static_cast<size_t>(out.max_angle_neighbors));
-  for (size_t row = 0; row < close_count.size(); ++row) {
-    int64_t m = 0;
-    for (int64_t e = edge_offset[row]; e < edge_offset[row + 1]; ++e) {
-      if (is_close[static_cast<size_t>(e)] != 0) close_edges[static_cast<size_t>(m++)] = e;
-    }
-    for (int64_t j = 0; j < m; ++j) {
-      const int64_t place = angle_offset[row] + j * m;
-      std::fill_n(first + place, m, close_edges[static_cast<size_t>(j)]);
-      std::copy_n(close_edges.data(), m, second + place);
+  if (with_angle_index) {
+    out.angle_index = empty({2, out.n_angle}, at::kLong);
+    auto* first = out.angle_index.mutable_data_ptr<int64_t>();
+    int64_t* second = first + out.n_angle;
+    for (size_t row = 0; row < close_count.size(); ++row) {
+      const int64_t m = close_count[row], begin = edge_offset[row];
+      for (int64_t j = 0; j < m; ++j) {
+        const int64_t place = angle_offset[row] + j * m;
+        std::fill_n(first + place, m, begin + j);
+        std::iota(second + place, second + place + m, begin);
+      }
     }
   }
 
@@ -216,6 +214,9 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules) {
     out.angle_splits.push_back(angle_offset[static_cast<size_t>(node)]);
   }
 
+  out.edge_offset = std::move(edge_offset);
+  out.angle_offset = std::move(angle_offset);
+  out.close_count = std::move(close_count);
   if (rules.group_by_system) {
     out.composition = at::zeros({graph.n_systems, n_types}, at::TensorOptions().dtype(at::kDouble));
     auto* count = out.composition.mutable_data_ptr<double>();

@@ -23,23 +23,26 @@ struct GraphRules {
 
 /// A graph in model order. All tensors are on the CPU.
 ///
-/// Local atoms are sorted by group, ghosts keep their engine rows; edges are sorted by centre, angles by
-/// edge. All sorts are stable, so equal input gives bitwise equal output.
+/// Local atoms are sorted by group, ghosts keep their engine rows; edges are sorted by centre, angle
+/// neighbours first, and angles by edge. All sorts are stable, so equal input gives bitwise equal output.
 struct PreparedGraph {
   int64_t n_node = 0, n_local = 0, n_edge = 0, n_angle = 0;
   int64_t max_neighbors = 0, max_angle_neighbors = 0;
   at::Tensor types;        // (n_node,) int64
   at::Tensor edge_index;   // (2, n_edge) int64
   at::Tensor edge_vec;     // (n_edge, 3) float64
-  at::Tensor angle_index;  // (2, n_angle) int64
+  at::Tensor angle_index;  // (2, n_angle) int64; only if asked for
   at::Tensor engine_row;   // (n_node,) int64: engine row of each model row; the identity for ghosts
   at::Tensor model_row;    // (n_local,) int64: model row of each local engine row
   at::Tensor composition;  // (n_systems, n_types) float64 atom counts of this rank; only if grouped by system
+  /// Edges of centre i: edge_offset[i]..edge_offset[i + 1], the first close_count[i] of them within the angle
+  /// cutoff; its angles (j, k): angle_offset[i] + j * close_count[i] + k.
+  std::vector<int64_t> edge_offset, angle_offset, close_count;
   /// Rows splits[g]:splits[g+1] belong to group g.
   std::vector<int64_t> node_splits, edge_splits, angle_splits;
 };
 
 /// Filters, sorts and checks `graph`, and lists its angles. Throws Error naming the offending value.
-PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules);
+PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, bool with_angle_index = true);
 
 }  // namespace moecalc

@@ -14,13 +14,15 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
 
-from moecalc._jit import jit_save
 from moecalc.errors import PackageError
 from moecalc.package.metadata import FORMAT_VERSION, Metadata, ReferenceFrame, VerificationReport
+
+if TYPE_CHECKING:
+    import torch
 
 _END = b"PK\x05\x06"
 _STAMP = re.compile(rb"^moecalc crc32=([0-9a-f]{8}) size=(\d+)$")
@@ -35,6 +37,8 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
         module: the scripted model.
         records: extra records by name (`metadata.json`, ...).
     """
+    from moecalc._jit import jit_save
+
     raw = path.with_suffix(".raw")
     try:
         jit_save(module, raw, records)

@@ -48,7 +48,8 @@ def evaluate_structure(
 
 
 def _radius(symbol: str) -> float:
-    return float(covalent_radii[atomic_numbers[symbol]])
+    """Covalent radius in Angstrom; not below 0.9, or hydrogen-rich frames would have hundreds of neighbours per atom."""
+    return max(0.9, float(covalent_radii[atomic_numbers[symbol]]))
 
 
 def _insert(rng: np.random.Generator, symbols: list[str], cell: Floats, periodic: bool) -> Floats | None:

@@ -88,6 +88,10 @@ class MOECALC_API Evaluator {
   const std::string& dtype() const;                  // "float32" or "float64"
   const std::string& device() const;                 // "cpu" or "cuda:N"
   int64_t n_layers() const;
+  /// What runs the layers: "fused avx512" (or avx2, generic), or "torchscript" where the fused kernels do not
+  /// apply, for the reason that backend_reason() gives.
+  const std::string& backend() const;
+  const std::string& backend_reason() const;
   const std::string& metadata() const;  // text of the package's metadata.json
 
  private:

@@ -1,0 +1,840 @@
+// Kernels of the fused RepFlow layer, written once and compiled for every instruction set (layer_avx512.cpp,
+// ...).
+#include <algorithm>
+#include <cmath>
+
+#include "../layer.h"
+#include "simd.h"
+
+namespace moecalc::ops::MOECALC_ISA {
+namespace {
+
+// --- matrix products
+// --------------------------------------------------------------------------------------------
+
+/// MR rows by NV vectors of C, kept in registers.
+template <class T, int MR, int NV>
+inline void tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                 bool accumulate) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < NV; ++s) acc[r][s] = accumulate ? load(c + r * ldc + s * L) : Vec<T>{};
+  }
+  for (int64_t x = 0; x < k; ++x) {
+    Vec<T> row[NV];
+#pragma GCC unroll 8
+    for (int s = 0; s < NV; ++s) row[s] = load(b + x * ldb + s * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const Vec<T> factor = splat(a[r * lda + x]);
+#pragma GCC unroll 8
+      for (int s = 0; s < NV; ++s) acc[r][s] += factor * row[s];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < NV; ++s) store(c + r * ldc + s * L, acc[r][s]);
+  }
+}
+
+template <class T, int MR, int NV>
+inline void block(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                  bool accumulate) {
+  int64_t r = 0;
+  for (; r + MR <= m; r += MR) tile<T, MR, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+  if constexpr (MR > 4) {
+    for (; r + 4 <= m; r += 4) tile<T, 4, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+  }
+  if constexpr (MR > 2) {
+    for (; r + 2 <= m; r += 2) tile<T, 2, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+  }
+  for (; r < m; ++r) tile<T, 1, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+}
+
+/// C (M x N) = or += A (M x K) B (K x N), all row-major, N a whole number of vectors.
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+          int64_t ldc, bool accumulate) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t left = n / L, at = 0;
+#if MOECALC_REGISTERS >= 32
+  while (left >= 6 && left != 8) {
+    block<T, 4, 6>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
+    left -= 6, at += 6 * L;
+  }
+  while (left >= 4) {
+    block<T, 6, 4>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
+    left -= 4, at += 4 * L;
+  }
+#endif
+  while (left >= 3 && left != 4) {
+    block<T, 4, 3>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
+    left -= 3, at += 3 * L;
+  }
+  while (left >= 2) {
+    block<T, 6, 2>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
+    left -= 2, at += 2 * L;
+  }
+  if (left == 1) block<T, 8, 1>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
+}
+
+// --- activations
+// ------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Value {
+  Vec<T> y, slope;
+};
+
+template <class T, ActivationKind kind, bool with_slope>
+inline Value<T> apply(Vec<T> x, T threshold, T tail_slope, T offset) {
+  Value<T> out;
+  out.slope = Vec<T>{};
+  if constexpr (kind == ActivationKind::silu || kind == ActivationKind::silut) {
+    const Vec<T> s = logistic<T>(x);
+    out.y = x * s;
+    if constexpr (with_slope) out.slope = s + out.y * (T(1) - s);
+    if constexpr (kind == ActivationKind::silut) {
+      const auto above = x >= splat(threshold);
+      if (__builtin_expect(any(above), 0)) {
+        const Vec<T> w = T(1) - T(2) / (exponential(T(2) * tail_slope * (x - threshold)) + T(1));
+        out.y = above ? w + offset : out.y;
+        if constexpr (with_slope) out.slope = above ? tail_slope * (T(1) - w * w) : out.slope;
+      }
+    }
+  } else if constexpr (kind == ActivationKind::tanh) {
+    out.y = T(1) - T(2) / (exponential(T(2) * x) + T(1));
+    if constexpr (with_slope) out.slope = T(1) - out.y * out.y;
+  } else if constexpr (kind == ActivationKind::sigmoid) {
+    out.y = logistic<T>(x);
+    if constexpr (with_slope) out.slope = out.y * (T(1) - out.y);
+  } else if constexpr (kind == ActivationKind::relu || kind == ActivationKind::relu6) {
+    const Vec<T> zero = Vec<T>{}, one = splat(T(1)), six = splat(T(6));
+    out.y = x > zero ? x : zero;
+    if constexpr (with_slope) out.slope = x > zero ? one : zero;
+    if constexpr (kind == ActivationKind::relu6) {
+      if constexpr (with_slope) out.slope = x < six ? out.slope : zero;
+      out.y = out.y < six ? out.y : six;
+    }
+  } else if constexpr (kind == ActivationKind::gelu) {
+    constexpr T c = T(0.79788456080286535588), d = T(0.044715);
+    const Vec<T> w = T(1) - T(2) / (exponential(T(2) * c * (x + d * x * x * x)) + T(1));
+    out.y = T(0.5) * x * (T(1) + w);
+    if constexpr (with_slope) {
+      out.slope = T(0.5) * (T(1) + w) + T(0.5) * x * (T(1) - w * w) * c * (T(1) + T(3) * d * x * x);
+    }
+  } else {
+    out.y = x;
+    if constexpr (with_slope) out.slope = splat(T(1));
+  }
+  return out;
+}
+
+template <class T, ActivationKind kind, bool with_slope>
+void map(const Activation& phi, T* x, T* slope, int64_t n) {
+  const T threshold = T(phi.threshold), tail = T(phi.slope), offset = T(phi.offset);
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const Value<T> out = apply<T, kind, with_slope>(load(x + i), threshold, tail, offset);
+    store(x + i, out.y);
+    if constexpr (with_slope) store(slope + i, out.slope);
+  }
+}
+
+template <class T, bool with_slope>
+void dispatch(const Activation& phi, T* x, T* slope, int64_t n) {
+  using K = ActivationKind;
+  switch (phi.kind) {
+    case K::linear:
+      return map<T, K::linear, with_slope>(phi, x, slope, n);
+    case K::silu:
+      return map<T, K::silu, with_slope>(phi, x, slope, n);
+    case K::silut:
+      return map<T, K::silut, with_slope>(phi, x, slope, n);
+    case K::tanh:
+      return map<T, K::tanh, with_slope>(phi, x, slope, n);
+    case K::sigmoid:
+      return map<T, K::sigmoid, with_slope>(phi, x, slope, n);
+    case K::relu:
+      return map<T, K::relu, with_slope>(phi, x, slope, n);
+    case K::relu6:
+      return map<T, K::relu6, with_slope>(phi, x, slope, n);
+    case K::gelu:
+      return map<T, K::gelu, with_slope>(phi, x, slope, n);
+  }
+}
+
+template <class T>
+void activate(const Activation& phi, T* x, int64_t n) {
+  dispatch<T, false>(phi, x, nullptr, n);
+}
+
+template <class T>
+void activate_with_slope(const Activation& phi, T* x, T* slope, int64_t n) {
+  dispatch<T, true>(phi, x, slope, n);
+}
+
+// --- rows
+// -------------------------------------------------------------------------------------------------------
+
+/// out (n) = sum_k p_k y[k * n ..]: the mixture of the experts of one row, vector by vector.
+template <class T>
+inline Vec<T> mixed(const T* y, const T* p, int64_t k, int64_t stride, int64_t at) {
+  Vec<T> s = p[0] * load(y + at);
+  for (int64_t x = 1; x < k; ++x) s += p[x] * load(y + x * stride + at);
+  return s;
+}
+
+template <class T>
+inline void add_row(T* to, const T* from, int64_t n) {
+  for (int64_t d = 0; d < n; d += kLanes<T>) store(to + d, load(to + d) + load(from + d));
+}
+
+template <class T>
+inline void fill(T* to, T value, int64_t n) {
+  for (int64_t d = 0; d < n; d += kLanes<T>) store(to + d, splat(value));
+}
+
+template <class T>
+inline void copy_row(T* to, const T* from, int64_t n) {
+  for (int64_t d = 0; d < n; d += kLanes<T>) store(to + d, load(from + d));
+}
+
+/// Rows of edges are worked on in chunks whose activations stay in the first-level cache.
+constexpr int64_t kEdgeChunk = 16;
+/// Rows of nodes likewise.
+constexpr int64_t kNodeChunk = 16;
+
+// --- node parts of the edge and angle maps
+// ----------------------------------------------------------------------
+
+template <class T>
+void project_centres(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>&) {
+  const LayerShape& s = *x.shape;
+  const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
+  const int64_t ce = s.edge_columns(), ca = s.angle_columns();
+  for (int64_t i = begin; i < end; ++i) copy_row(x.zc + i * ce, w.edge_b, ce);
+  gemm(end - begin, ce, s.n, x.v + begin * s.np, s.np, w.edge_c, ce, x.zc + begin * ce, ce, true);
+  if (ca == 0) return;
+  for (int64_t i = begin; i < end; ++i) copy_row(x.zca + i * ca, w.angle_b, ca);
+  gemm(end - begin, ca, s.n, x.v + begin * s.np, s.np, w.angle_c, ca, x.zca + begin * ca, ca, true);
+}
+
+template <class T>
+void project_slots(const LayerArgs<T>& x, int64_t group, int64_t begin, int64_t end, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const int64_t ce = s.edge_columns();
+  T* rows = scratch.s.get((end - begin) * s.np);
+  for (int64_t k = begin; k < end; ++k) {
+    copy_row(rows + (k - begin) * s.np, x.v + x.graph->slot_node[k] * s.np, s.np);
+  }
+  gemm(end - begin, ce, s.n, rows, s.np, x.weights[group].edge_n, ce, x.zn + begin * ce, ce, false);
+}
+
+template <class T>
+void slots_backward(const LayerArgs<T>& x, int64_t group, int64_t begin, int64_t end, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const int64_t ce = s.edge_columns(), d3 = s.sym_width();
+  T* dzn = scratch.s.get((end - begin) * ce);
+  T* dv = scratch.t.get((end - begin) * s.np);
+  for (int64_t k = begin; k < end; ++k) {
+    T* sum_row = dzn + (k - begin) * ce;
+    T* dv_row = dv + (k - begin) * s.np;
+    fill(sum_row, T(0), ce);
+    fill(dv_row, T(0), s.np);
+    for (int64_t at = g.slot_first[k]; at < g.slot_first[k + 1]; ++at) {
+      const int64_t edge = g.slot_edges[at];
+      add_row(sum_row, x.dz + edge * ce, ce);
+      // neighbour part of the symmetrised features
+      const T* h = x.h + 4 * edge;
+      const T* dh = x.dbig_h + g.centre[edge] * 3 * d3 + s.ep;
+      for (int64_t d = 0; d < s.np; d += kLanes<T>) {
+        store(dv_row + d, load(dv_row + d) + h[0] * load(dh + d) + h[1] * load(dh + d3 + d) +
+                              h[2] * load(dh + 2 * d3 + d));
+      }
+    }
+  }
+  gemm(end - begin, s.np, ce, dzn, ce, x.weights[group].edge_n_t, s.np, dv, s.np, true);
+  for (int64_t k = begin; k < end; ++k) add_row(x.dv + g.slot_node[k] * s.np, dv + (k - begin) * s.np, s.np);
+}
+
+template <class T>
+void centres_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>&) {
+  const LayerShape& s = *x.shape;
+  const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
+  const int64_t ce = s.edge_columns(), ca = s.angle_columns();
+  gemm(end - begin, s.np, ce, x.dzc + begin * ce, ce, w.edge_c_t, s.np, x.dv + begin * s.np, s.np, true);
+  if (ca > 0) {
+    gemm(end - begin, s.np, ca, x.dzca + begin * ca, ca, w.angle_c_t, s.np, x.dv + begin * s.np, s.np, true);
+  }
+}
+
+// --- one centre, forward
+// ----------------------------------------------------------------------------------------
+
+/// P (j part with the centre's) and Q (k part) of the angle maps of the m close edges of a centre.
+template <class T>
+inline void angle_projections(const LayerArgs<T>& x, const GroupWeights<T>& w, int64_t i, int64_t e0,
+                              int64_t m, T* p, T* q) {
+  const LayerShape& s = *x.shape;
+  const int64_t ca = s.angle_columns();
+  for (int64_t j = 0; j < m; ++j) copy_row(p + j * ca, x.zca + i * ca, ca);
+  gemm(m, ca, s.edge_in, x.e + e0 * s.ep, s.ep, w.angle_j, ca, p, ca, true);
+  gemm(m, ca, s.edge_in, x.e + e0 * s.ep, s.ep, w.angle_k, ca, q, ca, false);
+}
+
+/// Z of the angles (j, 0..m-1).
+template <class T>
+inline void angle_row(const LayerArgs<T>& x, const GroupWeights<T>& w, int64_t first, int64_t m, int64_t j,
+                      const T* p, const T* q, T* z) {
+  const LayerShape& s = *x.shape;
+  const int64_t ca = s.angle_columns();
+  const T* pj = p + j * ca;
+  for (int64_t k = 0; k < m; ++k) {
+    for (int64_t d = 0; d < ca; d += kLanes<T>) store(z + k * ca + d, load(pj + d) + load(q + k * ca + d));
+  }
+  gemm(m, ca, s.a, x.a + (first + j * m) * s.ap, s.ap, w.angle_a, ca, z, ca, true);
+}
+
+template <class T>
+void centre_angles(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const GroupWeights<T>& w = x.weights[g.group[i]];
+  const int64_t e0 = g.first_edge[i], m = g.n_close[i], first = g.first_angle[i], ca = s.angle_columns();
+  if (m == 0) return;
+  T* p = scratch.p.get(m * ca);
+  T* q = scratch.q.get(m * ca);
+  T* z = scratch.z.get(m * ca);
+  angle_projections(x, w, i, e0, m, p, q);
+  const T norm = T(1.0 / std::sqrt(s.angle_norm)), keep = T(s.keep_a);
+  for (int64_t j = 0; j < m; ++j) {
+    angle_row(x, w, first, m, j, p, q, z);
+    activate(s.phi, z, m * ca);
+    const T* asw = x.asw + first + j * m;
+    T* message = x.m + (e0 + j) * s.ep;
+    for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
+      Vec<T> total = Vec<T>{};
+      for (int64_t k = 0; k < m; ++k) total += asw[k] * mixed(z + k * ca, w.p_angle1, s.k_angle1, s.ep, d);
+      store(message + d, total * norm);
+    }
+    if (!s.live_angle) continue;
+    for (int64_t k = 0; k < m; ++k) {
+      const T* from = x.a + (first + j * m + k) * s.ap;
+      T* to = x.a_out + (first + j * m + k) * s.ap;
+      for (int64_t d = 0; d < s.ap; d += kLanes<T>) {
+        const Vec<T> u = mixed(z + k * ca + s.angle1(), w.p_angle, s.k_angle, s.ap, d);
+        store(to + d, keep * load(from + d) + load(x.update.a + d) * u);
+      }
+    }
+  }
+}
+
+/// Message rows of edge_angle_linear2 for the edges of a centre: close ones have theirs, far ones zero or
+/// their feature.
+template <class T>
+inline const T* message_rows(const LayerArgs<T>& x, int64_t e0, int64_t from, int64_t m) {
+  return (from < m ? x.m : x.e) + (e0 + from) * x.shape->ep;
+}
+
+template <class T>
+void centre_edges(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const GroupWeights<T>& w = x.weights[g.group[i]];
+  const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, ce = s.edge_columns(),
+                width = s.heads * s.np;
+  T* z = scratch.z.get(kEdgeChunk * ce);
+  T* message = x.message + i * width;
+  fill(message, T(0), width);
+  for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
+    const int64_t rows = std::min(kEdgeChunk, n - begin);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* zn = x.zn + g.slot[e0 + begin + r] * ce;
+      const T* zc = x.zc + i * ce;
+      for (int64_t d = 0; d < ce; d += kLanes<T>) store(z + r * ce + d, load(zc + d) + load(zn + d));
+    }
+    gemm(rows, ce, s.e, x.e + (e0 + begin) * s.ep, s.ep, w.edge_e, ce, z, ce, true);
+    activate(s.phi, z, rows * ce);
+    const T* sw = x.sw + e0 + begin;
+    for (int64_t d = 0; d < width; d += kLanes<T>) {
+      Vec<T> total = load(message + d);
+      for (int64_t r = 0; r < rows; ++r)
+        total += sw[r] * mixed(z + r * ce, w.p_message, s.k_message, width, d);
+      store(message + d, total);
+    }
+    if (!s.live_edge) continue;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = x.e + (e0 + begin + r) * s.ep;
+      T* to = x.e_out + (e0 + begin + r) * s.ep;
+      for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
+        const Vec<T> u = mixed(z + r * ce + s.message(), w.p_edge, s.k_edge, s.ep, d);
+        store(to + d, T(s.keep_e) * load(from + d) + load(x.update.e + d) * u);
+      }
+    }
+  }
+  const T norm = T(1.0 / s.edge_norm);
+  for (int64_t d = 0; d < width; d += kLanes<T>) store(message + d, load(message + d) * norm);
+
+  if (!s.with_angles) return;
+  // edge_angle_linear2
+  const int64_t m = g.n_close[i], c2 = s.k_angle2 * s.ep;
+  const T* residual = x.update.e + s.ep;
+  const int64_t computed = s.keep_far ? n : m;
+  for (int64_t begin = 0; begin < computed;) {
+    const int64_t stop = begin < m ? m : computed;  // a chunk is all close or all far
+    const int64_t rows = std::min(kEdgeChunk, stop - begin);
+    for (int64_t r = 0; r < rows; ++r) copy_row(z + r * c2, w.angle2_b, c2);
+    gemm(rows, c2, s.e, message_rows(x, e0, begin, m), s.ep, w.angle2, c2, z, c2, true);
+    activate(s.phi, z, rows * c2);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* to = x.e_out + (e0 + begin + r) * s.ep;
+      for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
+        const Vec<T> u = mixed(z + r * c2, w.p_angle2, s.k_angle2, s.ep, d);
+        store(to + d, load(to + d) + load(residual + d) * u);
+      }
+    }
+    begin += rows;
+  }
+  for (int64_t r = computed; r < n; ++r) {
+    T* to = x.e_out + (e0 + r) * s.ep;
+    for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
+      store(to + d, load(to + d) + load(residual + d) * load(w.angle2_far + d));
+    }
+  }
+}
+
+/// H_i[c] = sum_j h_ij[c] [e_ij, v_j] (h carries the switch and the normaliser).
+template <class T>
+void centre_symmetric(const LayerArgs<T>& x, int64_t i) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const int64_t e0 = g.first_edge[i], e1 = g.first_edge[i + 1], width = s.sym_width();
+  T* big_h = x.big_h + i * 3 * width;
+  constexpr int64_t L = kLanes<T>;
+  for (int part = 0; part < 2; ++part) {
+    const int64_t offset = part == 0 ? 0 : s.ep, columns = part == 0 ? s.ep : s.np;
+    for (int64_t d = 0; d < columns; d += 2 * L) {
+      const bool two = d + L < columns;
+      Vec<T> acc[3][2] = {};
+      for (int64_t edge = e0; edge < e1; ++edge) {
+        const T* row = (part == 0 ? x.e + edge * s.ep : x.v + g.neighbor[edge] * s.np) + d;
+        const T* h = x.h + 4 * edge;
+        const Vec<T> x0 = load(row), x1 = two ? load(row + L) : Vec<T>{};
+        for (int c = 0; c < 3; ++c) {
+          acc[c][0] += h[c] * x0;
+          acc[c][1] += h[c] * x1;
+        }
+      }
+      for (int c = 0; c < 3; ++c) {
+        store(big_h + c * width + offset + d, acc[c][0]);
+        if (two) store(big_h + c * width + offset + d + L, acc[c][1]);
+      }
+    }
+  }
+}
+
+template <class T>
+void centre(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
+  if (x.shape->with_angles) centre_angles(x, i, scratch);
+  centre_edges(x, i, scratch);
+  centre_symmetric(x, i);
+}
+
+// --- one centre, backward
+// ---------------------------------------------------------------------------------------
+
+/// z (rows x k n) -> y in z, and its slope times p in `slope`.
+template <class T>
+inline void mixture_slopes(const Activation& phi, T* z, T* slope, const T* p, int64_t rows, int64_t k,
+                           int64_t n, int64_t columns) {
+  activate_with_slope(phi, z, slope, rows * columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t x = 0; x < k; ++x) {
+      T* row = slope + r * columns + x * n;
+      for (int64_t d = 0; d < n; d += kLanes<T>) store(row + d, load(row + d) * p[x]);
+    }
+  }
+}
+
+/// Gradient of the symmetrised features: adds to de and dh.
+template <class T>
+void symmetric_backward(const LayerArgs<T>& x, int64_t i) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const int64_t width = s.sym_width();
+  const T* dbig = x.dbig_h + i * 3 * width;
+  for (int64_t edge = g.first_edge[i]; edge < g.first_edge[i + 1]; ++edge) {
+    const T* h = x.h + 4 * edge;
+    const T* e = x.e + edge * s.ep;
+    const T* v = x.v + g.neighbor[edge] * s.np;
+    T* de = x.de + edge * s.ep;
+    Vec<T> dot0 = Vec<T>{}, dot1 = Vec<T>{}, dot2 = Vec<T>{};
+    for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
+      const Vec<T> g0 = load(dbig + d), g1 = load(dbig + width + d), g2 = load(dbig + 2 * width + d),
+                   row = load(e + d);
+      dot0 += g0 * row;
+      dot1 += g1 * row;
+      dot2 += g2 * row;
+      store(de + d, load(de + d) + h[0] * g0 + h[1] * g1 + h[2] * g2);
+    }
+    const T* dv = dbig + s.ep;
+    for (int64_t d = 0; d < s.np; d += kLanes<T>) {
+      const Vec<T> row = load(v + d);
+      dot0 += load(dv + d) * row;
+      dot1 += load(dv + width + d) * row;
+      dot2 += load(dv + 2 * width + d) * row;
+    }
+    x.dh[4 * edge] += sum<T>(dot0);
+    x.dh[4 * edge + 1] += sum<T>(dot1);
+    x.dh[4 * edge + 2] += sum<T>(dot2);
+  }
+}
+
+/// Backward of edge_angle_linear2 for the edges of a centre: dm (m x ep) out, far edges add to `de_far` (n x
+/// ep).
+template <class T>
+void messages_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, T* dm, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const GroupWeights<T>& w = x.weights[g.group[i]];
+  const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, m = g.n_close[i], c2 = s.k_angle2 * s.ep;
+  T* z = scratch.z.get(kEdgeChunk * c2);
+  T* dz = scratch.y.get(kEdgeChunk * c2);
+  const T* residual = x.update.e + s.ep;
+  const int64_t computed = s.keep_far ? n : m;
+  for (int64_t begin = 0; begin < computed;) {
+    const int64_t stop = begin < m ? m : computed;
+    const int64_t rows = std::min(kEdgeChunk, stop - begin);
+    for (int64_t r = 0; r < rows; ++r) copy_row(z + r * c2, w.angle2_b, c2);
+    gemm(rows, c2, s.e, message_rows(x, e0, begin, m), s.ep, w.angle2, c2, z, c2, true);
+    mixture_slopes(s.phi, z, dz, w.p_angle2, rows, s.k_angle2, s.ep, c2);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
+        const Vec<T> du = load(residual + d) * load(de_out + (begin + r) * s.ep + d);
+        for (int64_t k = 0; k < s.k_angle2; ++k) {
+          T* row = dz + r * c2 + k * s.ep + d;
+          store(row, load(row) * du);
+        }
+      }
+    }
+    gemm(rows, s.ep, c2, dz, c2, w.angle2_t, s.ep, dm + begin * s.ep, s.ep, false);
+    begin += rows;
+  }
+}
+
+/// Backward of the angle maps of a centre. dm: gradient of the messages of its close edges (m x ep). Adds to
+/// de, da, dasw.
+template <class T>
+void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const GroupWeights<T>& w = x.weights[g.group[i]];
+  const int64_t e0 = g.first_edge[i], m = g.n_close[i], first = g.first_angle[i], ca = s.angle_columns(),
+                c1 = s.angle1();
+  constexpr int64_t L = kLanes<T>;
+  T* dzca = x.dzca + i * ca;
+  fill(dzca, T(0), ca);
+  if (m == 0) return;
+  T* p = scratch.p.get(m * ca);
+  T* q = scratch.q.get(m * ca);
+  T* dp = scratch.dp.get(m * ca);
+  T* dq = scratch.dq.get(m * ca);
+  T* z = scratch.z.get(m * ca);
+  T* dz = scratch.y.get(m * ca);
+  T* dm_row = scratch.w.get(s.ep);
+  angle_projections(x, w, i, e0, m, p, q);
+  fill(dq, T(0), m * ca);
+  const T norm = T(1.0 / std::sqrt(s.angle_norm)), keep = T(s.keep_a);
+  const bool angle_gradient = s.live_angle && x.da_live;
+  for (int64_t j = 0; j < m; ++j) {
+    angle_row(x, w, first, m, j, p, q, z);
+    activate_with_slope(s.phi, z, dz, m * ca);
+    const T* asw = x.asw + first + j * m;
+    T* dasw = x.dasw + first + j * m;
+    for (int64_t d = 0; d < s.ep; d += L) store(dm_row + d, norm * load(dm + j * s.ep + d));
+    for (int64_t k = 0; k < m; ++k) {
+      T* zk = z + k * ca;
+      T* dzk = dz + k * ca;
+      Vec<T> dot = Vec<T>{};
+      for (int64_t d = 0; d < s.ep; d += L) {
+        const Vec<T> gradient = load(dm_row + d);
+        dot += gradient * mixed(zk, w.p_angle1, s.k_angle1, s.ep, d);
+        const Vec<T> scaled = asw[k] * gradient;
+        for (int64_t y = 0; y < s.k_angle1; ++y) {
+          T* row = dzk + y * s.ep + d;
+          store(row, load(row) * (w.p_angle1[y] * scaled));
+        }
+      }
+      dasw[k] += sum<T>(dot);
+      if (s.live_angle) {
+        T* da = x.da + (first + j * m + k) * s.ap;
+        for (int64_t d = 0; d < s.ap; d += L) {
+          const Vec<T> gradient = angle_gradient ? load(da + d) : Vec<T>{};
+          const Vec<T> scaled = load(x.update.a + d) * gradient;
+          for (int64_t y = 0; y < s.k_angle; ++y) {
+            T* row = dzk + c1 + y * s.ap + d;
+            store(row, load(row) * (w.p_angle[y] * scaled));
+          }
+          store(da + d, keep * gradient);
+        }
+      }
+    }
+    if (!s.live_angle) {
+      if (x.da_live) {
+        // passed through unchanged: nothing to scale
+      } else {
+        fill(x.da + (first + j * m) * s.ap, T(0), m * s.ap);
+      }
+    }
+    gemm(m, s.ap, ca, dz, ca, w.angle_a_t, s.ap, x.da + (first + j * m) * s.ap, s.ap, true);
+    T* dpj = dp + j * ca;
+    for (int64_t d = 0; d < ca; d += L) {
+      Vec<T> total = Vec<T>{};
+      for (int64_t k = 0; k < m; ++k) {
+        const Vec<T> value = load(dz + k * ca + d);
+        total += value;
+        store(dq + k * ca + d, load(dq + k * ca + d) + value);
+      }
+      store(dpj + d, total);
+      store(dzca + d, load(dzca + d) + total);
+    }
+  }
+  gemm(m, s.ep, ca, dp, ca, w.angle_j_t, s.ep, x.de + e0 * s.ep, s.ep, true);
+  gemm(m, s.ep, ca, dq, ca, w.angle_k_t, s.ep, x.de + e0 * s.ep, s.ep, true);
+}
+
+template <class T>
+void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const GroupWeights<T>& w = x.weights[g.group[i]];
+  const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, ce = s.edge_columns(),
+                width = s.heads * s.np;
+  constexpr int64_t L = kLanes<T>;
+  T* z = scratch.z.get(kEdgeChunk * ce);
+  T* dzc = x.dzc + i * ce;
+  fill(dzc, T(0), ce);
+  T* dmessage = scratch.w.get(width);
+  const T norm = T(1.0 / s.edge_norm);
+  for (int64_t d = 0; d < width; d += L) store(dmessage + d, norm * load(x.dmessage + i * width + d));
+  for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
+    const int64_t rows = std::min(kEdgeChunk, n - begin);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* zn = x.zn + g.slot[e0 + begin + r] * ce;
+      const T* zc = x.zc + i * ce;
+      for (int64_t d = 0; d < ce; d += L) store(z + r * ce + d, load(zc + d) + load(zn + d));
+    }
+    gemm(rows, ce, s.e, x.e + (e0 + begin) * s.ep, s.ep, w.edge_e, ce, z, ce, true);
+    T* dz = x.dz + (e0 + begin) * ce;
+    activate_with_slope(s.phi, z, dz, rows * ce);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T sw = x.sw[e0 + begin + r];
+      T* dzr = dz + r * ce;
+      Vec<T> dot = Vec<T>{};
+      for (int64_t d = 0; d < width; d += L) {
+        const Vec<T> gradient = load(dmessage + d);
+        dot += gradient * mixed(z + r * ce, w.p_message, s.k_message, width, d);
+        const Vec<T> scaled = sw * gradient;
+        for (int64_t k = 0; k < s.k_message; ++k) {
+          T* row = dzr + k * width + d;
+          store(row, load(row) * (w.p_message[k] * scaled));
+        }
+      }
+      x.dsw[e0 + begin + r] += sum<T>(dot);
+      if (s.live_edge) {
+        for (int64_t d = 0; d < s.ep; d += L) {
+          const Vec<T> scaled = load(x.update.e + d) * load(de_out + (begin + r) * s.ep + d);
+          for (int64_t k = 0; k < s.k_edge; ++k) {
+            T* row = dzr + s.message() + k * s.ep + d;
+            store(row, load(row) * (w.p_edge[k] * scaled));
+          }
+        }
+      }
+      add_row(dzc, dzr, ce);
+    }
+    gemm(rows, s.ep, ce, dz, ce, w.edge_e_t, s.ep, x.de + (e0 + begin) * s.ep, s.ep, true);
+  }
+}
+
+template <class T>
+void centre_backward(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GraphView& g = *x.graph;
+  const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, m = g.n_close[i];
+  // de holds the gradient of the output: keep a copy, and continue with the share of the layer's input
+  T* de_out = scratch.u.get(std::max<int64_t>(n, 1) * s.ep);
+  T* de = x.de + e0 * s.ep;
+  if (x.de_live) {
+    const T keep = s.live_edge ? T(s.keep_e) : T(1);
+    for (int64_t d = 0; d < n * s.ep; d += kLanes<T>) {
+      const Vec<T> gradient = load(de + d);
+      store(de_out + d, gradient);
+      store(de + d, keep * gradient);
+    }
+  } else {
+    fill(de_out, T(0), n * s.ep);
+    fill(de, T(0), n * s.ep);
+  }
+  if (s.with_angles) {
+    T* dm = scratch.t.get(std::max<int64_t>(n, 1) * s.ep);
+    messages_backward(x, i, de_out, dm, scratch);
+    if (s.keep_far) {
+      for (int64_t r = m; r < n; ++r) add_row(de + r * s.ep, dm + r * s.ep, s.ep);
+    }
+    angles_backward(x, i, dm, scratch);
+  }
+  edges_backward(x, i, de_out, scratch);
+  symmetric_backward(x, i);
+}
+
+// --- nodes
+// ------------------------------------------------------------------------------------------------------
+
+/// S_i = flatten((1/3) sum_c H[c, m] H[c, d]) for the edge and the neighbour block.
+template <class T>
+inline void invariants(const LayerShape& s, const T* big_h, T* out) {
+  const int64_t width = s.sym_width();
+  for (int part = 0; part < 2; ++part) {
+    const int64_t offset = part == 0 ? 0 : s.ep, columns = part == 0 ? s.ep : s.np;
+    T* block_out = out + (part == 0 ? 0 : s.axis * s.ep);
+    for (int64_t m = 0; m < s.axis; ++m) {
+      const T h0 = big_h[offset + m] / T(3), h1 = big_h[width + offset + m] / T(3),
+              h2 = big_h[2 * width + offset + m] / T(3);
+      for (int64_t d = 0; d < columns; d += kLanes<T>) {
+        store(block_out + m * columns + d, h0 * load(big_h + offset + d) +
+                                               h1 * load(big_h + width + offset + d) +
+                                               h2 * load(big_h + 2 * width + offset + d));
+      }
+    }
+  }
+}
+
+template <class T>
+void invariants_backward(const LayerShape& s, const T* big_h, const T* ds, T* dbig_h) {
+  const int64_t width = s.sym_width();
+  for (int64_t d = 0; d < 3 * width; d += kLanes<T>) store(dbig_h + d, Vec<T>{});
+  for (int part = 0; part < 2; ++part) {
+    const int64_t offset = part == 0 ? 0 : s.ep, columns = part == 0 ? s.ep : s.np;
+    const T* block_in = ds + (part == 0 ? 0 : s.axis * s.ep);
+    for (int64_t m = 0; m < s.axis; ++m) {
+      for (int c = 0; c < 3; ++c) {
+        const T* h = big_h + c * width + offset;
+        T* dh = dbig_h + c * width + offset;
+        const T hm = h[m] / T(3);
+        Vec<T> dot = Vec<T>{};
+        for (int64_t d = 0; d < columns; d += kLanes<T>) {
+          const Vec<T> gradient = load(block_in + m * columns + d);
+          store(dh + d, load(dh + d) + hm * gradient);
+          dot += gradient * load(h + d);
+        }
+        dh[m] += sum<T>(dot) / T(3);
+      }
+    }
+  }
+}
+
+template <class T>
+void nodes(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
+  const int64_t rows = end - begin, c1 = s.k_node * s.np, c2 = s.k_sym * s.np, width = s.heads * s.np;
+  T* z1 = scratch.z.get(rows * c1);
+  T* z2 = scratch.y.get(rows * c2);
+  T* sym = scratch.s.get(rows * s.sym_in());
+  for (int64_t r = 0; r < rows; ++r) {
+    copy_row(z1 + r * c1, w.node_b, c1);
+    copy_row(z2 + r * c2, w.sym_b, c2);
+    invariants(s, x.big_h + (begin + r) * 3 * s.sym_width(), sym + r * s.sym_in());
+  }
+  gemm(rows, c1, s.n, x.v + begin * s.np, s.np, w.node, c1, z1, c1, true);
+  gemm(rows, c2, s.sym_in(), sym, s.sym_in(), w.sym, c2, z2, c2, true);
+  activate(s.phi, z1, rows * c1);
+  activate(s.phi, z2, rows * c2);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* v = x.v + (begin + r) * s.np;
+    T* out = x.v_out + (begin + r) * s.np;
+    for (int64_t d = 0; d < s.np; d += kLanes<T>) {
+      Vec<T> total = T(s.keep_n) * load(v + d);
+      total += load(x.update.n + d) * mixed(z1 + r * c1, w.p_node, s.k_node, s.np, d);
+      total += load(x.update.n + s.np + d) * mixed(z2 + r * c2, w.p_sym, s.k_sym, s.np, d);
+      for (int64_t head = 0; head < s.heads; ++head) {
+        total += load(x.update.n + (2 + head) * s.np + d) *
+                 load(x.message + (begin + r) * width + head * s.np + d);
+      }
+      store(out + d, total);
+    }
+  }
+}
+
+template <class T>
+void nodes_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>& scratch) {
+  const LayerShape& s = *x.shape;
+  const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
+  const int64_t rows = end - begin, c1 = s.k_node * s.np, c2 = s.k_sym * s.np, width = s.heads * s.np;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t c = std::max(c1, c2);
+  T* z = scratch.z.get(rows * c);
+  T* dz = scratch.y.get(rows * c);
+  T* sym = scratch.s.get(rows * s.sym_in());
+  const T* gradient = x.dv_out + begin * s.np;
+  T* dv = x.dv + begin * s.np;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < s.np; d += L) {
+      const Vec<T> g = load(gradient + r * s.np + d);
+      store(dv + r * s.np + d, load(dv + r * s.np + d) + T(s.keep_n) * g);
+      for (int64_t head = 0; head < s.heads; ++head) {
+        store(x.dmessage + (begin + r) * width + head * s.np + d,
+              load(x.update.n + (2 + head) * s.np + d) * g);
+      }
+    }
+  }
+  // node_self_mlp
+  for (int64_t r = 0; r < rows; ++r) copy_row(z + r * c1, w.node_b, c1);
+  gemm(rows, c1, s.n, x.v + begin * s.np, s.np, w.node, c1, z, c1, true);
+  mixture_slopes(s.phi, z, dz, w.p_node, rows, s.k_node, s.np, c1);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < c1; d += L) {
+      const int64_t column = d % s.np;
+      store(dz + r * c1 + d,
+            load(dz + r * c1 + d) * load(x.update.n + column) * load(gradient + r * s.np + column));
+    }
+  }
+  gemm(rows, s.np, c1, dz, c1, w.node_t, s.np, dv, s.np, true);
+  // node_sym_linear
+  for (int64_t r = 0; r < rows; ++r) {
+    copy_row(z + r * c2, w.sym_b, c2);
+    invariants(s, x.big_h + (begin + r) * 3 * s.sym_width(), sym + r * s.sym_in());
+  }
+  gemm(rows, c2, s.sym_in(), sym, s.sym_in(), w.sym, c2, z, c2, true);
+  mixture_slopes(s.phi, z, dz, w.p_sym, rows, s.k_sym, s.np, c2);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < c2; d += L) {
+      const int64_t column = d % s.np;
+      store(dz + r * c2 + d,
+            load(dz + r * c2 + d) * load(x.update.n + s.np + column) * load(gradient + r * s.np + column));
+    }
+  }
+  gemm(rows, s.sym_in(), c2, dz, c2, w.sym_t, s.sym_in(), sym, s.sym_in(), false);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (begin + r) * 3 * s.sym_width();
+    invariants_backward(s, x.big_h + at, sym + r * s.sym_in(), x.dbig_h + at);
+  }
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {
+    MOECALC_ISA_NAME,   gemm<T>,           activate<T>,       activate_with_slope<T>,
+    project_centres<T>, project_slots<T>,  centre<T>,         centre_backward<T>,
+    nodes<T>,           nodes_backward<T>, slots_backward<T>, centres_backward<T>};
+
+}  // namespace
+
+const Kernels<float>& table_float() { return kTable<float>; }
+const Kernels<double>& table_double() { return kTable<double>; }
+
+}  // namespace moecalc::ops::MOECALC_ISA

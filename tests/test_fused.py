@@ -1,0 +1,225 @@
+"""The fused CPU kernels against the TorchScript segments of the same package, for every option and instruction set."""
+
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from helpers import graph_of
+
+from moecalc import MoECalculator, _lib, testing
+from moecalc._jit import jit_script
+from moecalc.package.archive import write_archive
+from moecalc.package.lower import lower
+
+ELEMENTS = ["Nb", "Mo", "Ta", "W"]
+STRUCTURES = {
+    "bulk": testing.bulk_alloy(ELEMENTS),
+    "slab": testing.slab(ELEMENTS),
+    "molecule": testing.molecule(ELEMENTS),
+    "one atom": testing.one_atom_cell("W"),
+    "isolated": testing.molecule(ELEMENTS)[:1],
+}
+
+
+@contextmanager
+def environment(**values):
+    """Environment variables, which an evaluator reads when it is made."""
+    old = {name: os.environ.get(name) for name in values}
+    os.environ.update({k: v for k, v in values.items() if v})
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def evaluator(path, dtype="float64", backend="", cpu=""):
+    with environment(MOECALC_BACKEND=backend, MOECALC_CPU=cpu):
+        return _lib.load().Evaluator(str(path), "cpu", dtype)
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory):
+    """Write a random potential as a package, without the verification; cached by options."""
+    folder = tmp_path_factory.mktemp("fused")
+    cache = {}
+
+    def run(**kwargs):
+        key = repr(sorted(kwargs.items()))
+        if key not in cache:
+            config = testing.random_config(ELEMENTS, **kwargs)
+            low, _ = lower(testing.random_potential(config), config)
+            cache[key] = folder / f"{len(cache)}.moe.pt"
+            records = {"format_version": "1", "metadata.json": "{}"}
+            write_archive(cache[key], jit_script(low), records)
+        return cache[key]
+
+    return run
+
+
+def evaluate(model, atoms, extra=0.5, **kwargs):
+    types, edge_index, vec = graph_of(atoms, model.elements, model.cutoff + extra)
+    system = np.zeros(len(types), dtype=np.int64)
+    return model.evaluate(types.numpy(), edge_index.numpy(), vec.numpy(), system, 1, **kwargs)
+
+
+def assert_same(got, want, tolerance):
+    for key in ("energies", "forces", "virial"):
+        scale = max(1.0, np.abs(want[key]).max(initial=0.0))
+        assert np.abs(got[key] - want[key]).max(initial=0.0) <= tolerance * scale, key
+
+
+OPTIONS = {
+    "dense": {},
+    "wide": {"n_dim": 40, "e_dim": 24, "a_dim": 20},
+    "mlp": {"n_routed": 4},
+    "merged linear": {"n_routed": 4, "kind": "linear"},
+    "router per group": {"n_routed": 4, "shared_routers": True, "n_shared": 0},
+    "no angles": {"n_routed": 3, "update_angle": False},
+    "linear compression": {"n_routed": 3, "a_compress_use_split": False},
+    "no compression": {"n_routed": 3, "a_compress_rate": 0},
+    "two heads, res_incr": {"n_routed": 3, "n_multi_edge_message": 2, "update_style": "res_incr"},
+    "res_avg, static, unsmooth": {"n_routed": 3, "update_style": "res_avg", "use_dynamic_sel": False, "smooth_edge_update": False},
+    "polynomial switch, edges from the switch": {"n_routed": 3, "use_exp_switch": False, "edge_init_use_dist": False},
+    "protected distance": {"env_protection": 0.1, "edge_init_use_dist": False},
+    "configuration": {"n_routed": 4, "routing": "configuration", "kind": "linear"},
+    "configuration mlp": {"n_routed": 4, "routing": "configuration"},
+    "concatenated embedding": {"n_routed": 3, "concat_output_tebd": True, "use_tebd_bias": True},
+    "one layer": {"n_routed": 3, "nlayers": 1},
+    "two layers": {"n_routed": 3, "nlayers": 2},
+    "five layers": {"nlayers": 5},
+    "silu": {"activation_function": "silu"},
+    "silut with a low threshold": {"activation_function": "silut:0.1"},
+    "tanh": {"activation_function": "tanh"},
+    "gelu": {"activation_function": "gelu"},
+    "sigmoid": {"activation_function": "sigmoid", "update_style": "res_avg"},
+    "relu": {"activation_function": "relu"},
+    "relu6": {"activation_function": "relu6"},
+    "linear": {"activation_function": "linear"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_fused_equals_torchscript(write, name):
+    path = write(**OPTIONS[name])
+    fused, reference = evaluator(path, backend="fused"), evaluator(path, backend="torchscript")
+    for atoms in STRUCTURES.values():
+        assert_same(evaluate(fused, atoms), evaluate(reference, atoms), 1e-11)
+
+
+@pytest.mark.parametrize("cpu", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_instruction_set_gives_the_same(write, cpu, dtype):
+    path = write(**OPTIONS["mlp"])
+    fused, reference = evaluator(path, dtype, cpu=cpu), evaluator(path, backend="torchscript")
+    if fused.backend != f"fused {cpu}":
+        pytest.skip(f"this processor has no {cpu}")
+    for atoms in STRUCTURES.values():
+        assert_same(evaluate(fused, atoms), evaluate(reference, atoms), 1e-11 if dtype == "float64" else 5e-6)
+
+
+def test_float32_forces_are_as_accurate_as_torchs(write):
+    path = write(**OPTIONS["wide"])
+    exact = evaluate(evaluator(path, "float64"), STRUCTURES["bulk"])
+    errors = [
+        np.abs(
+            evaluate(evaluator(path, "float32", backend), STRUCTURES["bulk"])["forces"] - exact["forces"]
+        ).max()
+        for backend in ("fused", "torchscript")
+    ]
+    assert errors[0] < 3 * errors[1]
+
+
+def test_per_atom_virials_equal_torchscripts(write):
+    path = write(**OPTIONS["mlp"])
+    fused, reference = (
+        evaluate(evaluator(path, backend=b), STRUCTURES["slab"], atom_virial=True)
+        for b in ("fused", "torchscript")
+    )
+    assert np.abs(fused["atom_virial"] - reference["atom_virial"]).max() < 1e-11
+
+
+def test_energies_alone_are_the_same(write):
+    model = evaluator(write(**OPTIONS["mlp"]))
+    full = evaluate(model, STRUCTURES["bulk"])
+    alone = evaluate(model, STRUCTURES["bulk"], forces=False, virial=False)
+    assert np.array_equal(full["energies"], alone["energies"])
+
+
+def test_results_do_not_depend_on_what_was_evaluated_before(write):
+    model = evaluator(write(**OPTIONS["mlp"]))
+    first = evaluate(model, STRUCTURES["molecule"])
+    for atoms in STRUCTURES.values():
+        evaluate(model, atoms)
+    again = evaluate(model, STRUCTURES["molecule"])
+    assert np.array_equal(first["forces"], again["forces"])
+
+
+def test_results_do_not_depend_on_the_number_of_threads(write):
+    import torch
+
+    model = evaluator(write(**OPTIONS["mlp"]))
+    threads = torch.get_num_threads()
+    forces = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            forces.append(evaluate(model, STRUCTURES["bulk"])["forces"])
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(forces[0], forces[1])
+    assert np.array_equal(forces[0], forces[2])
+
+
+def test_excluded_pairs_stay_excluded(tmp_path):
+    config = testing.random_config(ELEMENTS, n_routed=3, exclude_types=[(0, 1), (2, 2)])
+    low, _ = lower(testing.random_potential(config), config)
+    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+    fused, reference = (evaluator(tmp_path / "x.moe.pt", backend=b) for b in ("fused", "torchscript"))
+    assert_same(evaluate(fused, STRUCTURES["bulk"]), evaluate(reference, STRUCTURES["bulk"]), 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"sequential_update": True}, "sequential_update"),
+        ({"activation_function": "softplus"}, "activation softplus"),
+    ],
+)
+def test_options_without_kernels_run_through_torchscript_and_say_so(write, options, reason):
+    model = evaluator(write(**options))
+    assert (model.backend, model.backend_reason) == ("torchscript", reason)
+
+
+def test_calculator_warns_once_of_the_slower_path(write):
+    path = write(sequential_update=True)
+    with pytest.warns(
+        UserWarning, match=r"evaluated through TorchScript, several times slower .*sequential_update"
+    ):
+        calc = MoECalculator(path, check=False, device="cpu")
+    assert MoECalculator(path, check=False, device="cpu").elements == calc.elements
+
+
+def test_demanding_fused_kernels_where_there_are_none_is_refused(write):
+    with pytest.raises(RuntimeError, match="the fused kernels do not cover sequential_update"):
+        evaluator(write(sequential_update=True), backend="fused")
+
+
+def test_unknown_backend_is_refused(write):
+    with pytest.raises(
+        RuntimeError, match="expected MOECALC_BACKEND to be 'fused' or 'torchscript', got 'magic'"
+    ):
+        evaluator(write(), backend="magic")
+
+
+def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
+    config = testing.random_config(ELEMENTS)
+    model = testing.random_potential(config)
+    model.layers[1].edge_self_linear.bias.data[0, 0] = np.nan
+    low, _ = lower(model, config)
+    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+    with pytest.raises(RuntimeError, match="expected finite"):
+        evaluate(evaluator(tmp_path / "x.moe.pt"), STRUCTURES["bulk"])
