@@ -22,14 +22,14 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
     console = Console(highlight=False)
     jobs = (
         (
-            "package four of ten elements",
+            "packaging",
             package_checkpoint,
             ("relative size", "difference (eV/atom)"),
             "nbmotaw_routing.png",
         ),
-        ("relax a distorted alloy", relax_alloy, ("max force (eV/A)", "pressure (GPa)"), "relax_alloy.png"),
+        ("relaxation", relax_alloy, ("max force (eV/A)", "pressure (GPa)"), "relax_alloy.png"),
         (
-            "molecular dynamics",
+            "dynamics",
             dynamics,
             ("drift (meV/atom)", "NPT pressure (GPa)"),
             "dynamics_nve.png, dynamics_npt.png",

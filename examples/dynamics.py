@@ -30,7 +30,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
         mean pressure of the second half of the NPT run (GPa).
     """
     output.mkdir(parents=True, exist_ok=True)
-    n_warm, n_nve, n_npt = (20, 40, 16) if fast else (100, 500, 300)
+    n_warm, n_nve, n_npt = (20, 40, 16) if fast else (100, 500, 400)
     atoms = alloy(2 if fast else 4)
     atoms.calc = MoECalculator(dtype="float32")
     rng = np.random.default_rng(5)
@@ -67,7 +67,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
         temperature_K=TEMPERATURE,
         pressure_au=0.0,
         tdamp=100 * units.fs,
-        pdamp=500 * units.fs,
+        pdamp=300 * units.fs,
     )
     npt = run(npt_dynamics, n_npt, "npt")
 
@@ -93,11 +93,11 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
     left.plot(time, -(potential - total), color=ORANGE, alpha=0.8, label="kinetic energy")
     left.plot(time, total, color=BLUE, lw=2.2, label="total energy")
     left.set(title="NVE: energies, each about its level", xlabel="time (ps)", ylabel="meV/atom")
-    left.legend(loc="upper right", fontsize=8)
+    left.set_ylim(top=1.7 * np.abs(potential).max())
+    left.legend(loc="upper right", fontsize=8, ncols=2)
     right.plot(time, total, color=BLUE)
-    right.plot(time, slope * time + offset, color="k", lw=1, ls="--", label=f"drift {drift:.4f} meV/atom")
-    right.set(title="NVE: total energy alone", xlabel="time (ps)", ylabel="meV/atom")
-    right.legend(loc="upper right", fontsize=8)
+    right.plot(time, slope * time + offset, color="k", lw=1, ls="--")
+    right.set(title=f"NVE: total energy, drift {drift:.4f} meV/atom", xlabel="time (ps)", ylabel="meV/atom")
     save(fig, output / "dynamics_nve.png")
 
     fig, panels = figure(3)
