@@ -243,7 +243,7 @@ def test_out_of_memory_stops_all_ranks(ranks, tmp_path):
     script = f"""
     units metal
     lattice bcc 3.24
-    region box block 0 {14 * ranks} 0 14 0 14
+    region box block 0 {20 * ranks} 0 20 0 20
     create_box 1 box
     create_atoms 1 box
     mass * 50
@@ -262,8 +262,8 @@ def test_out_of_memory_stops_all_ranks(ranks, tmp_path):
     )  # fmt: skip
     assert done.returncode not in {0, -9, -11}
     text = " ".join(done.stdout.split())
-    assert "5488 atoms on rank" in text
-    assert f"({5488 * ranks} in all on {ranks} ranks): out of memory" in text
+    assert "16000 atoms on rank" in text
+    assert f"({16000 * ranks} in all on {ranks} ranks): out of memory" in text
     assert "use fewer atoms per process, dtype float32" in text
 
 
