@@ -14,6 +14,7 @@ class _Evaluation(TypedDict, total=False):
     forces: NDArray[np.float64]
     virial: NDArray[np.float64]
     atom_virial: NDArray[np.float64]
+    timings: dict[str, float]
     n_edge: int
     n_angle: int
     max_neighbors: int
@@ -47,6 +48,17 @@ class Evaluator:
     def backend(self) -> str: ...
     @property
     def backend_reason(self) -> str: ...
+    @property
+    def buffer_bytes(self) -> int: ...
+    def run_layer(
+        self,
+        types: NDArray[np.integer[Any]],
+        edge_index: NDArray[np.integer[Any]],
+        edge_vec: NDArray[np.float64],
+        layer: int,
+        inputs: list[NDArray[np.float64]],
+        gradients: list[NDArray[np.float64]] = ...,
+    ) -> list[NDArray[np.float64]]: ...
     @property
     def metadata(self) -> str: ...
     def evaluate(

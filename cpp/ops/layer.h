@@ -54,6 +54,9 @@ class Buffer {
 template <class T>
 struct Scratch {
   Buffer<T> z, y, p, q, dp, dq, s, t, u, w;
+  /// Seconds that this thread spent in the parts of a centre: forward angles, edges, symmetrisation; the same
+  /// backward.
+  double seconds[6] = {};
 };
 
 /// Widths of a layer. Suffix p: padded. `k_*`: active experts side by side (1 for dense maps).

@@ -100,10 +100,46 @@ py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const p
   if (forces) out["forces"] = to_numpy(result.forces);
   if (virial) out["virial"] = to_numpy(result.virial);
   if (atom_virial) out["atom_virial"] = to_numpy(result.atom_virial);
+  py::dict timings;
+  for (const auto& [part, seconds] : result.timings) timings[py::str(part)] = seconds;
+  out["timings"] = timings;
   out["n_edge"] = result.n_edge;
   out["n_angle"] = result.n_angle;
   out["max_neighbors"] = result.max_neighbors;
   out["max_angle_neighbors"] = result.max_angle_neighbors;
+  return out;
+}
+
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+std::vector<at::Tensor> tensors(const std::vector<Doubles>& arrays, at::ScalarType dtype) {
+  std::vector<at::Tensor> out;
+  for (const Doubles& array : arrays) {
+    const std::vector<int64_t> shape(array.shape(), array.shape() + array.ndim());
+    out.push_back(
+        at::from_blob(const_cast<double*>(array.data()), shape, at::TensorOptions().dtype(at::kDouble))
+            .to(dtype, /*non_blocking=*/false, /*copy=*/true));
+  }
+  return out;
+}
+
+/// One layer of the fused kernels: arrays in and out in float64, computed in the evaluator's dtype.
+std::vector<py::array_t<double>> run_layer(moecalc::Evaluator& evaluator, const py::array& types_in,
+                                           const py::array& edge_index_in, const Doubles& edge_vec,
+                                           int64_t layer, const std::vector<Doubles>& inputs,
+                                           const std::vector<Doubles>& gradients) {
+  const auto types = integers(types_in, "types"), edge_index = integers(edge_index_in, "edge_index");
+  moecalc::AtomicGraph graph;
+  graph.types = view<int64_t>(types, at::kLong);
+  graph.edge_index = view<int64_t>(edge_index, at::kLong);
+  graph.edge_vec = tensors({edge_vec}, at::kDouble)[0];
+  graph.system_index = at::zeros_like(graph.types);
+  const at::ScalarType dtype = evaluator.dtype() == "float64" ? at::kDouble : at::kFloat;
+  std::vector<py::array_t<double>> out;
+  for (const at::Tensor& tensor :
+       evaluator.run_layer(graph, layer, tensors(inputs, dtype), tensors(gradients, dtype))) {
+    out.push_back(to_numpy(tensor.to(at::kDouble)));
+  }
   return out;
 }
 
@@ -141,7 +177,11 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("n_layers", &moecalc::Evaluator::n_layers)
       .def_property_readonly("backend", &moecalc::Evaluator::backend)
       .def_property_readonly("backend_reason", &moecalc::Evaluator::backend_reason)
+      .def_property_readonly("buffer_bytes", &moecalc::Evaluator::buffer_bytes)
       .def_property_readonly("metadata", &moecalc::Evaluator::metadata)
+      .def("run_layer", &run_layer, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
+           py::arg("layer"), py::arg("inputs"), py::arg("gradients") = std::vector<Doubles>{},
+           "One layer of the fused kernels alone, for tests: see run_layer in evaluator.h.")
       .def("evaluate", &evaluate, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
            py::arg("system_index"), py::arg("n_systems") = 1, py::kw_only(), py::arg("forces") = true,
            py::arg("virial") = true, py::arg("atom_virial") = false, py::arg("exchange") = py::none(),

@@ -11,6 +11,7 @@
 #include <torch/version.h>
 
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <exception>
@@ -66,6 +67,10 @@ bool is_out_of_memory(const std::exception& exception) {
                            essence(exception) + ")");
   }
   throw Error(context + ": " + essence(exception));
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // --- devices and types ---------------------------------------------------------------------------
@@ -266,6 +271,14 @@ class Evaluator::Impl {
   void run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
                  GhostExchange* exchange, Evaluation& result);
   void choose_backend();
+
+ public:
+  std::vector<at::Tensor> run_layer(const AtomicGraph& graph, int64_t layer,
+                                    const std::vector<at::Tensor>& inputs,
+                                    const std::vector<at::Tensor>& gradients);
+  int64_t buffer_bytes() const { return fused_ == nullptr ? 0 : fused_->bytes(); }
+
+ private:
   void run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange);
   at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
   at::Tensor with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local, GhostExchange* exchange);
@@ -415,6 +428,7 @@ void Evaluator::Impl::run_without_atoms(const PreparedGraph& graph, bool gradien
 
 Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& request,
                                      GhostExchange* exchange) {
+  const auto start = std::chrono::steady_clock::now();
   const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
                                                                 : std::nullopt);
   const PreparedGraph prepared = prepare_graph(graph, rules, /*with_angle_index=*/fused_ == nullptr);
@@ -424,6 +438,7 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
                 " layers, got none: map periodic images to owned atoms or pass one");
   }
   Evaluation result;
+  result.timings.emplace_back("graph", seconds_since(start));
   result.n_edge = prepared.n_edge;
   result.n_angle = prepared.n_angle;
   result.max_neighbors = prepared.max_neighbors;
@@ -552,17 +567,50 @@ void Evaluator::Impl::run_fused(const PreparedGraph& graph, const at::Tensor& sy
     extend = [&](const at::Tensor& v) { return with_ghosts(graph, v, exchange); };
     reduce = [&](const at::Tensor& dv) { return without_ghosts(graph, dv, exchange); };
   }
+  auto mark = std::chrono::steady_clock::now();
   const at::Tensor v = fused_->forward(graph, group_features(graph, exchange), extend);
+  result.timings.emplace_back("forward", seconds_since(mark));
+  mark = std::chrono::steady_clock::now();
   const at::AutoGradMode readout_mode(gradients);
   Segment readout(readout_, {v}, {gradients});
   readout.forward({readout.leaf(0), graph.types.narrow(0, 0, graph.n_local)}, 1);
   const at::Tensor energies = readout.output(0);
   result.energies = energies.to(at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
-  if (!gradients) return;
+  if (!gradients) {
+    result.timings.emplace_back("readout", seconds_since(mark));
+    fused_->take_timings(result.timings);
+    return;
+  }
   at::Tensor dv = readout.backward({at::ones_like(energies)})[0];
   if (!dv.defined()) dv = at::zeros_like(v);
+  result.timings.emplace_back("readout", seconds_since(mark));
+  mark = std::chrono::steady_clock::now();
   const at::Tensor g = fused_->backward(graph, dv, reduce);
+  result.timings.emplace_back("backward", seconds_since(mark));
+  fused_->take_timings(result.timings);
   scatter_on_cpu(graph, system.const_data_ptr<int64_t>(), g, request, result);
+}
+
+std::vector<at::Tensor> Evaluator::Impl::run_layer(const AtomicGraph& graph, int64_t layer,
+                                                   const std::vector<at::Tensor>& inputs,
+                                                   const std::vector<at::Tensor>& gradients) {
+  if (fused_ == nullptr) throw Error("run_layer: no fused kernels here (" + backend_reason + ")");
+  if (layer < 0 || layer >= static_cast<int64_t>(layers.size())) {
+    throw Error("expected a layer in [0, " + std::to_string(layers.size()) + "), got " +
+                std::to_string(layer));
+  }
+  if (inputs.size() != 6 || (!gradients.empty() && gradients.size() != 3)) {
+    throw Error("expected 6 inputs and 0 or 3 gradients, got " + std::to_string(inputs.size()) + " and " +
+                std::to_string(gradients.size()));
+  }
+  const at::NoGradGuard no_grad;
+  const PreparedGraph prepared = prepare_graph(graph, rules, false);
+  const LayerTensors in{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5]};
+  const LayerTensors out = fused_->one_layer(prepared, element_features_, layer, in);
+  if (gradients.empty()) return {out.v, out.e, out.a};
+  const LayerTensors d =
+      fused_->one_layer_backward(layer, in, {gradients[0], gradients[1], gradients[2], {}, {}, {}});
+  return {d.v, d.e, d.a, d.sw, d.h, d.asw};
 }
 
 Evaluator::Evaluator(const std::string& path, const std::string& device, const std::string& dtype)
@@ -583,6 +631,12 @@ const std::string& Evaluator::device() const { return impl_->device_name; }
 int64_t Evaluator::n_layers() const { return static_cast<int64_t>(impl_->layers.size()); }
 const std::string& Evaluator::backend() const { return impl_->backend; }
 const std::string& Evaluator::backend_reason() const { return impl_->backend_reason; }
+int64_t Evaluator::buffer_bytes() const { return impl_->buffer_bytes(); }
+std::vector<at::Tensor> Evaluator::run_layer(const AtomicGraph& graph, int64_t layer,
+                                             const std::vector<at::Tensor>& inputs,
+                                             const std::vector<at::Tensor>& gradients) {
+  return impl_->run_layer(graph, layer, inputs, gradients);
+}
 const std::string& Evaluator::metadata() const { return impl_->metadata; }
 
 // --- version.h -----------------------------------------------------------------------------------

@@ -122,8 +122,21 @@ class Fused final : public FusedModel {
                      const Exchange& with_ghosts) override;
   at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                       const Exchange& without_ghosts) override;
+  LayerTensors one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
+                         const LayerTensors& in) override;
+  LayerTensors one_layer_backward(int64_t layer, const LayerTensors& in,
+                                  const LayerTensors& gradients) override;
   int64_t bytes() const override;
   const char* instruction_set() const override { return kernels_.name; }
+  void take_timings(Timings& timings) override {
+    static constexpr const char* names[] = {"angles",          "edges",          "symmetrisation",
+                                            "angles backward", "edges backward", "symmetrisation backward"};
+    for (size_t part = 0; part < 6; ++part) {
+      double total = 0.0;
+      for (Scratch<T>& scratch : scratch_) total += std::exchange(scratch.seconds[part], 0.0);
+      timings.emplace_back(names[part], total / static_cast<double>(std::max<size_t>(1, scratch_.size())));
+    }
+  }
 
  private:
   // --- reading ---
@@ -143,6 +156,9 @@ class Fused final : public FusedModel {
   void shape_geometry(const PreparedGraph& graph);
   at::Tensor geometry_backward(const PreparedGraph& graph);
   LayerArgs<T> arguments(size_t layer);
+  void layer_forward(size_t l);
+  void layer_backward(size_t l, bool nodes);
+  void start_backward();
   void project(const LayerArgs<T>& x);
 
   /// f(task, scratch) for all tasks, handed out one by one.
@@ -188,6 +204,8 @@ class Fused final : public FusedModel {
   };
   std::vector<SlotChunk> slot_chunks_;
   std::vector<size_t> slot_chunk_splits_;
+
+  bool de_live_ = false, da_live_ = false;  // whether de_ and da_ hold gradients of the layer's outputs yet
 
   // Buffers; they grow and stay.
   std::vector<Scratch<T>> scratch_;
@@ -687,6 +705,26 @@ at::Tensor Fused<T>::geometry_backward(const PreparedGraph& graph) {
 // --- forward and backward
 // ------------------------------------------------------------------------------------------------
 
+/// (rows, width) tensor of padded rows.
+template <class T>
+at::Tensor compact(const T* rows, int64_t n, int64_t width, int64_t stride) {
+  at::Tensor out = at::empty({n, width}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
+  T* to = out.template mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i) std::copy_n(rows + i * stride, width, to + i * width);
+  return out;
+}
+
+template <class T>
+void expand(const at::Tensor& from, int64_t first, int64_t n, int64_t stride, T* rows) {
+  const at::Tensor values = from.contiguous();
+  const T* source = values.template const_data_ptr<T>();
+  const int64_t width = values.size(1);
+  for (int64_t i = first; i < first + n; ++i) {
+    std::copy_n(source + i * width, width, rows + i * stride);
+    std::fill(rows + i * stride + width, rows + (i + 1) * stride, T(0));
+  }
+}
+
 template <class T>
 LayerArgs<T> Fused<T>::arguments(size_t layer) {
   LayerArgs<T> x;
@@ -719,24 +757,69 @@ void Fused<T>::project(const LayerArgs<T>& x) {
   });
 }
 
-/// (rows, width) tensor of padded rows.
 template <class T>
-at::Tensor compact(const T* rows, int64_t n, int64_t width, int64_t stride) {
-  at::Tensor out = at::empty({n, width}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
-  T* to = out.template mutable_data_ptr<T>();
-  for (int64_t i = 0; i < n; ++i) std::copy_n(rows + i * stride, width, to + i * width);
-  return out;
+void Fused<T>::layer_forward(size_t l) {
+  const LayerShape& s = layers_[l].shape;
+  LayerArgs<T> x = arguments(l);
+  x.v_out = v_[l + 1].get(g_.n_node * s.np);
+  // outputs that no later layer reads do not exist
+  if (s.live_edge) x.e_out = e_[l + 1].get(g_.n_edge * s.ep);
+  if (s.live_angle) x.a_out = a_[l + 1].get(g_.n_angle * s.ap);
+  project(x);
+  parallel(g_.n_local, [&](int64_t i, Scratch<T>& scratch) { kernels_.centre(x, i, scratch); });
+  parallel_rows(
+      [&](int64_t begin, int64_t end, Scratch<T>& scratch) { kernels_.nodes(x, begin, end, scratch); });
+}
+
+/// Gradients of layer l: dv_out_ in, dv_ out (left at the centre's own share where `nodes` is false); de_,
+/// da_ in place.
+template <class T>
+void Fused<T>::layer_backward(size_t l, bool nodes) {
+  const LayerShape& s = layers_[l].shape;
+  LayerArgs<T> x = arguments(l);
+  x.dv_out = dv_out_.get(g_.n_local * s.np);
+  x.dv = dv_.get(g_.n_node * s.np);
+  x.de = de_.get(g_.n_edge * s.ep);
+  x.da = da_.get(g_.n_angle * layers_[0].shape.ap);
+  x.de_live = de_live_, x.da_live = da_live_;
+  x.dz = dz_.get(g_.n_edge * s.edge_columns());
+  x.dzc = dzc_.get(g_.n_local * s.edge_columns());
+  x.dzca = dzca_.get(g_.n_local * s.angle_columns());
+  x.dbig_h = dbig_h_.get(g_.n_local * 3 * s.sym_width());
+  x.dmessage = dmessage_.get(g_.n_local * s.heads * s.np);
+  x.dsw = dsw_.get(0), x.dh = dh_.get(0), x.dasw = dasw_.get(0);
+  std::fill_n(x.dv, g_.n_node * s.np, T(0));
+  project(x);
+  parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
+    kernels_.nodes_backward(x, begin, end, scratch);
+  });
+  parallel(g_.n_local, [&](int64_t i, Scratch<T>& scratch) { kernels_.centre_backward(x, i, scratch); });
+  de_live_ = true;
+  da_live_ = da_live_ || s.with_angles;
+  if (!nodes) return;
+  // group by group: within a group every node has one slot, so no two tasks write the same row
+  for (size_t group = 0; group + 1 < slot_chunk_splits_.size(); ++group) {
+    const size_t first = slot_chunk_splits_[group], count = slot_chunk_splits_[group + 1] - first;
+    parallel(static_cast<int64_t>(count), [&](int64_t k, Scratch<T>& scratch) {
+      const SlotChunk& chunk = slot_chunks_[first + static_cast<size_t>(k)];
+      kernels_.slots_backward(x, chunk.group, chunk.begin, chunk.end, scratch);
+    });
+  }
+  parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
+    kernels_.centres_backward(x, begin, end, scratch);
+  });
 }
 
 template <class T>
-void expand(const at::Tensor& from, int64_t first, int64_t n, int64_t stride, T* rows) {
-  const at::Tensor values = from.contiguous();
-  const T* source = values.template const_data_ptr<T>();
-  const int64_t width = values.size(1);
-  for (int64_t i = first; i < first + n; ++i) {
-    std::copy_n(source + i * width, width, rows + i * stride);
-    std::fill(rows + i * stride + width, rows + (i + 1) * stride, T(0));
-  }
+void Fused<T>::start_backward() {
+  const LayerShape& s0 = layers_[0].shape;
+  std::fill_n(dsw_.get(g_.n_edge), g_.n_edge, 0.0);
+  std::fill_n(dh_.get(4 * g_.n_edge), 4 * g_.n_edge, 0.0);
+  std::fill_n(dasw_.get(g_.n_angle), g_.n_angle, T(0));
+  de_.get(g_.n_edge * s0.ep);
+  T* da = da_.get(g_.n_angle * s0.ap);
+  if (!s0.with_angles) std::fill_n(da, g_.n_angle * s0.ap, T(0));
+  de_live_ = da_live_ = false;
 }
 
 template <class T>
@@ -784,15 +867,7 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
       T* v = v_[l].get(g_.n_node * s.np);
       expand<T>(with_ghosts(compact(v, g_.n_local, s.n, s.np)), g_.n_local, g_.n_node - g_.n_local, s.np, v);
     }
-    LayerArgs<T> x = arguments(l);
-    x.v_out = v_[l + 1].get(g_.n_node * s.np);
-    // outputs that no later layer reads do not exist
-    if (s.live_edge) x.e_out = e_[l + 1].get(g_.n_edge * s.ep);
-    if (s.live_angle) x.a_out = a_[l + 1].get(g_.n_angle * layers_[l + 1].shape.ap);
-    project(x);
-    parallel(g_.n_local, [&](int64_t i, Scratch<T>& scratch) { kernels_.centre(x, i, scratch); });
-    parallel_rows(
-        [&](int64_t begin, int64_t end, Scratch<T>& scratch) { kernels_.nodes(x, begin, end, scratch); });
+    layer_forward(l);
   }
   const LayerShape& s = layers_.back().shape;
   return compact(v_[n_layer].get(0), g_.n_local, s.n, s.np);
@@ -801,57 +876,73 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
 template <class T>
 at::Tensor Fused<T>::backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                               const Exchange& without_ghosts) {
-  const LayerShape& s0 = layers_[0].shape;
-  double *dsw = dsw_.get(g_.n_edge), *dh = dh_.get(4 * g_.n_edge);
-  T* dasw = dasw_.get(g_.n_angle);
-  std::fill_n(dsw, g_.n_edge, 0.0);
-  std::fill_n(dh, 4 * g_.n_edge, 0.0);
-  std::fill_n(dasw, g_.n_angle, T(0));
-  T* de = de_.get(g_.n_edge * s0.ep);
-  T* da = da_.get(g_.n_angle * s0.ap);
-  if (!s0.with_angles) std::fill_n(da, g_.n_angle * s0.ap, T(0));
-  T* dv_out = dv_out_.get(g_.n_local * s0.np);
-  expand<T>(dv_local, 0, g_.n_local, s0.np, dv_out);
-  bool de_live = false, da_live = false;
+  start_backward();
+  expand<T>(dv_local, 0, g_.n_local, layers_.back().shape.np,
+            dv_out_.get(g_.n_local * layers_.back().shape.np));
   for (size_t l = layers_.size(); l-- > 0;) {
     const LayerShape& s = layers_[l].shape;
-    LayerArgs<T> x = arguments(l);
-    x.dv_out = dv_out;
-    x.dv = dv_.get(g_.n_node * s.np);
-    x.de = de, x.da = da, x.de_live = de_live, x.da_live = da_live;
-    x.dz = dz_.get(g_.n_edge * s.edge_columns());
-    x.dzc = dzc_.get(g_.n_local * s.edge_columns());
-    x.dzca = dzca_.get(g_.n_local * s.angle_columns());
-    x.dbig_h = dbig_h_.get(g_.n_local * 3 * s.sym_width());
-    x.dmessage = dmessage_.get(g_.n_local * s.heads * s.np);
-    x.dsw = dsw, x.dh = dh, x.dasw = dasw;
-    std::fill_n(x.dv, g_.n_node * s.np, T(0));
-    project(x);
-    parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
-      kernels_.nodes_backward(x, begin, end, scratch);
-    });
-    parallel(g_.n_local, [&](int64_t i, Scratch<T>& scratch) { kernels_.centre_backward(x, i, scratch); });
-    de_live = true;
-    da_live = da_live || s.with_angles;
-    if (l == 0) break;  // the features of layer 0 come from the types alone
-    // group by group: within a group every node has one slot, so no two tasks write the same row
-    for (size_t group = 0; group + 1 < slot_chunk_splits_.size(); ++group) {
-      const size_t first = slot_chunk_splits_[group], count = slot_chunk_splits_[group + 1] - first;
-      parallel(static_cast<int64_t>(count), [&](int64_t k, Scratch<T>& scratch) {
-        const SlotChunk& chunk = slot_chunks_[first + static_cast<size_t>(k)];
-        kernels_.slots_backward(x, chunk.group, chunk.begin, chunk.end, scratch);
-      });
-    }
-    parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
-      kernels_.centres_backward(x, begin, end, scratch);
-    });
+    // the features of layer 0 come from the types alone
+    layer_backward(l, /*nodes=*/l > 0);
+    if (l == 0) break;
+    T *dv = dv_.get(0), *dv_out = dv_out_.get(0);
     if (without_ghosts) {
-      expand<T>(without_ghosts(compact(x.dv, g_.n_node, s.n, s.np)), 0, g_.n_local, s.np, dv_out);
+      expand<T>(without_ghosts(compact(dv, g_.n_node, s.n, s.np)), 0, g_.n_local, s.np, dv_out);
     } else {
-      std::copy_n(x.dv, g_.n_local * s.np, dv_out);
+      std::copy_n(dv, g_.n_local * s.np, dv_out);
     }
   }
   return geometry_backward(graph);
+}
+
+template <class T>
+LayerTensors Fused<T>::one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
+                                 const LayerTensors& in) {
+  const auto l = static_cast<size_t>(layer);
+  set_groups(features);
+  view(graph);
+  v_.resize(layers_.size() + 1), e_.resize(layers_.size() + 1), a_.resize(layers_.size() + 1);
+  m_.resize(layers_.size()), big_h_.resize(layers_.size());
+  const LayerShape& s = layers_[l].shape;
+  expand<T>(in.v, 0, g_.n_node, s.np, v_[l].get(g_.n_node * s.np));
+  expand<T>(in.e, 0, g_.n_edge, s.ep, e_[l].get(g_.n_edge * s.ep));
+  if (s.with_angles) expand<T>(in.a, 0, g_.n_angle, s.ap, a_[l].get(g_.n_angle * s.ap));
+  expand<T>(in.sw.unsqueeze(1), 0, g_.n_edge, 1, sw_.get(g_.n_edge));
+  expand<T>(in.asw.unsqueeze(1), 0, g_.n_angle, 1, asw_.get(g_.n_angle));
+  expand<T>(in.h * in.sw.unsqueeze(1) / std::sqrt(s.edge_norm), 0, g_.n_edge, 4, h_.get(4 * g_.n_edge));
+  layer_forward(l);
+  LayerTensors out;
+  out.v = compact(v_[l + 1].get(0), g_.n_local, s.n, s.np);
+  out.e = s.live_edge ? compact(e_[l + 1].get(0), g_.n_edge, s.e, s.ep) : in.e;
+  out.a = s.live_angle ? compact(a_[l + 1].get(0), g_.n_angle, s.a, s.ap) : in.a;
+  return out;
+}
+
+template <class T>
+LayerTensors Fused<T>::one_layer_backward(int64_t layer, const LayerTensors& in,
+                                          const LayerTensors& gradients) {
+  const auto l = static_cast<size_t>(layer);
+  const LayerShape& s = layers_[l].shape;
+  start_backward();
+  expand<T>(gradients.v, 0, g_.n_local, s.np, dv_out_.get(g_.n_local * s.np));
+  expand<T>(gradients.e, 0, g_.n_edge, s.ep, de_.get(g_.n_edge * s.ep));
+  de_live_ = true;
+  if (s.with_angles) {
+    expand<T>(gradients.a, 0, g_.n_angle, s.ap, da_.get(g_.n_angle * s.ap));
+    da_live_ = true;
+  }
+  layer_backward(l, /*nodes=*/true);
+  LayerTensors out;
+  out.v = compact(dv_.get(0), g_.n_node, s.n, s.np);
+  out.e = compact(de_.get(0), g_.n_edge, s.e, s.ep);
+  out.a = s.with_angles ? compact(da_.get(0), g_.n_angle, s.a, s.ap) : gradients.a;
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  const at::Tensor dh =
+      at::from_blob(dh_.get(0), {g_.n_edge, 4}, options).narrow(1, 0, 3) / std::sqrt(s.edge_norm);
+  const at::Tensor dsw = at::from_blob(dsw_.get(0), {g_.n_edge}, options);
+  out.h = (dh * in.sw.unsqueeze(1)).to(in.h.scalar_type());
+  out.sw = (dsw + (dh * in.h).sum(1)).to(in.sw.scalar_type());
+  out.asw = compact(dasw_.get(0), g_.n_angle, 1, 1).squeeze(1);
+  return out;
 }
 
 template <class T>

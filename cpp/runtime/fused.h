@@ -15,6 +15,11 @@
 
 namespace moecalc {
 
+/// Inputs, outputs or gradients of one layer (RepFlowLayer.forward of moecalc.nn), unpadded, in model order.
+struct LayerTensors {
+  at::Tensor v, e, a, sw, h, asw;
+};
+
 /// Geometry, embedding and layers of a package. One object per thread of the engine; it keeps its buffers.
 class FusedModel {
  public:
@@ -30,7 +35,15 @@ class FusedModel {
   /// Gradient of the energy with respect to the edge vectors of the last forward, (n_edge, 3) float64.
   virtual at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                               const Exchange& without_ghosts) = 0;
+  /// One layer alone and its gradients (for tests of the kernels): v, e, a out; then all six.
+  virtual LayerTensors one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
+                                 const LayerTensors& in) = 0;
+  virtual LayerTensors one_layer_backward(int64_t layer, const LayerTensors& in,
+                                          const LayerTensors& gradients) = 0;
+  /// Bytes of the buffers kept between calls.
   virtual int64_t bytes() const = 0;
+  /// Adds seconds of thread time since the last call, by part, and starts anew.
+  virtual void take_timings(Timings& timings) = 0;
   virtual const char* instruction_set() const = 0;
 };
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "moecalc/archive.h"
@@ -50,6 +51,9 @@ struct Request {
   bool atom_virial = false;
 };
 
+/// Seconds by part of an evaluation.
+using Timings = std::vector<std::pair<std::string, double>>;
+
 /// Results in engine order, float64, on the CPU; tensors that were not requested are undefined.
 struct Evaluation {
   at::Tensor energy;    // (n_systems,) eV, sum over the atoms of this rank
@@ -63,6 +67,8 @@ struct Evaluation {
   int64_t n_angle = 0;
   int64_t max_neighbors = 0;        // of one atom, within the cutoff
   int64_t max_angle_neighbors = 0;  // of one atom, within the angle cutoff
+  /// Wall time of the parts; with the fused kernels also those of the layers (mean over threads).
+  Timings timings;
 };
 
 /// A model loaded from a package file. Use one Evaluator per thread.
@@ -92,6 +98,15 @@ class MOECALC_API Evaluator {
   /// apply, for the reason that backend_reason() gives.
   const std::string& backend() const;
   const std::string& backend_reason() const;
+  /// Bytes of the buffers that the fused kernels keep between calls.
+  int64_t buffer_bytes() const;
+  /// One layer of the fused kernels alone, for tests. `inputs`: v, e, a, sw, h, asw as in
+  /// RepFlowLayer.forward of moecalc.nn, for a graph that is in model order already (atoms by type, edges by
+  /// centre with angle neighbours first). Without `gradients`: v, e, a of the output; with the gradients of
+  /// these three: gradients of the six inputs.
+  std::vector<at::Tensor> run_layer(const AtomicGraph& graph, int64_t layer,
+                                    const std::vector<at::Tensor>& inputs,
+                                    const std::vector<at::Tensor>& gradients = {});
   const std::string& metadata() const;  // text of the package's metadata.json
 
  private:

@@ -1,6 +1,7 @@
 // Kernels of the fused RepFlow layer, written once and compiled for every instruction set (layer_avx512.cpp,
 // ...).
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
 #include "../layer.h"
@@ -438,11 +439,25 @@ void centre_symmetric(const LayerArgs<T>& x, int64_t i) {
   }
 }
 
+/// Adds the time since the last call to a counter.
+struct Stopwatch {
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+  void operator()(double& counter) {
+    const auto now = std::chrono::steady_clock::now();
+    counter += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+};
+
 template <class T>
 void centre(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
+  Stopwatch lap;
   if (x.shape->with_angles) centre_angles(x, i, scratch);
+  lap(scratch.seconds[0]);
   centre_edges(x, i, scratch);
+  lap(scratch.seconds[1]);
   centre_symmetric(x, i);
+  lap(scratch.seconds[2]);
 }
 
 // --- one centre, backward
@@ -663,6 +678,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
 
 template <class T>
 void centre_backward(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
+  Stopwatch lap;
   const LayerShape& s = *x.shape;
   const GraphView& g = *x.graph;
   const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, m = g.n_close[i];
@@ -688,8 +704,11 @@ void centre_backward(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
     }
     angles_backward(x, i, dm, scratch);
   }
+  lap(scratch.seconds[3]);
   edges_backward(x, i, de_out, scratch);
+  lap(scratch.seconds[4]);
   symmetric_backward(x, i);
+  lap(scratch.seconds[5]);
 }
 
 // --- nodes
