@@ -1,4 +1,4 @@
-"""The command `moecalc`: package checkpoints, look at packages, verify them, and find out why something does not work.
+"""The command `moecalc`: package checkpoints, look at packages, verify and time them, and find out why something does not work.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 success, 1 a check failed, 2 an error, which is
 one line.
@@ -23,6 +23,7 @@ from moecalc import __version__
 from moecalc.errors import MoecalcError, PackageError
 
 if TYPE_CHECKING:
+    from moecalc.bench import Report
     from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, VerificationReport
 
 # rows of a routing table that a terminal page still shows
@@ -60,7 +61,7 @@ def _is_expected(error: Exception) -> bool:
 
 app = typer.Typer(
     cls=_Commands,
-    help="Package, inspect and verify element-wise mixture-of-experts interatomic potentials.",
+    help="Package, inspect, verify and time element-wise mixture-of-experts interatomic potentials.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -182,6 +183,61 @@ def verify(
     console = _console()
     _show_checks(console, report)
     if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    package: Annotated[
+        str, typer.Argument(metavar="PACKAGE|default", help="Package, *.moe.pt, or the default model.")
+    ] = "default",
+    structure: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that ASE reads. Default: water for H and O, else an alloy of the package's elements."
+        ),
+    ] = None,
+    repeat: Annotated[
+        str, typer.Option(metavar="N,N,...", help="How many copies of the structure to time.")
+    ] = "1",
+    dtype: Annotated[DType | None, typer.Option(help="Precision. Default: the package's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: what torch chooses.")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps, after five to warm up.")] = 30,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all results.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a figure of the scaling (.png, .pdf, .svg).")
+    ] = None,
+) -> None:
+    """Time energy + forces + virial per step, and compare with what the arithmetic allows."""
+    from moecalc.bench import benchmark, save_plot
+
+    parts = [part.strip() for part in repeat.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise MoecalcError(f"--repeat {repeat!r}, expected numbers of copies with commas: 1,8,27")
+    with _progress("timing") as say:
+        report = benchmark(
+            None if package == "default" else package,
+            structure,
+            copies=[int(part) for part in parts],
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            steps=steps,
+            progress=say,
+        )
+        if json_file is not None:
+            json_file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if plot is not None:
+            save_plot(report, plot)
+    console = _console()
+    _show_bench(console, report)
+    for path in (json_file, plot):
+        if path is not None:
+            console.print(f"wrote {escape(str(path))}", soft_wrap=True)
+    if report.failures:
         raise typer.Exit(1)
 
 
@@ -407,6 +463,71 @@ def _show_checks(console: Console, report: VerificationReport) -> None:
     n = len(report.checks)
     console.print(
         f"\nall {n} checks passed" if not failures else f"\n[bold red]{len(failures)} of {n} checks failed[/]"
+    )
+
+
+def _show_bench(console: Console, report: Report) -> None:
+    """Times by size, shares of a step and arithmetic of the first size."""
+    from moecalc.bench import part_costs
+    from moecalc.costs import total_cost
+
+    machine, first = report.machine, report.sizes[0]
+    where = machine.gpu if report.device != "cpu" and machine.gpu else machine.cpu
+    console.print(
+        _facts(
+            ("model", f"{report.model}, {report.dtype}, {report.backend}"),
+            ("structure", report.structure),
+            ("machine", f"{where}, {report.device}, {report.threads} threads, torch {machine.torch}"),
+            ("loading", f"{first.load_s:.2f} s, first step {first.first_s:.2f} s"),
+            (
+                "ceilings",
+                f"matrix products {first.ceilings.gemm / 1e9:.0f} GFLOP/s, copies {first.ceilings.stream / 1e9:.1f} GB/s",
+            ),
+        )
+    )
+    gpu = first.peak_gpu_mb is not None
+    table = _table(
+        "atoms", "edges", "angles", "ms/step", "95 %", "ASE ms", "us/atom", "atom steps/s", "GPU MB" if gpu else "MB", "/floor",
+        right=range(10),
+    )  # fmt: skip
+    for size in report.sizes:
+        peak = size.peak_gpu_mb if gpu else size.peak_mb
+        table.add_row(
+            f"{size.atoms:,}", f"{size.edges:,}", f"{size.angles:,}", f"{1e3 * size.step_p50_s:.1f}",
+            f"{1e3 * size.step_p95_s:.1f}", f"{1e3 * size.ase_p50_s:.1f}", f"{1e6 * size.step_p50_s / size.atoms:.1f}",
+            f"{size.atom_steps_per_s:,.0f}", "-" if peak is None else f"{peak:.0f}", f"{size.ratio:.2f}",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    for failure in report.failures:
+        console.print(f"[red]{failure.copies} copies failed:[/] {escape(failure.error)}")
+
+    table = _table(f"step, {first.atoms:,} atoms", "ms", "%", right=(1, 2))
+    for name, value in (
+        ("list, edge vectors", first.update_s),
+        ("graph, geometry, forward", first.forward_s),
+        ("backward", first.backward_s),
+        ("(list, search: once in many steps)", first.search_s),
+    ):
+        table.add_row(name, f"{1e3 * value:.2f}", f"{100 * value / first.step_p50_s:.1f}")
+    console.print()
+    console.print(table)
+
+    parts = part_costs(first)
+    table = _table(
+        "GFLOP", "forward", "backward", "recompute", "activations, 1e6", "GB moved", right=(1, 2, 3, 4, 5)
+    )
+    for name, cost in [*parts.items(), ("total", total_cost(parts))]:
+        table.add_row(
+            name, f"{cost.forward / 1e9:.3f}", f"{cost.backward / 1e9:.3f}", f"{cost.recompute / 1e9:.3f}",
+            f"{cost.activations / 1e6:.1f}", f"{(cost.forward_bytes + cost.backward_bytes) / 1e9:.3f}",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    console.print(
+        f"\narithmetic floor, forward and backward: {1e3 * first.floor_s:.1f} ms; with recomputed values "
+        f"{1e3 * first.with_recompute_s:.1f} ms; a step takes {first.ratio:.2f} and "
+        f"{first.step_p50_s / first.with_recompute_s:.2f} times that"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -302,3 +303,80 @@ def random_potential(config: Any, seed: int = 0, dtype: str = "float64") -> Any:
         model.readout.energy_shift.copy_(torch.randn(len(config.type_map), dtype=torch.float64))
     set_precision(model, dtype, dtype)
     return model.eval()
+
+
+def full_size_config(
+    type_map: Sequence[str] = ("O", "H"), *, n_routed: int = 0, kind: str = "mlp", **options: Any
+) -> Any:
+    """Configuration of the size that DPA3 is used in: widths 128, 64 and 32, 6 layers, cutoffs 6 and 4 A.
+
+    Args:
+        type_map: element symbols.
+        n_routed: routed experts at all seven positions, 2 of them active, with 1 shared; 0 is a dense model.
+        kind: "mlp", or "linear" for experts that merge into one matrix per element (MoLE).
+        **options: as for `random_config`.
+    """
+    size: dict[str, Any] = {
+        "n_dim": 128, "e_dim": 64, "a_dim": 32, "nlayers": 6, "e_rcut": 6.0, "e_rcut_smth": 5.3, "e_sel": 1200,
+        "a_rcut": 4.0, "a_rcut_smth": 3.5, "a_sel": 300, "activation_function": "silut:10.0",
+        "neuron": (240, 240, 240),
+    }  # fmt: skip
+    return random_config(type_map, n_routed=n_routed, kind=kind, **{**size, **options})
+
+
+def write_random_package(path: str | Path, config: Any, dtype: str = "float32", seed: int = 0) -> None:
+    """Write a package of random weights, for timing: without checkpoint, and verified only by one reference frame.
+
+    Args:
+        path: file to write, `*.moe.pt`.
+        config: for example from `full_size_config`.
+        dtype: precision of the network.
+        seed: of the weights.
+    """
+    import copy
+    import json
+
+    import torch
+
+    from moecalc import __version__
+    from moecalc._jit import jit_script
+    from moecalc.package.archive import write_archive
+    from moecalc.package.importers import set_precision
+    from moecalc.package.lower import count_parameters, lower
+    from moecalc.package.metadata import FORMAT_VERSION, Metadata, Parameters, Source, VerificationReport
+    from moecalc.package.reference import reference_frame, reference_structures
+
+    path = Path(path)
+    model = random_potential(config, seed, dtype)
+    low, routing = lower(model, config)
+    rounded = copy.deepcopy(low)
+    set_precision(rounded, "float64", "float64")
+    _, (label, dimer), *_ = reference_structures(low.elements[:2], (low.cutoff, low.angle_cutoff))
+    d = config.descriptor
+    total, active = count_parameters(low)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    metadata = Metadata(
+        format_version=FORMAT_VERSION,
+        name=path.name.removesuffix(".moe.pt"),
+        elements=low.elements,
+        trained_elements=low.elements,
+        cutoff=low.cutoff,
+        angle_cutoff=low.angle_cutoff,
+        n_layers=d.nlayers,
+        dims={"node": d.n_dim, "edge": d.e_dim, "angle": d.a_dim},
+        dtype=dtype,  # type: ignore[arg-type]
+        neighbor_limits={"edge": d.e_sel, "angle": d.a_sel},
+        routing=routing,
+        parameters=Parameters(checkpoint=n_parameters, total=total, active=active),
+        source=Source(file="", sha256="", layout="random", size_bytes=0, parameters=n_parameters),
+        versions={"moecalc": __version__, "torch": torch.__version__},
+        created="",
+        note="random weights: for timing only",
+    )
+    records = {
+        "format_version": str(FORMAT_VERSION),
+        "metadata.json": metadata.model_dump_json(indent=1),
+        "reference.json": json.dumps([reference_frame(rounded, label, dimer).model_dump()]),
+        "verification.json": VerificationReport(checks=[]).model_dump_json(),
+    }
+    write_archive(path, jit_script(low), records)
