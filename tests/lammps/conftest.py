@@ -34,13 +34,14 @@ def packages(tmp_path_factory):
     def package(name: str) -> Path:
         out = folder / f"{name}.moe.pt"
         if not out.exists():
-            found = [p for p in (DATA / "oracle/models", DATA / "deepmd") if (p / f"{name}.pt").exists()]
+            file, _, head = name.partition("@")
+            found = [p for p in (DATA / "oracle/models", DATA / "deepmd") if (p / f"{file}.pt").exists()]
             with (
                 mock.patch.object(build, "verify_package", return_value=VerificationReport(checks=[])),
                 mock.patch.object(build, "_compare_with_full", return_value=[]),
                 mock.patch.object(build, "reference_structures", return_value=[]),
             ):
-                build.package_checkpoint(found[0] / f"{name}.pt", out)
+                build.package_checkpoint(found[0] / f"{file}.pt", out, head=head or None)
         return out
 
     return package
