@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 REBUILD = (
     "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps moecalc` "
     "(in a source checkout: `make dev`)"

@@ -69,7 +69,7 @@ def test_unsupported_torch_is_refused(unloaded, version):
 
 def test_unsupported_python_is_refused(unloaded):
     unloaded.setattr(sys, "version_info", types.SimpleNamespace(major=3, minor=15))
-    assert import_error().startswith("expected Python 3.11 to 3.14, got Python 3.15: ")
+    assert import_error().startswith("expected Python 3.11 to 3.13, got Python 3.15: ")
 
 
 def test_missing_build_is_named(unloaded):
