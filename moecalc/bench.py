@@ -33,6 +33,7 @@ _WALK: Final = (
 )
 _RETURN: Final = 0.98  # pull back to the site: displacements stay near 0.05 A, however long the run
 _GEMM: Final = 1536  # rows and columns of the products that measure the arithmetic ceiling
+_LAYER_PARTS: Final = ("angles", "edges", "symmetrisation")
 _STREAM: Final = 1 << 25  # numbers in the arrays whose copy measures the memory bandwidth
 
 
@@ -78,7 +79,9 @@ class Size(_Record):
         step_s, step_p50_s, step_p95_s: evaluator and update of its list, all steps and their percentiles.
         ase_p50_s: the same structures through `MoECalculator`.
         search_s: a search for neighbours, which happens once in many steps.
-        update_s, forward_s, backward_s: shares of a step: edge vectors of the list; graph, geometry and layers; gradients.
+        update_s: share of a step for the edge vectors of the list.
+        timings: shares of the evaluator by part, as it says itself: graph, forward, readout, backward, and with the fused kernels also
+            what the layers spend on angles, edges and symmetrisation within forward and backward.
         atom_steps_per_s: atoms over the median step.
         loaded_mb, peak_mb: memory of the process when the package is loaded, and what the first steps added to it.
         peak_gpu_mb: peak of torch's allocator on the GPU.
@@ -99,8 +102,7 @@ class Size(_Record):
     ase_p50_s: float
     search_s: float
     update_s: float
-    forward_s: float
-    backward_s: float
+    timings: dict[str, float]
     atom_steps_per_s: float
     loaded_mb: float | None
     peak_mb: float | None
@@ -298,19 +300,17 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
         step = rng.normal(scale=_WALK, size=sites.shape)
         atoms.positions = sites + _RETURN * (atoms.positions - sites) + step
 
-    def evaluate(forces: bool = True) -> tuple[float, float, Any]:
-        """Seconds of the list and of the evaluator, and the graph."""
+    def evaluate() -> tuple[float, float, Any, dict[str, float]]:
+        """Seconds of the list and of the evaluator, the graph, and seconds by part of the evaluator."""
         start = time.perf_counter()
         graph = neighbor_list.graph(atoms, types)
         listed = time.perf_counter()
-        evaluator.evaluate(
-            graph.types, graph.edge_index, graph.edge_vec, graph.system_index, 1, forces=forces, virial=forces
-        )
-        return listed - start, time.perf_counter() - listed, graph
+        result = evaluator.evaluate(graph.types, graph.edge_index, graph.edge_vec, graph.system_index, 1)
+        return listed - start, time.perf_counter() - listed, graph, result["timings"]
 
     loaded = memory("VmRSS")
     reset_peak()
-    search, first, graph = evaluate()
+    search, first, graph, _ = evaluate()
     for _ in range(WARM_UP):
         move()
         evaluate()
@@ -324,14 +324,15 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     twin = atoms.copy()
     twin.calc = calculator
     twin.get_forces()
-    columns: dict[str, list[float]] = {"step": [], "update": [], "full": [], "forward": [], "ase": []}
+    columns: dict[str, list[float]] = {"step": [], "update": [], "ase": []}
+    timings: dict[str, list[float]] = {}
     for _ in range(case.steps):
         move()
-        update, full, graph = evaluate()
+        update, full, graph, parts_s = evaluate()
         columns["step"].append(update + full)
         columns["update"].append(update)
-        columns["full"].append(full)
-        columns["forward"].append(evaluate(forces=False)[1])
+        for name, seconds in parts_s.items():
+            timings.setdefault(name, []).append(seconds)
         twin.positions = atoms.positions
         start = time.perf_counter()
         twin.get_forces()
@@ -371,8 +372,7 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
         ase_p50_s=median["ase"],
         search_s=float(np.median(searches)),
         update_s=median["update"],
-        forward_s=median["forward"],
-        backward_s=max(0.0, median["full"] - median["forward"]),
+        timings={name: float(np.median(values)) for name, values in timings.items()},
         atom_steps_per_s=counts.atoms / median["step"],
         loaded_mb=loaded,
         peak_mb=None if loaded is None or peak is None else max(0.0, peak - loaded),
@@ -554,18 +554,31 @@ def _main() -> int:
 # --- figure ------------------------------------------------------------------------------------
 
 
-def save_plot(report: Report, path: str | Path) -> None:
-    """Draw time per atom and memory against the number of atoms, and the shares of a step of the largest size (.png, .pdf, .svg).
+def check_plot_path(path: str | Path) -> None:
+    """Refuse a figure that could not be written, before minutes are spent on it.
 
     Raises:
-        MoecalcError: a suffix that matplotlib does not write.
+        MoecalcError: a suffix that matplotlib does not write, or no such folder.
     """
     from matplotlib.figure import Figure
 
     path = Path(path)
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
+    if path.suffix.lstrip(".").lower() not in Figure().canvas.get_supported_filetypes():
         raise MoecalcError(f"{path}: expected a file name that ends in .png, .pdf or .svg")
+    if not path.parent.is_dir():
+        raise MoecalcError(f"{path.parent}: no such folder, expected an existing one for the figure")
+
+
+def save_plot(report: Report, path: str | Path) -> None:
+    """Draw time per atom and memory against the number of atoms, and the shares of a step of the largest size.
+
+    Raises:
+        MoecalcError: as `check_plot_path`.
+    """
+    from matplotlib.figure import Figure
+
+    check_plot_path(path)
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     time_axes, memory_axes, share_axes = figure.subplots(1, 3)
     atoms = [size.atoms for size in report.sizes]
     per_atom = [1e6 * size.step_p50_s / size.atoms for size in report.sizes]
@@ -587,8 +600,8 @@ def save_plot(report: Report, path: str | Path) -> None:
         axes.margins(0.1)
         axes.set_ylim(bottom=0, top=1.15 * axes.get_ylim()[1])
     last = report.sizes[-1]
-    shares = {"list": last.update_s, "forward": last.forward_s, "backward": last.backward_s}
-    share_axes.barh(list(shares), [1e3 * value for value in shares.values()])
+    shares = breakdown(last)
+    share_axes.barh([row[0] for row in shares], [1e3 * row[1] for row in shares])
     share_axes.invert_yaxis()
     share_axes.set(xlabel=f"ms per step, {last.atoms} atoms")
     figure.suptitle(
@@ -601,6 +614,21 @@ def save_plot(report: Report, path: str | Path) -> None:
 def part_costs(size: Size) -> dict[str, Cost]:
     """The costs of a size as `moecalc.costs` has them, in the order of the tables."""
     return {name: Cost(**size.cost[name].model_dump()) for name in PARTS if name in size.cost}
+
+
+def breakdown(size: Size) -> list[tuple[str, float]]:
+    """Parts of a step and their seconds, which add up to the median step where the parts are known."""
+    t = size.timings
+    rows = [("list, edge vectors", size.update_s), ("graph", t.get("graph", 0.0))]
+    for total, suffix in (("forward", ""), ("backward", " backward")):
+        inner = [(part + suffix, t[part + suffix]) for part in _LAYER_PARTS if part + suffix in t]
+        rest = t.get(total, 0.0) - sum(seconds for _, seconds in inner)
+        rows += [*inner, (f"{total}, rest" if inner else total, max(0.0, rest))]
+        if total == "forward":
+            rows.append(("fitting net", t.get("readout", 0.0)))
+    # TorchScript does not say where its time goes
+    rest = size.step_p50_s - sum(seconds for _, seconds in rows)
+    return [*((name, seconds) for name, seconds in rows if seconds > 0), ("elsewhere", max(0.0, rest))]
 
 
 if __name__ == "__main__":
