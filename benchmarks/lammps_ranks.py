@@ -1,0 +1,88 @@
+"""Speed of pair_style moe on 2 ranks x 1 thread against 1 rank x 1 thread, run alternately; medians of whole short runs.
+
+python benchmarks/lammps_ranks.py [--repeat 10] [--steps 10] [--rounds 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+SCRIPT = """
+units metal
+lattice bcc 3.24
+region box block 0 {repeat} 0 {repeat} 0 {repeat}
+create_box 4 box
+create_atoms 1 box
+set type 1 type/ratio 2 0.25 29381
+set type 1 type/ratio 3 0.3333 48113
+set type 1 type/ratio 4 0.5 77171
+mass * 100.0
+velocity all create 600.0 4928459 loop geom
+pair_style moe
+pair_coeff * * default Nb Mo Ta W
+fix 1 all nve
+timestep 0.001
+run {steps}
+run {steps}
+"""
+
+
+def seconds_per_step(ranks: int, repeat: int, steps: int, folder: Path) -> float:
+    """Wall time of one step in the second of two runs (the first one warms up)."""
+    bin_folder = Path(sys.executable).parent
+    (folder / "in.ranks").write_text(SCRIPT.format(repeat=repeat, steps=steps))
+    command = [str(bin_folder / "lmp"), "-in", "in.ranks", "-log", "none"]
+    if ranks > 1:
+        command = [str(bin_folder / "mpirun"), "-np", str(ranks), *command]
+    run = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loops = re.findall(r"Loop time of (\S+) on", run.stdout)
+    return float(loops[1]) / steps
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description="2 ranks against 1 rank, one thread each")
+    parser.add_argument("--repeat", type=int, default=10, help="bcc cells along each edge (10: 2000 atoms)")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    times: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.rounds):
+            for ranks, found in times.items():
+                found.append(seconds_per_step(ranks, options.repeat, options.steps, Path(folder)))
+    medians = {ranks: statistics.median(found) for ranks, found in times.items()}
+    atoms = 2 * options.repeat**3
+    table = Table("ranks x threads", "median (ms/step)", "all (ms/step)", "atom-steps/s")
+    for ranks, found in times.items():
+        every = " ".join(f"{1e3 * t:.0f}" for t in found)
+        table.add_row(f"{ranks} x 1", f"{1e3 * medians[ranks]:.1f}", every, f"{atoms / medians[ranks]:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{atoms} atoms: 2 ranks run {medians[1] / medians[2]:.2f} times as fast as 1")
+    if options.json:
+        result = {"atoms": atoms, "seconds_per_step": times, "speedup": medians[1] / medians[2]}
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
