@@ -433,9 +433,16 @@ void PairMoE::log_model() {
   const moecalc::Evaluator& evaluator = *impl->evaluator;
   utils::logmesg(lmp,
                  "Pair style moe (moecalc {}): model {} from {}\n"
-                 "  elements {}; cutoff {} A; {} on {}, {} threads per rank\n",
+                 "  elements {}; cutoff {} A; {} on {} ({}), {} threads per rank\n",
                  moecalc::version(), impl->description.name, impl->file, joined(evaluator.elements()),
-                 evaluator.cutoff(), evaluator.dtype(), evaluator.device(), impl->n_threads);
+                 evaluator.cutoff(), evaluator.dtype(), evaluator.device(), evaluator.backend(),
+                 impl->n_threads);
+  if (evaluator.backend() == "torchscript" && evaluator.device() == "cpu") {
+    error->warning(
+        FLERR,
+        "Pair style moe: evaluated through TorchScript, several times slower than the fused kernels ({})",
+        evaluator.backend_reason());
+  }
   if (!impl->description.citation.empty()) {
     utils::logmesg(lmp, "  please cite {}\n", impl->description.citation);
   }

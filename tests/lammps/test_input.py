@@ -406,3 +406,10 @@ def test_threads_without_the_variable(tmp_path):
         output = succeed(script, tmp_path, ranks=ranks, env={"OMP_NUM_THREADS": ""}).output
         assert f"{max(1, cores // ranks)} threads per rank" in output
     assert sys.platform == "linux"
+
+
+def test_models_without_fused_kernels_say_so(packages, tmp_path):
+    script = SETUP.format(before="") + STYLE + f"pair_coeff * * {packages('seq')} O H\n"
+    output = succeed(script, tmp_path, ranks=2).output
+    assert output.count("evaluated through TorchScript, several times slower") == 1
+    assert "(sequential_update)" in output
