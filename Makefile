@@ -31,8 +31,9 @@ help:  ## Show this list
 
 dev: $(DEV_STAMP)  ## Set up the environment and build (only what changed)
 
+# One thread: the structures of the tests are small, and threads that wait for each other are slower than none.
 test: lint  ## Check style and types, then run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style and types only
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bcc100, bulk
-from conftest import DATA
+from helpers import DATA
 from lammps_runs import METAL_PRESSURE, alloy, succeed, write_data
 
 from moecalc import MoECalculator

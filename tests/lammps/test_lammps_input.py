@@ -212,7 +212,7 @@ def _broken_package(packages, folder: Path) -> Path:
     from unittest import mock
 
     import torch
-    from conftest import DATA
+    from helpers import DATA
 
     from moecalc.package import build
     from moecalc.package.metadata import VerificationReport
