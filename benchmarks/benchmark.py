@@ -25,7 +25,9 @@ from typing import Any
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk
+
+from moecalc.bench import water
 
 # Angstrom; like one MD step of 1 fs at room temperature: new positions, and a neighbour list that is rarely searched
 STEP = 0.002
@@ -52,20 +54,6 @@ def alloy() -> Atoms:
     symbols = np.repeat(["Nb", "Mo", "Ta", "W"], len(atoms) // 4)
     atoms.symbols = rng.permutation(symbols)
     atoms.positions += rng.normal(scale=0.05, size=atoms.positions.shape)
-    return atoms
-
-
-def water() -> Atoms:
-    """64 molecules of water at 1 g/cm3, on a grid in random orientations: neighbour counts are those of the liquid."""
-    rng = np.random.default_rng(1)
-    n = 4
-    length = (n**3 * 18.015 / 0.602214) ** (1 / 3)
-    atoms = Atoms(cell=[length] * 3, pbc=True)
-    for site in np.ndindex(n, n, n):
-        one = molecule("H2O")
-        one.rotate(rng.uniform(0, 360), rng.normal(size=3))
-        one.translate((np.array(site) + 0.5) * length / n - one.get_center_of_mass())
-        atoms += one
     return atoms
 
 

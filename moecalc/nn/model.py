@@ -10,8 +10,6 @@ from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.fitting import FittingNet, Readout
 from moecalc.nn.repflow import RepFlowLayer
 
-Prepared = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[int], list[int], list[int]]
-
 
 def _offsets(group: Tensor, n_group: int) -> list[int]:
     """Cumulative row counts of groups 0..n_group-1, length n_group + 1."""

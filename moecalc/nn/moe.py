@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from moecalc.nn.activation import Activation
 
-Route = tuple[Tensor, Tensor]
-"""Expert ids (G, K) int64 and weights (G, K) of every routing group; K = top_k + n_shared_experts."""
-
 
 class MoERouter(nn.Module):
     """Gate of a mixture of experts: group features -> active experts and their weights.

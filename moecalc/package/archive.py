@@ -153,8 +153,3 @@ def read_reference(path: str | Path) -> list[ReferenceFrame]:
 def read_verification(path: str | Path) -> VerificationReport:
     """The verification that was stored when the package was made."""
     return VerificationReport.model_validate(_read_json(path, "verification.json"))
-
-
-def replace(source: Path, target: Path) -> None:
-    """Move a finished file into place, so that a reader never sees half of it."""
-    source.replace(target)

@@ -16,7 +16,7 @@ from ase import Atoms
 from moecalc._jit import jit_script
 from moecalc.errors import PackageError
 from moecalc.nn import MoEPotential
-from moecalc.package.archive import check_archive, replace, write_archive
+from moecalc.package.archive import check_archive, write_archive
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
 from moecalc.package.lower import count_parameters, lower
 from moecalc.package.metadata import (
@@ -120,7 +120,7 @@ def package_checkpoint(
             )
         _write(draft, scripted, metadata, frames, report)
         check_archive(draft)
-        replace(draft, out)
+        draft.replace(out)  # a reader never sees half of it
     return PackageReport(
         path=str(out), metadata=metadata, verification=report, size_bytes=out.stat().st_size,
         pruned={

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -343,9 +342,3 @@ def trained_elements(params: Mapping[str, Any], t: Tensors) -> list[str]:
         if not bool(no_data.all()):
             trained = trained & ~no_data
     return [e for e, ok in zip(type_map, trained.tolist(), strict=True) if ok]
-
-
-def warn_remarks(remarks: list[str]) -> None:
-    """Say once what an importer could not use."""
-    for remark in remarks:
-        warnings.warn(remark, stacklevel=3)
