@@ -1,0 +1,68 @@
+// The whole model on an accelerator: positions go in, energies, forces and virials come out, and everything
+// between stays on the device. The same kernels run on the host as an emulation (one block at a time), so
+// that their index logic is tested where there is no accelerator.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <torch/csrc/jit/api/module.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph.h"
+#include "moecalc/evaluator.h"
+
+namespace moecalc {
+
+/// How products are computed where the network is float32. float64 networks always use float64.
+enum class ProductPrecision { fp32, tf32, bf16x3 };
+
+struct DeviceOptions {
+  c10::Device device = c10::Device(c10::kCUDA, 0);
+  bool emulate = false;  // run the kernels on the host; `device` is then the CPU
+  ProductPrecision precision = ProductPrecision::fp32;
+  bool deterministic = true;
+};
+
+/// A list with skin in engine order, uploaded once; between uploads only positions (and the cell) change.
+struct NeighborList {
+  at::Tensor types;         // (n_node,) int64, owned atoms first, then ghosts
+  at::Tensor edge_index;    // (2, n_edge) int64, any order: centre < n_local, neighbour < n_node
+  at::Tensor edge_from;     // (n_edge,) int64 row of the centre in `positions`
+  at::Tensor edge_to;       // (n_edge,) int64 row of the neighbour (or of its image) in `positions`
+  at::Tensor edge_shift;    // (n_edge, 3) int64 cells between them: vec = x[to] - x[from] + shift @ cell;
+                            // undefined: none
+  at::Tensor system_index;  // (n_local,) int64
+  int64_t n_systems = 1;
+};
+
+class DeviceModel {
+ public:
+  virtual ~DeviceModel() = default;
+  /// Uploads `list`: the one upload per rebuild. Sorts atoms by routing group and edges by centre.
+  virtual void set_list(const NeighborList& list) = 0;
+  /// positions (n_position, 3) float64 on the CPU, pinned or not; cells (n_systems, 3, 3) float64, or
+  /// undefined where the list has no shifts. Results as in Evaluation, engine order. No host synchronisation
+  /// but the final copy, unless `exchange` is given (one per layer and direction).
+  virtual Evaluation evaluate(const at::Tensor& positions, const at::Tensor& cells, const Request& request,
+                              GhostExchange* exchange) = 0;
+  /// Bytes held on the device, and bytes that a system of this size would need.
+  virtual int64_t bytes() const = 0;
+  virtual int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const = 0;
+  /// What runs: "cuda fp32", "cuda float64", "cuda emulated float64", ...
+  virtual std::string name() const = 0;
+};
+
+/// Null, with `reason`, where the kernels do not cover an option of the package, or were not compiled.
+std::unique_ptr<DeviceModel> make_device_model(const torch::jit::Module& geometry,
+                                               const torch::jit::Module& embedding,
+                                               const std::vector<torch::jit::Module>& layers,
+                                               const torch::jit::Module& readout, const GraphRules& rules,
+                                               at::ScalarType dtype, const DeviceOptions& options,
+                                               std::string& reason);
+
+}  // namespace moecalc
