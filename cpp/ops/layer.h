@@ -92,7 +92,8 @@ struct GroupWeights {
   const T *angle_j = nullptr, *angle_j_t = nullptr;                      // ep x columns: edge ij
   const T *angle_k = nullptr, *angle_k_t = nullptr;                      // ep x columns: edge ik
   const T *angle_a = nullptr, *angle_a_t = nullptr;                      // ap x columns: angle part
-  const T *angle2 = nullptr, *angle2_t = nullptr, *angle2_b = nullptr;   // ep x k ep
+  const T* angle_cos = nullptr;  // (columns) first layer: what a cosine of 1 gives there
+  const T *angle2 = nullptr, *angle2_t = nullptr, *angle2_b = nullptr;  // ep x k ep
   const T* angle2_far = nullptr;  // (ep,) answer for an edge without message
   const T *p_node = nullptr, *p_sym = nullptr, *p_message = nullptr, *p_edge = nullptr;  // routing weights
   const T *p_angle1 = nullptr, *p_angle2 = nullptr, *p_angle = nullptr;
@@ -134,6 +135,10 @@ struct LayerArgs {
   UpdateVectors<T> update;
 
   const T *v = nullptr, *e = nullptr, *a = nullptr;  // inputs (n_node x np, n_edge x ep, n_angle x ap)
+  // In the first layer a = cos (x) direction, so there its products with weights are outer products: then
+  // `cos` (n_angle) and `direction` (ap) stand for `a`, and `dcos` for `da` as an output.
+  const T *cos = nullptr, *direction = nullptr;
+  T* dcos = nullptr;
   const T *sw = nullptr, *h = nullptr,
           *asw = nullptr;  // (n_edge), (n_edge x 4: sw h_c / sqrt(edge_norm)), (n_angle)
   T *zc = nullptr, *zn = nullptr,
@@ -149,8 +154,11 @@ struct LayerArgs {
   T *de = nullptr, *da = nullptr;
   bool de_live = false,
        da_live = false;  // whether de, da hold gradients of the outputs (else they count as zero)
-  T* dz = nullptr;       // n_edge x columns
-  T* dzn = nullptr;      // n_slot x columns
+  // Gradient of the edge maps' outputs, rows of the edges from `dz_first` on; null where nobody reads it.
+  T* dz = nullptr;
+  int64_t dz_first = 0;
+  T* dzn = nullptr;                   // n_slot x columns: sums of dz over the edges of a slot
+  int64_t* slot_next = nullptr;       // (n_slot) next edge of every slot that is to be added, into slot_edges
   T *dzc = nullptr, *dzca = nullptr;  // n_local x columns
   T* dbig_h = nullptr;                // n_local x 3 x sym_width
   T* dmessage = nullptr;              // n_local x heads np
@@ -178,6 +186,8 @@ struct Kernels {
   /// Node updates, rows begin..end of one group.
   void (*nodes)(const LayerArgs<T>&, int64_t begin, int64_t end, Scratch<T>&);
   void (*nodes_backward)(const LayerArgs<T>&, int64_t begin, int64_t end, Scratch<T>&);
+  /// Adds the rows of dz of edges below `edge_end` that are not yet in dzn.
+  void (*sum_slots)(const LayerArgs<T>&, int64_t begin, int64_t end, int64_t edge_end);
   /// Gradients of the node parts: slots of one group, then centres.
   void (*slots_backward)(const LayerArgs<T>&, int64_t group, int64_t begin, int64_t end, Scratch<T>&);
   void (*centres_backward)(const LayerArgs<T>&, int64_t begin, int64_t end, Scratch<T>&);

@@ -21,7 +21,11 @@ using torch::jit::IValue;
 using torch::jit::Module;
 using namespace ops;
 
-constexpr int64_t kRows = 16;  // rows of nodes or slots that one task works on
+constexpr int64_t kRows = 32;  // rows of nodes or slots that one task works on
+/// Backward: gradients of edges are summed over the edges of a neighbour. Centres are worked on in batches,
+/// so that these rows are read again while they are in the last-level cache.
+constexpr int64_t kBatchBytes = int64_t{4} << 20;
+constexpr int64_t kCentresPerThread = 8;  // at least, in a batch
 
 /// Raised while reading a package: the fused kernels do not cover it.
 struct Unsupported {
@@ -155,9 +159,10 @@ class Fused final : public FusedModel {
   void view(const PreparedGraph& graph);
   void shape_geometry(const PreparedGraph& graph);
   at::Tensor geometry_backward(const PreparedGraph& graph);
-  LayerArgs<T> arguments(size_t layer);
-  void layer_forward(size_t l);
-  void layer_backward(size_t l, bool nodes);
+  LayerArgs<T> arguments(size_t layer, bool from_cosines);
+  void layer_forward(size_t l, bool from_cosines);
+  void layer_backward(size_t l, bool nodes, bool from_cosines);
+  void layer_backward_centres(LayerArgs<T>& x, bool nodes);
   void start_backward();
   void project(const LayerArgs<T>& x);
 
@@ -186,7 +191,7 @@ class Fused final : public FusedModel {
   GeometryRules rules_;
   Activation phi_;
   bool use_dist_ = true;
-  std::vector<T> edge_matrix_, edge_bias_, angle_matrix_;  // padded
+  std::vector<T> edge_matrix_, edge_bias_, angle_direction_;  // padded; a = cos * angle_direction
   std::vector<LayerSource> layers_;
 
   at::Tensor features_;                                // for which the weights below were packed
@@ -197,7 +202,7 @@ class Fused final : public FusedModel {
 
   // Of the last graph.
   GraphView g_;
-  std::vector<int64_t> group_, slot_, slot_node_, slot_splits_, slot_first_, slot_edges_;
+  std::vector<int64_t> group_, slot_, slot_node_, slot_splits_, slot_first_, slot_edges_, slot_next_;
   std::vector<std::pair<int64_t, int64_t>> row_chunks_;
   struct SlotChunk {
     int64_t group, begin, end;
@@ -211,7 +216,7 @@ class Fused final : public FusedModel {
   std::vector<Scratch<T>> scratch_;
   std::vector<Buffer<T>> v_, e_, a_, m_, big_h_;  // per layer (inputs; one more for the last outputs)
   Buffer<T> sw_, h_, asw_, cos_, zc_, zn_, zca_, message_, edge_input_;
-  Buffer<T> dv_, dv_out_, de_, da_, dz_, dzc_, dzca_, dbig_h_, dmessage_, dasw_, dedge_input_;
+  Buffer<T> dv_, dv_out_, de_, da_, dz_, dzc_, dzca_, dbig_h_, dmessage_, dasw_, dcos_, dzn_;
   Buffer<double> r_, dsw_, dh_, ds_edge_, angle_sw_, dangle_sw_, unit_;
 };
 
@@ -247,7 +252,11 @@ void Fused<T>::read_embedding(const Module& module) {
   const LayerShape& s = layers_[0].shape;
   edge_matrix_ = padded_row<T>(module.attr("edge_matrix").toTensor(), s.ep);
   edge_bias_ = padded_row<T>(module.attr("edge_bias").toTensor(), s.ep);
-  if (s.with_angles) angle_matrix_ = padded_row<T>(module.attr("angle_matrix").toTensor(), s.ap);
+  if (s.with_angles) {
+    const double root_pi = std::sqrt(3.14159265358979323846);
+    angle_direction_ =
+        padded_row<T>(module.attr("angle_matrix").toTensor().to(at::kCPU, at::kDouble) / root_pi, s.ap);
+  }
   Module table = module.attr("table").toModule();
   const at::Tensor y = table.get_method("forward")({}).toTensor();
   for (int64_t t = 0; t < y.size(0); ++t) {
@@ -450,6 +459,11 @@ void Fused<T>::pack_layer(const LayerSource& source, const at::Tensor& features)
         add(y.matrix[k], y.bias.narrow(0, k, 1), s.angle1() + k * s.ap, s.a, s.ap);
       }
       w.angle_a = keep(angle), w.angle_a_t = keep_transposed(angle);
+      if (&source == &layers_[0]) {
+        at::Tensor direction = zeros(1, s.ap);
+        std::copy(angle_direction_.begin(), angle_direction_.end(), direction.mutable_data_ptr<double>());
+        w.angle_cos = keep(direction.matmul(angle));
+      }
       w.angle_c = keep(centre), w.angle_c_t = keep_transposed(centre), w.angle_b = keep(b);
       w.angle_j = keep(ej), w.angle_j_t = keep_transposed(ej);
       w.angle_k = keep(ek), w.angle_k_t = keep_transposed(ek);
@@ -619,12 +633,12 @@ at::Tensor Fused<T>::geometry_backward(const PreparedGraph& graph) {
   const double* vec = graph.edge_vec.const_data_ptr<double>();
   const int64_t* type = graph.types.const_data_ptr<int64_t>();
   const LayerShape& s0 = layers_[0].shape;
-  const double norm = 1.0 / std::sqrt(s0.edge_norm), root_pi = std::sqrt(3.14159265358979323846);
+  const double norm = 1.0 / std::sqrt(s0.edge_norm);
   at::Tensor gradient = at::empty({graph.n_edge, 3}, at::TensorOptions().dtype(at::kDouble));
   auto* g = gradient.mutable_data_ptr<double>();
   const double *r = r_.get(0), *ds = ds_edge_.get(0), *sa = angle_sw_.get(0), *unit = unit_.get(0);
   const double *dsw_in = dsw_.get(0), *dh = dh_.get(0);
-  const T *dasw = dasw_.get(0), *da = da_.get(0), *de = de_.get(0), *input = edge_input_.get(0);
+  const T *dasw = dasw_.get(0), *dcos_in = dcos_.get(0), *de = de_.get(0), *input = edge_input_.get(0);
   double* work = dangle_sw_.get(4 * graph.n_edge);  // gradient of the angle switch and of the unit vector
   parallel(graph.n_local, [&](int64_t i, Scratch<T>& scratch) {
     const double* mean = rules_.mean.data() + 4 * type[i];
@@ -635,11 +649,7 @@ at::Tensor Fused<T>::geometry_backward(const PreparedGraph& graph) {
       int64_t at = g_.first_angle[i];
       for (int64_t j = e0; j < e0 + m; ++j) {
         for (int64_t k = e0; k < e0 + m; ++k, ++at) {
-          double dcos = 0.0;
-          const T* row = da + at * s0.ap;
-          T total = 0;
-          for (int64_t d = 0; d < s0.ap; ++d) total += row[d] * angle_matrix_[static_cast<size_t>(d)];
-          dcos = double(total) / root_pi * (1.0 - 1e-6);
+          const double dcos = double(dcos_in[at]) * (1.0 - 1e-6);
           const double dswitch = dasw[at];
           work[4 * j] += dswitch * sa[2 * k];
           work[4 * k] += dswitch * sa[2 * j];
@@ -725,8 +735,9 @@ void expand(const at::Tensor& from, int64_t first, int64_t n, int64_t stride, T*
   }
 }
 
+/// `from_cosines`: the first layer, whose angle features are multiples of one vector.
 template <class T>
-LayerArgs<T> Fused<T>::arguments(size_t layer) {
+LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_cosines) {
   LayerArgs<T> x;
   const LayerShape& s = layers_[layer].shape;
   x.shape = &s;
@@ -735,7 +746,13 @@ LayerArgs<T> Fused<T>::arguments(size_t layer) {
   x.update = updates_[layer];
   x.v = v_[layer].get(g_.n_node * s.np);
   x.e = e_[layer].get(g_.n_edge * s.ep);
-  if (s.with_angles) x.a = a_[layer].get(g_.n_angle * s.ap);
+  if (s.with_angles && from_cosines) {
+    x.cos = cos_.get(0);
+    x.direction = angle_direction_.data();
+    x.dcos = dcos_.get(g_.n_angle);
+  } else if (s.with_angles) {
+    x.a = a_[layer].get(g_.n_angle * s.ap);
+  }
   x.sw = sw_.get(0), x.h = h_.get(0), x.asw = asw_.get(0);
   x.zc = zc_.get(g_.n_local * s.edge_columns());
   x.zn = zn_.get(g_.n_slot * s.edge_columns());
@@ -758,9 +775,9 @@ void Fused<T>::project(const LayerArgs<T>& x) {
 }
 
 template <class T>
-void Fused<T>::layer_forward(size_t l) {
+void Fused<T>::layer_forward(size_t l, bool from_cosines) {
   const LayerShape& s = layers_[l].shape;
-  LayerArgs<T> x = arguments(l);
+  LayerArgs<T> x = arguments(l, from_cosines);
   x.v_out = v_[l + 1].get(g_.n_node * s.np);
   // outputs that no later layer reads do not exist
   if (s.live_edge) x.e_out = e_[l + 1].get(g_.n_edge * s.ep);
@@ -771,18 +788,66 @@ void Fused<T>::layer_forward(size_t l) {
       [&](int64_t begin, int64_t end, Scratch<T>& scratch) { kernels_.nodes(x, begin, end, scratch); });
 }
 
+/// centre_backward for all centres, and the sums of dz over the edges of every slot. While a batch of centres
+/// is worked on, the rows of the batch before it are summed: two buffers, one barrier per batch. Every sum
+/// runs in the order of the edges, whatever the batches and threads.
+template <class T>
+void Fused<T>::layer_backward_centres(LayerArgs<T>& x, bool nodes) {
+  if (!nodes) {
+    x.dz = nullptr;
+    parallel(g_.n_local, [&](int64_t i, Scratch<T>& scratch) { kernels_.centre_backward(x, i, scratch); });
+    return;
+  }
+  const int64_t columns = x.shape->edge_columns();
+  const int64_t wanted = std::max<int64_t>(1, kBatchBytes / (columns * static_cast<int64_t>(sizeof(T))));
+  std::vector<int64_t> first{0};  // centre that every batch begins with
+  int64_t rows = 0, smallest = kCentresPerThread * at::get_num_threads();
+  while (first.back() < g_.n_local) {
+    int64_t end = std::min(first.back() + smallest, g_.n_local);
+    while (end < g_.n_local && g_.first_edge[end + 1] - g_.first_edge[first.back()] <= wanted) ++end;
+    rows = std::max(rows, g_.first_edge[end] - g_.first_edge[first.back()]);
+    first.push_back(end);
+  }
+  T* dz = dz_.get(2 * rows * columns);
+  x.dzn = dzn_.get(g_.n_slot * columns);
+  slot_next_.assign(slot_first_.begin(), slot_first_.end() - 1);
+  x.slot_next = slot_next_.data();
+  const auto n_batch = static_cast<int64_t>(first.size()) - 1,
+             n_sum = static_cast<int64_t>(slot_chunks_.size());
+  const auto at_batch = [&](int64_t batch) {
+    LayerArgs<T> y = x;
+    y.dz = dz + batch % 2 * rows * columns;
+    y.dz_first = g_.first_edge[first[static_cast<size_t>(batch)]];
+    return y;
+  };
+  for (int64_t batch = 0; batch <= n_batch; ++batch) {
+    const LayerArgs<T> now = batch < n_batch ? at_batch(batch) : x,
+                       before = batch > 0 ? at_batch(batch - 1) : x;
+    const int64_t begin = first[static_cast<size_t>(batch)];
+    const int64_t n_centre = batch < n_batch ? first[static_cast<size_t>(batch) + 1] - begin : 0;
+    // small tasks last: they even out the threads
+    parallel(n_centre + (batch > 0 ? n_sum : 0), [&](int64_t task, Scratch<T>& scratch) {
+      if (task < n_centre) {
+        kernels_.centre_backward(now, begin + task, scratch);
+      } else {
+        const SlotChunk& chunk = slot_chunks_[static_cast<size_t>(task - n_centre)];
+        kernels_.sum_slots(before, chunk.begin, chunk.end, g_.first_edge[begin]);
+      }
+    });
+  }
+}
+
 /// Gradients of layer l: dv_out_ in, dv_ out (left at the centre's own share where `nodes` is false); de_,
 /// da_ in place.
 template <class T>
-void Fused<T>::layer_backward(size_t l, bool nodes) {
+void Fused<T>::layer_backward(size_t l, bool nodes, bool from_cosines) {
   const LayerShape& s = layers_[l].shape;
-  LayerArgs<T> x = arguments(l);
+  LayerArgs<T> x = arguments(l, from_cosines);
   x.dv_out = dv_out_.get(g_.n_local * s.np);
   x.dv = dv_.get(g_.n_node * s.np);
   x.de = de_.get(g_.n_edge * s.ep);
   x.da = da_.get(g_.n_angle * layers_[0].shape.ap);
   x.de_live = de_live_, x.da_live = da_live_;
-  x.dz = dz_.get(g_.n_edge * s.edge_columns());
   x.dzc = dzc_.get(g_.n_local * s.edge_columns());
   x.dzca = dzca_.get(g_.n_local * s.angle_columns());
   x.dbig_h = dbig_h_.get(g_.n_local * 3 * s.sym_width());
@@ -793,7 +858,7 @@ void Fused<T>::layer_backward(size_t l, bool nodes) {
   parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
     kernels_.nodes_backward(x, begin, end, scratch);
   });
-  parallel(g_.n_local, [&](int64_t i, Scratch<T>& scratch) { kernels_.centre_backward(x, i, scratch); });
+  layer_backward_centres(x, nodes);
   de_live_ = true;
   da_live_ = da_live_ || s.with_angles;
   if (!nodes) return;
@@ -817,8 +882,7 @@ void Fused<T>::start_backward() {
   std::fill_n(dh_.get(4 * g_.n_edge), 4 * g_.n_edge, 0.0);
   std::fill_n(dasw_.get(g_.n_angle), g_.n_angle, T(0));
   de_.get(g_.n_edge * s0.ep);
-  T* da = da_.get(g_.n_angle * s0.ap);
-  if (!s0.with_angles) std::fill_n(da, g_.n_angle * s0.ap, T(0));
+  da_.get(g_.n_angle * s0.ap);
   de_live_ = da_live_ = false;
 }
 
@@ -840,11 +904,7 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
       std::copy_n(node_table_.data() + type[i] * s.np, s.np, v + i * s.np);
     }
     T* e = e_[0].get(g_.n_edge * s.ep);
-    T* a = s.with_angles ? a_[0].get(g_.n_angle * s.ap) : nullptr;
-    const T *input = edge_input_.get(0), *cos = cos_.get(0);
-    const double root_pi = std::sqrt(3.14159265358979323846);
-    std::vector<T> scaled(angle_matrix_.size());
-    for (size_t d = 0; d < scaled.size(); ++d) scaled[d] = T(double(angle_matrix_[d]) / root_pi);
+    const T* input = edge_input_.get(0);
     parallel(g_.n_local, [&](int64_t i, Scratch<T>&) {
       const int64_t e0 = g_.first_edge[i], e1 = g_.first_edge[i + 1];
       for (int64_t k = e0; k < e1; ++k) {
@@ -854,10 +914,6 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
         }
       }
       if (!use_dist_) kernels_.activate(phi_, e + e0 * s.ep, (e1 - e0) * s.ep);
-      if (!s.with_angles) return;
-      for (int64_t k = g_.first_angle[i]; k < g_.first_angle[i + 1]; ++k) {
-        for (int64_t d = 0; d < s.ap; ++d) a[k * s.ap + d] = cos[k] * scaled[static_cast<size_t>(d)];
-      }
     });
   }
 
@@ -867,7 +923,7 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
       T* v = v_[l].get(g_.n_node * s.np);
       expand<T>(with_ghosts(compact(v, g_.n_local, s.n, s.np)), g_.n_local, g_.n_node - g_.n_local, s.np, v);
     }
-    layer_forward(l);
+    layer_forward(l, /*from_cosines=*/l == 0);
   }
   const LayerShape& s = layers_.back().shape;
   return compact(v_[n_layer].get(0), g_.n_local, s.n, s.np);
@@ -882,7 +938,7 @@ at::Tensor Fused<T>::backward(const PreparedGraph& graph, const at::Tensor& dv_l
   for (size_t l = layers_.size(); l-- > 0;) {
     const LayerShape& s = layers_[l].shape;
     // the features of layer 0 come from the types alone
-    layer_backward(l, /*nodes=*/l > 0);
+    layer_backward(l, /*nodes=*/l > 0, /*from_cosines=*/l == 0);
     if (l == 0) break;
     T *dv = dv_.get(0), *dv_out = dv_out_.get(0);
     if (without_ghosts) {
@@ -909,7 +965,7 @@ LayerTensors Fused<T>::one_layer(const PreparedGraph& graph, const at::Tensor& f
   expand<T>(in.sw.unsqueeze(1), 0, g_.n_edge, 1, sw_.get(g_.n_edge));
   expand<T>(in.asw.unsqueeze(1), 0, g_.n_angle, 1, asw_.get(g_.n_angle));
   expand<T>(in.h * in.sw.unsqueeze(1) / std::sqrt(s.edge_norm), 0, g_.n_edge, 4, h_.get(4 * g_.n_edge));
-  layer_forward(l);
+  layer_forward(l, /*from_cosines=*/false);
   LayerTensors out;
   out.v = compact(v_[l + 1].get(0), g_.n_local, s.n, s.np);
   out.e = s.live_edge ? compact(e_[l + 1].get(0), g_.n_edge, s.e, s.ep) : in.e;
@@ -930,7 +986,7 @@ LayerTensors Fused<T>::one_layer_backward(int64_t layer, const LayerTensors& in,
     expand<T>(gradients.a, 0, g_.n_angle, s.ap, da_.get(g_.n_angle * s.ap));
     da_live_ = true;
   }
-  layer_backward(l, /*nodes=*/true);
+  layer_backward(l, /*nodes=*/true, /*from_cosines=*/false);
   LayerTensors out;
   out.v = compact(dv_.get(0), g_.n_node, s.n, s.np);
   out.e = compact(de_.get(0), g_.n_edge, s.e, s.ep);
@@ -952,8 +1008,8 @@ int64_t Fused<T>::bytes() const {
     for (const Buffer<T>& buffer : *group) total += buffer.bytes();
   }
   for (const Buffer<T>* buffer :
-       {&sw_,     &h_,  &asw_, &cos_, &zc_,  &zn_,   &zca_,    &message_,  &edge_input_, &dv_,
-        &dv_out_, &de_, &da_,  &dz_,  &dzc_, &dzca_, &dbig_h_, &dmessage_, &dasw_,       &dedge_input_}) {
+       {&sw_, &h_,  &asw_, &cos_, &zc_,   &zn_,     &zca_,      &message_, &edge_input_, &dv_, &dv_out_,
+        &de_, &da_, &dz_,  &dzc_, &dzca_, &dbig_h_, &dmessage_, &dasw_,    &dcos_,       &dzn_}) {
     total += buffer->bytes();
   }
   return total;

@@ -13,16 +13,28 @@ namespace {
 // --- matrix products
 // --------------------------------------------------------------------------------------------
 
-/// MR rows by NV vectors of C, kept in registers.
-template <class T, int MR, int NV>
+/// What a product is added to.
+enum class Start { zero, c, sum };
+
+/// MR rows by NV vectors of C, kept in registers. Start::sum: they begin as `row` + the rows of `q`.
+template <class T, int MR, int NV, Start start>
 inline void tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-                 bool accumulate) {
+                 [[maybe_unused]] const T* row_start, [[maybe_unused]] const T* q,
+                 [[maybe_unused]] int64_t ldq) {
   constexpr int64_t L = kLanes<T>;
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-    for (int s = 0; s < NV; ++s) acc[r][s] = accumulate ? load(c + r * ldc + s * L) : Vec<T>{};
+    for (int s = 0; s < NV; ++s) {
+      if constexpr (start == Start::c) {
+        acc[r][s] = load(c + r * ldc + s * L);
+      } else if constexpr (start == Start::sum) {
+        acc[r][s] = load(row_start + s * L) + load(q + r * ldq + s * L);
+      } else {
+        acc[r][s] = Vec<T>{};
+      }
+    }
   }
   for (int64_t x = 0; x < k; ++x) {
     Vec<T> row[NV];
@@ -42,45 +54,70 @@ inline void tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T*
   }
 }
 
-template <class T, int MR, int NV>
+template <class T, int MR, int NV, Start start>
 inline void block(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-                  bool accumulate) {
+                  const T* row, const T* q, int64_t ldq) {
   int64_t r = 0;
-  for (; r + MR <= m; r += MR) tile<T, MR, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+  for (; r + MR <= m; r += MR)
+    tile<T, MR, NV, start>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, row, q + r * ldq, ldq);
   if constexpr (MR > 4) {
-    for (; r + 4 <= m; r += 4) tile<T, 4, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+    for (; r + 4 <= m; r += 4)
+      tile<T, 4, NV, start>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, row, q + r * ldq, ldq);
   }
   if constexpr (MR > 2) {
-    for (; r + 2 <= m; r += 2) tile<T, 2, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+    for (; r + 2 <= m; r += 2)
+      tile<T, 2, NV, start>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, row, q + r * ldq, ldq);
   }
-  for (; r < m; ++r) tile<T, 1, NV>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+  for (; r < m; ++r)
+    tile<T, 1, NV, start>(k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, row, q + r * ldq, ldq);
+}
+
+template <class T, Start start>
+void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+             int64_t ldc, const T* row = nullptr, const T* q = nullptr, int64_t ldq = 0) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t left = n / L;
+  const auto advance = [&](int64_t vectors) {
+    left -= vectors, b += vectors * L, c += vectors * L;
+    if constexpr (start == Start::sum) row += vectors * L, q += vectors * L;
+  };
+#if MOECALC_REGISTERS >= 32
+  while (left >= 6 && left != 8) {
+    block<T, 4, 6, start>(m, k, a, lda, b, ldb, c, ldc, row, q, ldq);
+    advance(6);
+  }
+  while (left >= 4) {
+    block<T, 6, 4, start>(m, k, a, lda, b, ldb, c, ldc, row, q, ldq);
+    advance(4);
+  }
+#endif
+  while (left >= 3 && left != 4) {
+    block<T, 4, 3, start>(m, k, a, lda, b, ldb, c, ldc, row, q, ldq);
+    advance(3);
+  }
+  while (left >= 2) {
+    block<T, 6, 2, start>(m, k, a, lda, b, ldb, c, ldc, row, q, ldq);
+    advance(2);
+  }
+  if (left == 1) block<T, 8, 1, start>(m, k, a, lda, b, ldb, c, ldc, row, q, ldq);
 }
 
 /// C (M x N) = or += A (M x K) B (K x N), all row-major, N a whole number of vectors.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
           int64_t ldc, bool accumulate) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t left = n / L, at = 0;
-#if MOECALC_REGISTERS >= 32
-  while (left >= 6 && left != 8) {
-    block<T, 4, 6>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
-    left -= 6, at += 6 * L;
+  if (accumulate) {
+    product<T, Start::c>(m, n, k, a, lda, b, ldb, c, ldc);
+  } else {
+    product<T, Start::zero>(m, n, k, a, lda, b, ldb, c, ldc);
   }
-  while (left >= 4) {
-    block<T, 6, 4>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
-    left -= 4, at += 4 * L;
-  }
-#endif
-  while (left >= 3 && left != 4) {
-    block<T, 4, 3>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
-    left -= 3, at += 3 * L;
-  }
-  while (left >= 2) {
-    block<T, 6, 2>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
-    left -= 2, at += 2 * L;
-  }
-  if (left == 1) block<T, 8, 1>(m, k, a, lda, b + at, ldb, c + at, ldc, accumulate);
+}
+
+/// C = row (to every row) + Q + A B.
+template <class T>
+void gemm_onto(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+               const T* row, const T* q, int64_t ldq, T* c, int64_t ldc) {
+  product<T, Start::sum>(m, n, k, a, lda, b, ldb, c, ldc, row, q, ldq);
 }
 
 // --- activations
@@ -102,13 +139,13 @@ inline Value<T> apply(Vec<T> x, T threshold, T tail_slope, T offset) {
     if constexpr (kind == ActivationKind::silut) {
       const auto above = x >= splat(threshold);
       if (__builtin_expect(any(above), 0)) {
-        const Vec<T> w = T(1) - T(2) / (exponential(T(2) * tail_slope * (x - threshold)) + T(1));
+        const Vec<T> w = T(1) - T(2) * reciprocal(exponential(T(2) * tail_slope * (x - threshold)) + T(1));
         out.y = above ? w + offset : out.y;
         if constexpr (with_slope) out.slope = above ? tail_slope * (T(1) - w * w) : out.slope;
       }
     }
   } else if constexpr (kind == ActivationKind::tanh) {
-    out.y = T(1) - T(2) / (exponential(T(2) * x) + T(1));
+    out.y = T(1) - T(2) * reciprocal(exponential(T(2) * x) + T(1));
     if constexpr (with_slope) out.slope = T(1) - out.y * out.y;
   } else if constexpr (kind == ActivationKind::sigmoid) {
     out.y = logistic<T>(x);
@@ -123,7 +160,7 @@ inline Value<T> apply(Vec<T> x, T threshold, T tail_slope, T offset) {
     }
   } else if constexpr (kind == ActivationKind::gelu) {
     constexpr T c = T(0.79788456080286535588), d = T(0.044715);
-    const Vec<T> w = T(1) - T(2) / (exponential(T(2) * c * (x + d * x * x * x)) + T(1));
+    const Vec<T> w = T(1) - T(2) * reciprocal(exponential(T(2) * c * (x + d * x * x * x)) + T(1));
     out.y = T(0.5) * x * (T(1) + w);
     if constexpr (with_slope) {
       out.slope = T(0.5) * (T(1) + w) + T(0.5) * x * (T(1) - w * w) * c * (T(1) + T(3) * d * x * x);
@@ -236,20 +273,35 @@ void project_slots(const LayerArgs<T>& x, int64_t group, int64_t begin, int64_t 
 }
 
 template <class T>
+void sum_slots(const LayerArgs<T>& x, int64_t begin, int64_t end, int64_t edge_end) {
+  const GraphView& g = *x.graph;
+  const int64_t ce = x.shape->edge_columns();
+  for (int64_t k = begin; k < end; ++k) {
+    T* sum_row = x.dzn + k * ce;
+    int64_t at = x.slot_next[k];
+    for (; at < g.slot_first[k + 1] && g.slot_edges[at] < edge_end; ++at) {
+      const T* row = x.dz + (g.slot_edges[at] - x.dz_first) * ce;
+      if (at == g.slot_first[k]) {
+        copy_row(sum_row, row, ce);
+      } else {
+        add_row(sum_row, row, ce);
+      }
+    }
+    x.slot_next[k] = at;
+  }
+}
+
+template <class T>
 void slots_backward(const LayerArgs<T>& x, int64_t group, int64_t begin, int64_t end, Scratch<T>& scratch) {
   const LayerShape& s = *x.shape;
   const GraphView& g = *x.graph;
   const int64_t ce = s.edge_columns(), d3 = s.sym_width();
-  T* dzn = scratch.s.get((end - begin) * ce);
   T* dv = scratch.t.get((end - begin) * s.np);
   for (int64_t k = begin; k < end; ++k) {
-    T* sum_row = dzn + (k - begin) * ce;
     T* dv_row = dv + (k - begin) * s.np;
-    fill(sum_row, T(0), ce);
     fill(dv_row, T(0), s.np);
     for (int64_t at = g.slot_first[k]; at < g.slot_first[k + 1]; ++at) {
       const int64_t edge = g.slot_edges[at];
-      add_row(sum_row, x.dz + edge * ce, ce);
       // neighbour part of the symmetrised features
       const T* h = x.h + 4 * edge;
       const T* dh = x.dbig_h + g.centre[edge] * 3 * d3 + s.ep;
@@ -259,7 +311,7 @@ void slots_backward(const LayerArgs<T>& x, int64_t group, int64_t begin, int64_t
       }
     }
   }
-  gemm(end - begin, s.np, ce, dzn, ce, x.weights[group].edge_n_t, s.np, dv, s.np, true);
+  gemm(end - begin, s.np, ce, x.dzn + begin * ce, ce, x.weights[group].edge_n_t, s.np, dv, s.np, true);
   for (int64_t k = begin; k < end; ++k) add_row(x.dv + g.slot_node[k] * s.np, dv + (k - begin) * s.np, s.np);
 }
 
@@ -288,17 +340,51 @@ inline void angle_projections(const LayerArgs<T>& x, const GroupWeights<T>& w, i
   gemm(m, ca, s.edge_in, x.e + e0 * s.ep, s.ep, w.angle_k, ca, q, ca, false);
 }
 
-/// Z of the angles (j, 0..m-1).
+/// Active experts are worked on one after another, so that the working set in the first-level cache is that
+/// of a dense map. A pass is one expert of the messages and one of the features' own update (where either has
+/// fewer, its width is 0), side by side in a buffer.
+struct Pass {
+  int64_t expert = 0;
+  int64_t message = 0, own = 0;        // widths
+  int64_t message_at = 0, own_at = 0;  // columns in the weights
+  int64_t columns() const { return message + own; }
+};
+
+inline int64_t edge_passes(const LayerShape& s) { return std::max(s.k_message, s.live_edge ? s.k_edge : 0); }
+inline Pass edge_pass(const LayerShape& s, int64_t y) {
+  const int64_t width = s.heads * s.np;
+  return {y, y < s.k_message ? width : 0, s.live_edge && y < s.k_edge ? s.ep : 0, y * width,
+          s.message() + y * s.ep};
+}
+inline int64_t angle_passes(const LayerShape& s) {
+  return std::max(s.k_angle1, s.live_angle ? s.k_angle : 0);
+}
+inline Pass angle_pass(const LayerShape& s, int64_t y) {
+  return {y, y < s.k_angle1 ? s.ep : 0, s.live_angle && y < s.k_angle ? s.ap : 0, y * s.ep,
+          s.angle1() + y * s.ap};
+}
+
+/// Z (m x columns of the pass) of the angles (j, 0..m-1).
 template <class T>
-inline void angle_row(const LayerArgs<T>& x, const GroupWeights<T>& w, int64_t first, int64_t m, int64_t j,
-                      const T* p, const T* q, T* z) {
+inline void angle_row(const LayerArgs<T>& x, const GroupWeights<T>& w, const Pass& pass, int64_t first,
+                      int64_t m, int64_t j, const T* p, const T* q, T* z) {
   const LayerShape& s = *x.shape;
-  const int64_t ca = s.angle_columns();
-  const T* pj = p + j * ca;
-  for (int64_t k = 0; k < m; ++k) {
-    for (int64_t d = 0; d < ca; d += kLanes<T>) store(z + k * ca + d, load(pj + d) + load(q + k * ca + d));
-  }
-  gemm(m, ca, s.a, x.a + (first + j * m) * s.ap, s.ap, w.angle_a, ca, z, ca, true);
+  const int64_t ca = s.angle_columns(), cz = pass.columns();
+  const auto part = [&](int64_t width, int64_t at, T* to) {
+    if (x.cos != nullptr) {
+      const T* cos = x.cos + first + j * m;
+      for (int64_t d = 0; d < width; d += kLanes<T>) {
+        const Vec<T> start = load(p + j * ca + at + d), slope = load(w.angle_cos + at + d);
+        for (int64_t k = 0; k < m; ++k)
+          store(to + k * cz + d, (start + load(q + k * ca + at + d)) + cos[k] * slope);
+      }
+    } else if (width > 0) {
+      const T* a = x.a + (first + j * m) * s.ap;
+      gemm_onto(m, width, s.a, a, s.ap, w.angle_a + at, ca, p + j * ca + at, q + at, ca, to, cz);
+    }
+  };
+  part(pass.message, pass.message_at, z);
+  part(pass.own, pass.own_at, z + pass.message);
 }
 
 template <class T>
@@ -307,29 +393,45 @@ void centre_angles(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
   const GraphView& g = *x.graph;
   const GroupWeights<T>& w = x.weights[g.group[i]];
   const int64_t e0 = g.first_edge[i], m = g.n_close[i], first = g.first_angle[i], ca = s.angle_columns();
+  constexpr int64_t L = kLanes<T>;
   if (m == 0) return;
   T* p = scratch.p.get(m * ca);
   T* q = scratch.q.get(m * ca);
-  T* z = scratch.z.get(m * ca);
+  T* z = scratch.z.get(m * (s.ep + s.ap));
   angle_projections(x, w, i, e0, m, p, q);
   const T norm = T(1.0 / std::sqrt(s.angle_norm)), keep = T(s.keep_a);
-  for (int64_t j = 0; j < m; ++j) {
-    angle_row(x, w, first, m, j, p, q, z);
-    activate(s.phi, z, m * ca);
-    const T* asw = x.asw + first + j * m;
-    T* message = x.m + (e0 + j) * s.ep;
-    for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
-      Vec<T> total = Vec<T>{};
-      for (int64_t k = 0; k < m; ++k) total += asw[k] * mixed(z + k * ca, w.p_angle1, s.k_angle1, s.ep, d);
-      store(message + d, total * norm);
-    }
-    if (!s.live_angle) continue;
-    for (int64_t k = 0; k < m; ++k) {
-      const T* from = x.a + (first + j * m + k) * s.ap;
-      T* to = x.a_out + (first + j * m + k) * s.ap;
-      for (int64_t d = 0; d < s.ap; d += kLanes<T>) {
-        const Vec<T> u = mixed(z + k * ca + s.angle1(), w.p_angle, s.k_angle, s.ap, d);
-        store(to + d, keep * load(from + d) + load(x.update.a + d) * u);
+  for (int64_t y = 0; y < angle_passes(s); ++y) {
+    const Pass pass = angle_pass(s, y);
+    const int64_t cz = pass.columns();
+    const T p_message = pass.message > 0 ? w.p_angle1[y] * norm : T(0);
+    const T p_own = pass.own > 0 ? w.p_angle[y] : T(0);
+    for (int64_t j = 0; j < m; ++j) {
+      angle_row(x, w, pass, first, m, j, p, q, z);
+      activate(s.phi, z, m * cz);
+      const T* asw = x.asw + first + j * m;
+      T* message = x.m + (e0 + j) * s.ep;
+      for (int64_t d = 0; d < pass.message; d += L) {
+        Vec<T> total = Vec<T>{};
+        for (int64_t k = 0; k < m; ++k) total += asw[k] * load(z + k * cz + d);
+        store(message + d, y == 0 ? total * p_message : load(message + d) + total * p_message);
+      }
+      for (int64_t d = 0; d < pass.own; d += L) {
+        const Vec<T> factor = load(x.update.a + d) * p_own;
+        const T* own = z + pass.message + d;
+        T* to = x.a_out + (first + j * m) * s.ap + d;
+        if (y == 0 && x.cos != nullptr) {
+          const T* cos = x.cos + first + j * m;
+          const Vec<T> direction = keep * load(x.direction + d);
+          for (int64_t k = 0; k < m; ++k)
+            store(to + k * s.ap, cos[k] * direction + factor * load(own + k * cz));
+        } else if (y == 0) {
+          const T* from = x.a + (first + j * m) * s.ap + d;
+          for (int64_t k = 0; k < m; ++k)
+            store(to + k * s.ap, keep * load(from + k * s.ap) + factor * load(own + k * cz));
+        } else {
+          for (int64_t k = 0; k < m; ++k)
+            store(to + k * s.ap, load(to + k * s.ap) + factor * load(own + k * cz));
+        }
       }
     }
   }
@@ -342,39 +444,59 @@ inline const T* message_rows(const LayerArgs<T>& x, int64_t e0, int64_t from, in
   return (from < m ? x.m : x.e) + (e0 + from) * x.shape->ep;
 }
 
+/// Z (rows x columns of the pass) of the edges first .. first + rows - 1 of centre i.
+template <class T>
+inline void edge_rows(const LayerArgs<T>& x, const GroupWeights<T>& w, const Pass& pass, int64_t i,
+                      int64_t first, int64_t rows, T* z) {
+  const LayerShape& s = *x.shape;
+  const int64_t ce = s.edge_columns(), cz = pass.columns();
+  const auto part = [&](int64_t width, int64_t at, T* to) {
+    if (width == 0) return;
+    const T* zc = x.zc + i * ce + at;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* zn = x.zn + x.graph->slot[first + r] * ce + at;
+      for (int64_t d = 0; d < width; d += kLanes<T>) store(to + r * cz + d, load(zc + d) + load(zn + d));
+    }
+    gemm(rows, width, s.e, x.e + first * s.ep, s.ep, w.edge_e + at, ce, to, cz, true);
+  };
+  part(pass.message, pass.message_at, z);
+  part(pass.own, pass.own_at, z + pass.message);
+}
+
 template <class T>
 void centre_edges(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
   const LayerShape& s = *x.shape;
   const GraphView& g = *x.graph;
   const GroupWeights<T>& w = x.weights[g.group[i]];
-  const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, ce = s.edge_columns(),
-                width = s.heads * s.np;
-  T* z = scratch.z.get(kEdgeChunk * ce);
+  const int64_t e0 = g.first_edge[i], n = g.first_edge[i + 1] - e0, width = s.heads * s.np;
+  constexpr int64_t L = kLanes<T>;
+  T* z = scratch.z.get(kEdgeChunk * std::max(width + s.ep, s.k_angle2 * s.ep));
   T* message = x.message + i * width;
   fill(message, T(0), width);
-  for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
-    const int64_t rows = std::min(kEdgeChunk, n - begin);
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* zn = x.zn + g.slot[e0 + begin + r] * ce;
-      const T* zc = x.zc + i * ce;
-      for (int64_t d = 0; d < ce; d += kLanes<T>) store(z + r * ce + d, load(zc + d) + load(zn + d));
-    }
-    gemm(rows, ce, s.e, x.e + (e0 + begin) * s.ep, s.ep, w.edge_e, ce, z, ce, true);
-    activate(s.phi, z, rows * ce);
-    const T* sw = x.sw + e0 + begin;
-    for (int64_t d = 0; d < width; d += kLanes<T>) {
-      Vec<T> total = load(message + d);
-      for (int64_t r = 0; r < rows; ++r)
-        total += sw[r] * mixed(z + r * ce, w.p_message, s.k_message, width, d);
-      store(message + d, total);
-    }
-    if (!s.live_edge) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* from = x.e + (e0 + begin + r) * s.ep;
-      T* to = x.e_out + (e0 + begin + r) * s.ep;
-      for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
-        const Vec<T> u = mixed(z + r * ce + s.message(), w.p_edge, s.k_edge, s.ep, d);
-        store(to + d, T(s.keep_e) * load(from + d) + load(x.update.e + d) * u);
+  for (int64_t y = 0; y < edge_passes(s); ++y) {
+    const Pass pass = edge_pass(s, y);
+    const int64_t cz = pass.columns();
+    const T p_message = pass.message > 0 ? w.p_message[y] : T(0);
+    const T p_own = pass.own > 0 ? w.p_edge[y] : T(0);
+    for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
+      const int64_t rows = std::min(kEdgeChunk, n - begin);
+      edge_rows(x, w, pass, i, e0 + begin, rows, z);
+      activate(s.phi, z, rows * cz);
+      const T* sw = x.sw + e0 + begin;
+      for (int64_t d = 0; d < pass.message; d += L) {
+        Vec<T> total = Vec<T>{};
+        for (int64_t r = 0; r < rows; ++r) total += sw[r] * load(z + r * cz + d);
+        store(message + d, load(message + d) + p_message * total);
+      }
+      for (int64_t d = 0; d < pass.own; d += L) {
+        const Vec<T> factor = load(x.update.e + d) * p_own;
+        const T* own = z + pass.message + d;
+        const T* from = x.e + (e0 + begin) * s.ep + d;
+        T* to = x.e_out + (e0 + begin) * s.ep + d;
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec<T> before = y == 0 ? T(s.keep_e) * load(from + r * s.ep) : load(to + r * s.ep);
+          store(to + r * s.ep, before + factor * load(own + r * cz));
+        }
       }
     }
   }
@@ -549,8 +671,7 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
   const LayerShape& s = *x.shape;
   const GraphView& g = *x.graph;
   const GroupWeights<T>& w = x.weights[g.group[i]];
-  const int64_t e0 = g.first_edge[i], m = g.n_close[i], first = g.first_angle[i], ca = s.angle_columns(),
-                c1 = s.angle1();
+  const int64_t e0 = g.first_edge[i], m = g.n_close[i], first = g.first_angle[i], ca = s.angle_columns();
   constexpr int64_t L = kLanes<T>;
   T* dzca = x.dzca + i * ca;
   fill(dzca, T(0), ca);
@@ -559,70 +680,107 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
   T* q = scratch.q.get(m * ca);
   T* dp = scratch.dp.get(m * ca);
   T* dq = scratch.dq.get(m * ca);
-  T* z = scratch.z.get(m * ca);
-  T* dz = scratch.y.get(m * ca);
+  T* z = scratch.z.get(m * (s.ep + s.ap));
+  T* dz = scratch.y.get(m * (s.ep + s.ap));
   T* dm_row = scratch.w.get(s.ep);
   angle_projections(x, w, i, e0, m, p, q);
   fill(dq, T(0), m * ca);
   const T norm = T(1.0 / std::sqrt(s.angle_norm)), keep = T(s.keep_a);
-  const bool angle_gradient = s.live_angle && x.da_live;
-  for (int64_t j = 0; j < m; ++j) {
-    angle_row(x, w, first, m, j, p, q, z);
-    activate_with_slope(s.phi, z, dz, m * ca);
-    const T* asw = x.asw + first + j * m;
-    T* dasw = x.dasw + first + j * m;
-    for (int64_t d = 0; d < s.ep; d += L) store(dm_row + d, norm * load(dm + j * s.ep + d));
-    for (int64_t k = 0; k < m; ++k) {
-      T* zk = z + k * ca;
-      T* dzk = dz + k * ca;
+  T* da = x.da + first * s.ap;
+  const int64_t n_pass = angle_passes(s);
+  const bool own_gradient = s.live_angle && x.da_live;
+  const T* da_out = da;
+  if (x.cos != nullptr) {
+    // the share of the layer's input in its output
+    for (int64_t k = 0; k < m * m; ++k) {
       Vec<T> dot = Vec<T>{};
-      for (int64_t d = 0; d < s.ep; d += L) {
-        const Vec<T> gradient = load(dm_row + d);
-        dot += gradient * mixed(zk, w.p_angle1, s.k_angle1, s.ep, d);
-        const Vec<T> scaled = asw[k] * gradient;
-        for (int64_t y = 0; y < s.k_angle1; ++y) {
-          T* row = dzk + y * s.ep + d;
-          store(row, load(row) * (w.p_angle1[y] * scaled));
-        }
-      }
-      dasw[k] += sum<T>(dot);
-      if (s.live_angle) {
-        T* da = x.da + (first + j * m + k) * s.ap;
-        for (int64_t d = 0; d < s.ap; d += L) {
-          const Vec<T> gradient = angle_gradient ? load(da + d) : Vec<T>{};
-          const Vec<T> scaled = load(x.update.a + d) * gradient;
-          for (int64_t y = 0; y < s.k_angle; ++y) {
-            T* row = dzk + c1 + y * s.ap + d;
-            store(row, load(row) * (w.p_angle[y] * scaled));
-          }
-          store(da + d, keep * gradient);
-        }
-      }
-    }
-    if (!s.live_angle) {
       if (x.da_live) {
-        // passed through unchanged: nothing to scale
-      } else {
-        fill(x.da + (first + j * m) * s.ap, T(0), m * s.ap);
+        for (int64_t d = 0; d < s.ap; d += L) dot += load(da + k * s.ap + d) * load(x.direction + d);
       }
+      x.dcos[first + k] = keep * sum<T>(dot);
     }
-    gemm(m, s.ap, ca, dz, ca, w.angle_a_t, s.ap, x.da + (first + j * m) * s.ap, s.ap, true);
-    T* dpj = dp + j * ca;
-    for (int64_t d = 0; d < ca; d += L) {
-      Vec<T> total = Vec<T>{};
+  } else {
+    // da is overwritten as the passes go on, and all of them need the gradient of the output
+    if (own_gradient && n_pass > 1) {
+      T* copy = scratch.s.get(m * m * s.ap);
+      copy_row(copy, da, m * m * s.ap);
+      da_out = copy;
+    }
+    if (!x.da_live) fill(da, T(0), m * m * s.ap);
+  }
+  for (int64_t y = 0; y < n_pass; ++y) {
+    const Pass pass = angle_pass(s, y);
+    const int64_t cz = pass.columns();
+    const T p_message = pass.message > 0 ? w.p_angle1[y] * norm : T(0);
+    const T p_own = pass.own > 0 ? w.p_angle[y] : T(0);
+    for (int64_t j = 0; j < m; ++j) {
+      angle_row(x, w, pass, first, m, j, p, q, z);
+      activate_with_slope(s.phi, z, dz, m * cz);
+      const T* asw = x.asw + first + j * m;
+      T* dasw = x.dasw + first + j * m;
+      T* da_row = da + j * m * s.ap;
+      for (int64_t d = 0; d < pass.message; d += L) store(dm_row + d, p_message * load(dm + j * s.ep + d));
       for (int64_t k = 0; k < m; ++k) {
-        const Vec<T> value = load(dz + k * ca + d);
-        total += value;
-        store(dq + k * ca + d, load(dq + k * ca + d) + value);
+        const T* zk = z + k * cz;
+        T* dzk = dz + k * cz;
+        Vec<T> dot = Vec<T>{};
+        for (int64_t d = 0; d < pass.message; d += L) {
+          const Vec<T> gradient = load(dm_row + d);
+          dot += gradient * load(zk + d);
+          store(dzk + d, load(dzk + d) * (asw[k] * gradient));
+        }
+        if (pass.message > 0) dasw[k] += sum<T>(dot);
       }
-      store(dpj + d, total);
-      store(dzca + d, load(dzca + d) + total);
+      for (int64_t d = 0; d < pass.own; d += L) {
+        const Vec<T> factor = load(x.update.a + d) * p_own;
+        T* own = dz + pass.message + d;
+        if (!own_gradient) {
+          for (int64_t k = 0; k < m; ++k) store(own + k * cz, Vec<T>{});
+          continue;
+        }
+        const T* gradient = da_out + j * m * s.ap + d;
+        for (int64_t k = 0; k < m; ++k)
+          store(own + k * cz, load(own + k * cz) * (factor * load(gradient + k * s.ap)));
+      }
+      if (own_gradient && y == 0 && keep != T(1) && x.cos == nullptr) {
+        for (int64_t d = 0; d < m * s.ap; d += L) store(da_row + d, keep * load(da_row + d));
+      }
+      const auto back = [&](int64_t width, int64_t at, const T* from) {
+        if (width == 0) return;
+        if (x.cos == nullptr) {
+          gemm(m, s.ap, width, from, cz, w.angle_a_t + at * s.ap, s.ap, da_row, s.ap, true);
+        }
+        T *dpj = dp + j * ca + at, *dqk = dq + at, *dc = dzca + at;
+        for (int64_t d = 0; d < width; d += L) {
+          Vec<T> total = Vec<T>{};
+          for (int64_t k = 0; k < m; ++k) {
+            const Vec<T> value = load(from + k * cz + d);
+            total += value;
+            store(dqk + k * ca + d, load(dqk + k * ca + d) + value);
+          }
+          store(dpj + d, total);
+          store(dc + d, load(dc + d) + total);
+        }
+      };
+      back(pass.message, pass.message_at, dz);
+      back(pass.own, pass.own_at, dz + pass.message);
+      if (x.cos != nullptr) {
+        const T *slope = w.angle_cos + pass.message_at, *own_slope = w.angle_cos + pass.own_at;
+        for (int64_t k = 0; k < m; ++k) {
+          const T* row = dz + k * cz;
+          Vec<T> dot = Vec<T>{};
+          for (int64_t d = 0; d < pass.message; d += L) dot += load(row + d) * load(slope + d);
+          for (int64_t d = 0; d < pass.own; d += L) dot += load(row + pass.message + d) * load(own_slope + d);
+          x.dcos[first + j * m + k] += sum<T>(dot);
+        }
+      }
     }
   }
   gemm(m, s.ep, ca, dp, ca, w.angle_j_t, s.ep, x.de + e0 * s.ep, s.ep, true);
   gemm(m, s.ep, ca, dq, ca, w.angle_k_t, s.ep, x.de + e0 * s.ep, s.ep, true);
 }
 
+// All experts at once: the rows of dz, which leave the cache, are then written in one go.
 template <class T>
 void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T>& scratch) {
   const LayerShape& s = *x.shape;
@@ -632,6 +790,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
                 width = s.heads * s.np;
   constexpr int64_t L = kLanes<T>;
   T* z = scratch.z.get(kEdgeChunk * ce);
+  T* spare = x.dz == nullptr ? scratch.y.get(kEdgeChunk * ce) : nullptr;
   T* dzc = x.dzc + i * ce;
   fill(dzc, T(0), ce);
   T* dmessage = scratch.w.get(width);
@@ -639,38 +798,37 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
   for (int64_t d = 0; d < width; d += L) store(dmessage + d, norm * load(x.dmessage + i * width + d));
   for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
     const int64_t rows = std::min(kEdgeChunk, n - begin);
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* zn = x.zn + g.slot[e0 + begin + r] * ce;
-      const T* zc = x.zc + i * ce;
-      for (int64_t d = 0; d < ce; d += L) store(z + r * ce + d, load(zc + d) + load(zn + d));
-    }
-    gemm(rows, ce, s.e, x.e + (e0 + begin) * s.ep, s.ep, w.edge_e, ce, z, ce, true);
-    T* dz = x.dz + (e0 + begin) * ce;
+    edge_rows(x, w, {0, ce, 0, 0, 0}, i, e0 + begin, rows, z);
+    T* dz = x.dz == nullptr ? spare : x.dz + (e0 + begin - x.dz_first) * ce;
     activate_with_slope(s.phi, z, dz, rows * ce);
     for (int64_t r = 0; r < rows; ++r) {
       const T sw = x.sw[e0 + begin + r];
       T* dzr = dz + r * ce;
       Vec<T> dot = Vec<T>{};
-      for (int64_t d = 0; d < width; d += L) {
-        const Vec<T> gradient = load(dmessage + d);
-        dot += gradient * mixed(z + r * ce, w.p_message, s.k_message, width, d);
-        const Vec<T> scaled = sw * gradient;
-        for (int64_t k = 0; k < s.k_message; ++k) {
-          T* row = dzr + k * width + d;
-          store(row, load(row) * (w.p_message[k] * scaled));
+      for (int64_t k = 0; k < s.k_message; ++k) {
+        T *row = dzr + k * width, *sums = dzc + k * width;
+        const T* y = z + r * ce + k * width;
+        const T p = w.p_message[k], p_sw = p * sw;
+        Vec<T> part = Vec<T>{};
+        for (int64_t d = 0; d < width; d += L) {
+          const Vec<T> gradient = load(dmessage + d), value = load(row + d) * (p_sw * gradient);
+          part += gradient * load(y + d);
+          store(row + d, value);
+          store(sums + d, load(sums + d) + value);
         }
+        dot += p * part;
       }
       x.dsw[e0 + begin + r] += sum<T>(dot);
-      if (s.live_edge) {
+      for (int64_t k = 0; s.live_edge && k < s.k_edge; ++k) {
+        T *row = dzr + s.message() + k * s.ep, *sums = dzc + s.message() + k * s.ep;
+        const T p = w.p_edge[k];
         for (int64_t d = 0; d < s.ep; d += L) {
-          const Vec<T> scaled = load(x.update.e + d) * load(de_out + (begin + r) * s.ep + d);
-          for (int64_t k = 0; k < s.k_edge; ++k) {
-            T* row = dzr + s.message() + k * s.ep + d;
-            store(row, load(row) * (w.p_edge[k] * scaled));
-          }
+          const Vec<T> factor = p * load(x.update.e + d);
+          const Vec<T> value = load(row + d) * (factor * load(de_out + (begin + r) * s.ep + d));
+          store(row + d, value);
+          store(sums + d, load(sums + d) + value);
         }
       }
-      add_row(dzc, dzr, ce);
     }
     gemm(rows, s.ep, ce, dz, ce, w.edge_e_t, s.ep, x.de + (e0 + begin) * s.ep, s.ep, true);
   }
@@ -846,10 +1004,10 @@ void nodes_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {
-    MOECALC_ISA_NAME,   gemm<T>,           activate<T>,       activate_with_slope<T>,
-    project_centres<T>, project_slots<T>,  centre<T>,         centre_backward<T>,
-    nodes<T>,           nodes_backward<T>, slots_backward<T>, centres_backward<T>};
+constexpr Kernels<T> kTable = {MOECALC_ISA_NAME,   gemm<T>,           activate<T>,  activate_with_slope<T>,
+                               project_centres<T>, project_slots<T>,  centre<T>,    centre_backward<T>,
+                               nodes<T>,           nodes_backward<T>, sum_slots<T>, slots_backward<T>,
+                               centres_backward<T>};
 
 }  // namespace
 
