@@ -142,10 +142,11 @@ struct LayerArgs {
   const T *sw = nullptr, *h = nullptr,
           *asw = nullptr;  // (n_edge), (n_edge x 4: sw h_c / sqrt(edge_norm)), (n_angle)
   T *zc = nullptr, *zn = nullptr,
-    *zca = nullptr;      // n_local x columns, n_slot x columns, n_local x angle columns
-  T* big_h = nullptr;    // n_local x 3 x sym_width
-  T* message = nullptr;  // n_local x heads np: sum over edges / edge_norm
-  T* m = nullptr;        // (n_edge x ep) angle messages of close edges
+    *zca = nullptr;         // n_local x columns, n_slot x columns, n_local x angle columns
+  T* node_slope = nullptr;  // n_local x (k_node + k_sym) np: slopes of the node maps' activations
+  T* big_h = nullptr;       // n_local x 3 x sym_width
+  T* message = nullptr;     // n_local x heads np: sum over edges / edge_norm
+  T* m = nullptr;           // (n_edge x ep) angle messages of close edges
   T *v_out = nullptr, *e_out = nullptr, *a_out = nullptr;
 
   // Backward: gradients of outputs in, of inputs out (e and a in place, v added to dv).

@@ -119,6 +119,8 @@ class Fused final : public FusedModel {
     read_geometry(geometry);
     for (const Module& layer : layers) layers_.push_back(read_layer(layer));
     if (layers_.empty()) throw Unsupported{"a model without layers"};
+    for (auto* buffers : {&v_, &e_, &a_}) buffers->resize(layers_.size() + 1);
+    for (auto* buffers : {&m_, &big_h_, &zc_, &zn_, &zca_, &node_slope_}) buffers->resize(layers_.size());
     read_embedding(embedding);
   }
 
@@ -214,8 +216,9 @@ class Fused final : public FusedModel {
 
   // Buffers; they grow and stay.
   std::vector<Scratch<T>> scratch_;
-  std::vector<Buffer<T>> v_, e_, a_, m_, big_h_;  // per layer (inputs; one more for the last outputs)
-  Buffer<T> sw_, h_, asw_, cos_, zc_, zn_, zca_, message_, edge_input_;
+  std::vector<Buffer<T>> v_, e_, a_;  // inputs of every layer, and the last outputs
+  std::vector<Buffer<T>> m_, big_h_, zc_, zn_, zca_, node_slope_;  // of every layer, for its backward
+  Buffer<T> sw_, h_, asw_, cos_, message_, edge_input_;
   Buffer<T> dv_, dv_out_, de_, da_, dz_, dzc_, dzca_, dbig_h_, dmessage_, dasw_, dcos_, dzn_;
   Buffer<double> r_, dsw_, dh_, ds_edge_, angle_sw_, dangle_sw_, unit_;
 };
@@ -754,9 +757,10 @@ LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_cosines) {
     x.a = a_[layer].get(g_.n_angle * s.ap);
   }
   x.sw = sw_.get(0), x.h = h_.get(0), x.asw = asw_.get(0);
-  x.zc = zc_.get(g_.n_local * s.edge_columns());
-  x.zn = zn_.get(g_.n_slot * s.edge_columns());
-  x.zca = zca_.get(g_.n_local * s.angle_columns());
+  x.zc = zc_[layer].get(g_.n_local * s.edge_columns());
+  x.zn = zn_[layer].get(g_.n_slot * s.edge_columns());
+  x.zca = zca_[layer].get(g_.n_local * s.angle_columns());
+  x.node_slope = node_slope_[layer].get(g_.n_local * (s.k_node + s.k_sym) * s.np);
   x.big_h = big_h_[layer].get(g_.n_local * 3 * s.sym_width());
   x.m = s.with_angles ? m_[layer].get(g_.n_edge * s.ep) : nullptr;
   x.message = message_.get(g_.n_local * s.heads * s.np);
@@ -854,7 +858,6 @@ void Fused<T>::layer_backward(size_t l, bool nodes, bool from_cosines) {
   x.dmessage = dmessage_.get(g_.n_local * s.heads * s.np);
   x.dsw = dsw_.get(0), x.dh = dh_.get(0), x.dasw = dasw_.get(0);
   std::fill_n(x.dv, g_.n_node * s.np, T(0));
-  project(x);
   parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
     kernels_.nodes_backward(x, begin, end, scratch);
   });
@@ -893,8 +896,6 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
   view(graph);
   shape_geometry(graph);
   const size_t n_layer = layers_.size();
-  v_.resize(n_layer + 1), e_.resize(n_layer + 1), a_.resize(n_layer + 1), m_.resize(n_layer),
-      big_h_.resize(n_layer);
 
   {  // embedding
     const LayerShape& s = layers_[0].shape;
@@ -956,8 +957,6 @@ LayerTensors Fused<T>::one_layer(const PreparedGraph& graph, const at::Tensor& f
   const auto l = static_cast<size_t>(layer);
   set_groups(features);
   view(graph);
-  v_.resize(layers_.size() + 1), e_.resize(layers_.size() + 1), a_.resize(layers_.size() + 1);
-  m_.resize(layers_.size()), big_h_.resize(layers_.size());
   const LayerShape& s = layers_[l].shape;
   expand<T>(in.v, 0, g_.n_node, s.np, v_[l].get(g_.n_node * s.np));
   expand<T>(in.e, 0, g_.n_edge, s.ep, e_[l].get(g_.n_edge * s.ep));
@@ -1004,12 +1003,11 @@ LayerTensors Fused<T>::one_layer_backward(int64_t layer, const LayerTensors& in,
 template <class T>
 int64_t Fused<T>::bytes() const {
   int64_t total = 0;
-  for (const auto* group : {&v_, &e_, &a_, &m_, &big_h_}) {
+  for (const auto* group : {&v_, &e_, &a_, &m_, &big_h_, &zc_, &zn_, &zca_, &node_slope_}) {
     for (const Buffer<T>& buffer : *group) total += buffer.bytes();
   }
-  for (const Buffer<T>* buffer :
-       {&sw_, &h_,  &asw_, &cos_, &zc_,   &zn_,     &zca_,      &message_, &edge_input_, &dv_, &dv_out_,
-        &de_, &da_, &dz_,  &dzc_, &dzca_, &dbig_h_, &dmessage_, &dasw_,    &dcos_,       &dzn_}) {
+  for (const Buffer<T>* buffer : {&sw_, &h_, &asw_, &cos_, &message_, &edge_input_, &dv_, &dv_out_, &de_,
+                                  &da_, &dz_, &dzc_, &dzca_, &dbig_h_, &dmessage_, &dasw_, &dcos_, &dzn_}) {
     total += buffer->bytes();
   }
   return total;

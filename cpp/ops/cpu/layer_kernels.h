@@ -930,8 +930,10 @@ void nodes(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>& scratc
   }
   gemm(rows, c1, s.n, x.v + begin * s.np, s.np, w.node, c1, z1, c1, true);
   gemm(rows, c2, s.sym_in(), sym, s.sym_in(), w.sym, c2, z2, c2, true);
-  activate(s.phi, z1, rows * c1);
-  activate(s.phi, z2, rows * c2);
+  // one row after another in memory: those of node_self_mlp, then those of node_sym_linear
+  T* slope = x.node_slope + begin * (c1 + c2);
+  activate_with_slope(s.phi, z1, slope, rows * c1);
+  activate_with_slope(s.phi, z2, slope + rows * c1, rows * c2);
   for (int64_t r = 0; r < rows; ++r) {
     const T* v = x.v + (begin + r) * s.np;
     T* out = x.v_out + (begin + r) * s.np;
@@ -954,10 +956,6 @@ void nodes_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T
   const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
   const int64_t rows = end - begin, c1 = s.k_node * s.np, c2 = s.k_sym * s.np, width = s.heads * s.np;
   constexpr int64_t L = kLanes<T>;
-  const int64_t c = std::max(c1, c2);
-  T* z = scratch.z.get(rows * c);
-  T* dz = scratch.y.get(rows * c);
-  T* sym = scratch.s.get(rows * s.sym_in());
   const T* gradient = x.dv_out + begin * s.np;
   T* dv = x.dv + begin * s.np;
   for (int64_t r = 0; r < rows; ++r) {
@@ -970,33 +968,22 @@ void nodes_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T
       }
     }
   }
-  // node_self_mlp
-  for (int64_t r = 0; r < rows; ++r) copy_row(z + r * c1, w.node_b, c1);
-  gemm(rows, c1, s.n, x.v + begin * s.np, s.np, w.node, c1, z, c1, true);
-  mixture_slopes(s.phi, z, dz, w.p_node, rows, s.k_node, s.np, c1);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < c1; d += L) {
-      const int64_t column = d % s.np;
-      store(dz + r * c1 + d,
-            load(dz + r * c1 + d) * load(x.update.n + column) * load(gradient + r * s.np + column));
+  // slopes become gradients in place
+  const auto scale = [&](T* slope, int64_t k, const T* p, const T* update) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t y = 0; y < k; ++y) {
+        T* row = slope + (r * k + y) * s.np;
+        for (int64_t d = 0; d < s.np; d += L)
+          store(row + d, load(row + d) * (p[y] * (load(update + d) * load(gradient + r * s.np + d))));
+      }
     }
-  }
-  gemm(rows, s.np, c1, dz, c1, w.node_t, s.np, dv, s.np, true);
-  // node_sym_linear
-  for (int64_t r = 0; r < rows; ++r) {
-    copy_row(z + r * c2, w.sym_b, c2);
-    invariants(s, x.big_h + (begin + r) * 3 * s.sym_width(), sym + r * s.sym_in());
-  }
-  gemm(rows, c2, s.sym_in(), sym, s.sym_in(), w.sym, c2, z, c2, true);
-  mixture_slopes(s.phi, z, dz, w.p_sym, rows, s.k_sym, s.np, c2);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < c2; d += L) {
-      const int64_t column = d % s.np;
-      store(dz + r * c2 + d,
-            load(dz + r * c2 + d) * load(x.update.n + s.np + column) * load(gradient + r * s.np + column));
-    }
-  }
-  gemm(rows, s.sym_in(), c2, dz, c2, w.sym_t, s.sym_in(), sym, s.sym_in(), false);
+  };
+  T *dz1 = x.node_slope + begin * (c1 + c2), *dz2 = dz1 + rows * c1;
+  scale(dz1, s.k_node, w.p_node, x.update.n);
+  scale(dz2, s.k_sym, w.p_sym, x.update.n + s.np);
+  gemm(rows, s.np, c1, dz1, c1, w.node_t, s.np, dv, s.np, true);
+  T* sym = scratch.s.get(rows * s.sym_in());
+  gemm(rows, s.sym_in(), c2, dz2, c2, w.sym_t, s.sym_in(), sym, s.sym_in(), false);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (begin + r) * 3 * s.sym_width();
     invariants_backward(s, x.big_h + at, sym + r * s.sym_in(), x.dbig_h + at);
