@@ -25,6 +25,7 @@ from moecalc.errors import MoecalcError, PackageError
 if TYPE_CHECKING:
     from moecalc.bench import Report
     from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, VerificationReport
+    from moecalc.report import Report as FitnessReport
 
 # rows of a routing table that a terminal page still shows
 _MAX_ELEMENTS = 30
@@ -246,6 +247,92 @@ def bench(
 
 
 @app.command()
+def report(
+    package: Annotated[
+        str, typer.Argument(metavar="PACKAGE|default", help="Package, *.moe.pt, or the default model.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Reference frames that ASE reads, with energies and forces: test.extxyz, also .gz."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Report to write: .html is one file, .md has a folder of pictures."),
+    ] = Path("report.html"),
+    key: Annotated[str, typer.Option(help="Name of the group in atoms.info.")] = "dataset",
+    limit: Annotated[
+        int | None, typer.Option(help="Most frames per group, taken evenly. Default: all.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    dtype: Annotated[DType | None, typer.Option(help="Precision. Default: the package's.")] = None,
+    skip_unknown: Annotated[
+        bool, typer.Option("--skip-unknown", help="Leave out frames with elements that the model lacks.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers.")
+    ] = None,
+) -> None:
+    """Compare a package with reference data: errors by group and element, elastic constants, pictures."""
+    from moecalc.report import check_output, evaluate, write_report
+
+    check_output(out)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise MoecalcError(f"{json_file.parent}: no such folder, expected an existing one for the numbers")
+    with _counted_progress("report") as progress:
+        evaluation = evaluate(
+            None if package == "default" else package, data, key=key, limit=limit, device=device,
+            dtype=dtype, skip_unknown=skip_unknown, progress=progress,
+        )  # fmt: skip
+        progress("drawing", 0, 1)
+        result = write_report(evaluation, out)
+        if json_file is not None:
+            json_file.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    console = _console()
+    _show_report(console, result)
+    for path in (out, json_file):
+        if path is not None:
+            console.print(f"wrote {escape(str(path))}", soft_wrap=True)
+
+
+@app.command()
+def zbl(
+    package: Annotated[
+        str, typer.Argument(metavar="PACKAGE|default", help="Package, *.moe.pt, or the default model.")
+    ] = "default",
+    elements: Annotated[
+        str | None,
+        typer.Option(help="Element of every atom type, in order: Nb,Mo,Ta,W. Default: all of the package."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Training data: the guard stays below their shortest distances.")
+    ] = None,
+) -> None:
+    """Print the lines of LAMMPS that add a short-range guard (ZBL) to a package."""
+    from moecalc.errors import ElementError
+    from moecalc.models import default_model_path
+    from moecalc.package.archive import read_metadata
+    from moecalc.zbl import guard_radii, lammps_commands, shortest_distances
+
+    path = default_model_path() if package == "default" else Path(package)
+    known = read_metadata(path).elements
+    chosen = known if elements is None else [symbol.strip() for symbol in elements.split(",")]
+    if unknown := [e for e in chosen if e not in known]:
+        raise ElementError(
+            f"{path.name} has no {' '.join(unknown)}, expected elements among {' '.join(known)}"
+        )
+    shortest = None
+    if data is not None:
+        with _progress("reading") as say:
+            say(str(data))
+            from moecalc.report import read_frames
+
+            shortest = shortest_distances(read_frames(data))
+    typer.echo(lammps_commands(chosen, guard_radii(chosen, shortest), package), nl=False)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the findings as JSON, nothing else.")
@@ -300,6 +387,31 @@ def _progress(action: str) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(action, total=None)
         yield lambda step: bar.update(task, description=f"{action}: {escape(step)}")
+
+
+@contextmanager
+def _counted_progress(action: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for what can be counted; where standard error is no terminal, a line whenever something else begins."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        current = ""
+
+        def say(what: str, done: int, total: int) -> None:  # noqa: ARG001 - lines do not count
+            nonlocal current
+            if what != current:
+                typer.echo(f"{action}: {what}", err=True)
+                current = what
+
+        yield say
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(action, total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=f"{action}: {escape(what)}", completed=done, total=total
+        )
 
 
 def _table(*columns: str, right: Sequence[int] = ()) -> Table:
@@ -528,6 +640,48 @@ def _show_bench(console: Console, report: Report) -> None:
         f"{1e3 * first.with_recompute_s:.1f} ms; a step takes {first.ratio:.2f} and "
         f"{first.step_p50_s / first.with_recompute_s:.2f} times that"
     )
+
+
+def _show_report(console: Console, report: FitnessReport) -> None:
+    """Errors of every group, and elastic constants."""
+    from moecalc.report.render import significant as sig
+
+    skipped = f", {len(report.skipped)} skipped" if report.skipped else ""
+    console.print(
+        _facts(
+            ("model", f"{report.model}, {report.speed.dtype} on {report.speed.device}"),
+            (
+                "data",
+                f"{report.n_frames:,} of {report.n_read:,} frames, {report.n_atoms:,} atoms of {report.data}{skipped}",
+            ),
+            ("speed", f"{report.speed.atom_steps_per_s:,.0f} atom-steps/s in batches"),
+        )
+    )
+    table = _table(
+        "group", "frames", "energy MAE\nmeV/atom", "without\nmean", "force MAE\neV/A", "RMSE\neV/A", "rms\nforce", "stress MAE\nGPa",
+        right=range(1, 8),
+    )  # fmt: skip
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(len(g.name) for g in report.groups)
+    for group in (*report.groups, report.total):
+        style = "bold" if group is report.total else ""
+        table.add_row(
+            escape(group.name), f"{group.n_frames:,}", sig(group.energy.mae), sig(group.energy_shifted.mae), sig(group.forces.mae),
+            sig(group.forces.rmse), sig(group.forces.scale), sig(group.stress.mae) if group.stress else "-", style=style,
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+    if report.elastic:
+        names = report.elastic[0].names
+        table = _table("GPa, reference / model", *names, right=range(1, 1 + len(names)))
+        for crystal in report.elastic:
+            values = zip(crystal.reference, crystal.model, strict=True)
+            table.add_row(f"{crystal.cell} {crystal.lattice}", *(f"{a:.0f} / {b:.0f}" for a, b in values))
+        console.print()
+        console.print(table)
+    for remark in report.remarks:
+        console.print(f"\n[yellow]{escape(remark)}[/]")
+    console.print()
 
 
 if __name__ == "__main__":
