@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import itertools
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any

@@ -53,9 +53,9 @@ def write_report(evaluation: Evaluation, path: str | Path) -> Report:
         for name, png in pictures.items():
             (folder / f"{name}.png").write_bytes(png)
         links = {name: f"{folder.name}/{name}.png" for name in pictures}
-    environment = Environment(  # noqa: S701 - Markdown has nothing to escape
+    environment = Environment(
         loader=PackageLoader("moecalc.report", "."),
-        autoescape=html,
+        autoescape=html,  # noqa: S701 - Markdown has nothing to escape
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
