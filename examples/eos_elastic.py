@@ -20,52 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moecalc import MoECalculator
+from moecalc.report.elastic import NAMES, constants, find_strained_cells
 
 GPA = units.GPa
 LATTICES = {"Cu": ("fcc", 3.62), "W": ("bcc", 3.19)}
 # single crystals at 300 K, GPa: Overton and Gaffney, Phys. Rev. 98, 969 (1955); Featherston and Neighbours, Phys. Rev. 130, 1324 (1963)
 EXPERIMENT = {"Cu": (168.4, 121.4, 75.4), "W": (522.4, 204.4, 160.6)}
-NAMES = ("C11", "C12", "C44", "B")
-
-
-def strains(frames: list[Atoms]) -> np.ndarray:
-    """(n, 3, 3) deformation of each cell against the cubic one, minus the unit matrix."""
-    cells = np.array([atoms.cell.array for atoms in frames])
-    diagonal = [c for c in cells if np.allclose(c, c[0, 0] * np.eye(3), atol=1e-6)]
-    return np.linalg.inv(diagonal[0]) @ cells - np.eye(3)
-
-
-def split(deformation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Frames under uniaxial strain and their axes, frames under shear and the Voigt index of their plane."""
-    diagonal = np.abs(deformation[:, range(3), range(3)])
-    shear = np.abs(deformation + deformation.transpose(0, 2, 1))[:, [1, 0, 0], [2, 2, 1]]
-    uniaxial = np.flatnonzero(shear.max(axis=1) < 1e-6)
-    sheared = np.flatnonzero(shear.max(axis=1) >= 1e-6)
-    return uniaxial, diagonal[uniaxial].argmax(axis=1), sheared, 3 + shear[sheared].argmax(axis=1)
-
-
-def stress_curves(deformation: np.ndarray, stress: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Strain and stress (GPa) along and across a uniaxial strain, and under shear."""
-    uniaxial, axis, sheared, plane = split(deformation)
-    e = deformation[uniaxial, axis, axis]
-    other = np.array(
-        [(stress[u, [k for k in range(3) if k != a]]).mean() for u, a in zip(uniaxial, axis, strict=True)]
-    )
-    gamma = deformation + deformation.transpose(0, 2, 1)
-    rows, columns = np.array([1, 0, 0]), np.array([2, 2, 1])
-    shear = gamma[sheared, rows[plane - 3], columns[plane - 3]]
-    curves = {"C11": (e, stress[uniaxial, axis]), "C12": (e, other), "C44": (shear, stress[sheared, plane])}
-    return {name: (x[np.argsort(x)], y[np.argsort(x)] / GPA) for name, (x, y) in curves.items()}
-
-
-def constants(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[float]:
-    """C11, C12, C44 and the bulk modulus in GPa: slopes at zero of cubic fits to strains up to 6 %."""
-    values = []
-    for name in ("C11", "C12", "C44"):
-        strain, stress = curves[name]
-        small = np.abs(strain) < 0.061
-        values.append(float(np.polyfit(strain[small], stress[small], 3)[2]))
-    return [*values, (values[0] + 2 * values[1]) / 3]
 
 
 def equilibrium(calculator: MoECalculator, symbol: str) -> tuple[EquationOfState, list[float]]:
@@ -118,11 +78,12 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 
             "DFT": np.array([c.get_potential_energy() for c in cells]) / n,
             "model": np.array([a["energy"] for a in answers]) / n,
         }
-        deformation = strains(cells)
-        curves = {
-            "DFT": stress_curves(deformation, np.array([c.get_stress() for c in cells])),
-            "model": stress_curves(deformation, np.array([a["stress"] for a in answers])),
+        stress = {
+            "DFT": np.array([c.get_stress() for c in cells]),
+            "model": np.array([a["stress"] for a in answers]),
         }
+        (family,) = find_strained_cells(cells, stress["DFT"])
+        curves = {name: family.curves(values[family.indices]) for name, values in stress.items()}
         eos, own = equilibrium(calculator, symbol)
         c11, c12, c44 = EXPERIMENT[symbol]
         columns = [
@@ -135,13 +96,11 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 
             table.add_row(f"{symbol} {name}", *(f"{v:.0f}" for v in values))
             results[f"{symbol} {name} DFT"], results[f"{symbol} {name} model"] = values[:2]
         lattice_constant = (eos.v0 * n) ** (1 / 3)
-        uniaxial = split(deformation)[0]
+        uniaxial = family.indices[family.uniaxial]
         shifted = {k: 1000 * (e - e.min()) for k, e in energies.items()}
         error = np.abs(shifted["model"] - shifted["DFT"])
         results[f"{symbol} energy MAE (meV/atom)"] = float(error.mean())
-        stress_error = np.abs(
-            np.array([a["stress"] for a in answers]) - np.array([c.get_stress() for c in cells])
-        ).mean()
+        stress_error = np.abs(stress["model"] - stress["DFT"]).mean()
         print(
             f"{symbol}: {len(cells)} DFT cells, mean error {error.mean():.1f} meV/atom (energy above the lowest) and {stress_error / GPA:.2f} GPa; "
             f"model's own lattice constant {lattice_constant:.3f} A"

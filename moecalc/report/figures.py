@@ -130,9 +130,9 @@ def force_errors(ev: Evaluation, report: Report) -> Figure:
     left, right = panels
     length = np.linalg.norm(ev.forces, axis=1)
     error = np.linalg.norm(ev.forces_model - ev.forces, axis=1)
-    seen = (length > 0) & (error > 0)
+    seen = (length > 1e-3) & (error > 1e-4)  # the rest is zero by symmetry
     if seen.any():
-        x, y = np.maximum(length[seen], 1e-3), np.maximum(error[seen], 1e-4)
+        x, y = length[seen], error[seen]
         if len(x) > _MANY:
             left.hexbin(
                 x,
@@ -277,10 +277,12 @@ def _figure(n_columns: int, width: float, height: float) -> tuple[Figure, list[A
 
 def _grid(n: int, n_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure as NewFigure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     n_columns = min(n, n_columns)
     n_rows = -(-n // n_columns)
-    figure = NewFigure(figsize=(width * n_columns, height * n_rows), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.08)
+    figure = NewFigure(figsize=(width * n_columns, height * n_rows), layout=layout)
     panels = list(np.atleast_1d(figure.subplots(n_rows, n_columns)).ravel())
     for panel in panels[n:]:
         panel.set_axis_off()
