@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "common")
 # blocks that run as they are; the others show output, or need files of the reader's
-PAGES = ("README.md", "docs/ase.md", "docs/checkpoints.md")
+PAGES = ("README.md", "docs/ase.md", "docs/checkpoints.md", "docs/report.md", "docs/short_range.md")
 
 
 @pytest.fixture
@@ -86,6 +86,14 @@ def test_eos_elastic(example, tmp_path, capsys):
     assert results["W C44 model"] == pytest.approx(results["W C44 DFT"], rel=0.3)
     assert (tmp_path / "eos_elastic.png").stat().st_size > 10_000
     assert "W C44" in capsys.readouterr().out
+
+
+def test_short_range_zbl(example, tmp_path, capsys):
+    results = example("short_range_zbl").main(tmp_path, fast=True)
+    assert results["drift (meV/atom)"] < 5
+    assert results["shortest distance (A)"] > 1.3
+    assert (tmp_path / "short_range.png").stat().st_size > 10_000
+    assert "drift" in capsys.readouterr().out
 
 
 def test_demo_runs_the_four_and_says_where_the_pictures_are(example, tmp_path, capsys, monkeypatch):

@@ -178,7 +178,7 @@ class TestNumbers:
         assert np.isfinite(evaluation.stress_model[[0, 2]]).all()
 
     def test_dense_structures_are_remarked(self, model):
-        dense = bulk("W", "bcc", a=1.4) * 2
+        dense = bulk("W", "bcc", a=1.1) * 2
         dense.calc = SinglePointCalculator(dense, energy=0.0, forces=np.zeros((8, 3)))
         fresh = MoECalculator(dtype="float64", device="cpu")
         assert "denser than what the model knows" in evaluate(fresh, [dense]).remarks[0]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from lammps_runs import LMP, MPIRUN, Run
 
+from moecalc.zbl import guard_radii, lammps_commands
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "lammps"
 
 
@@ -37,6 +39,16 @@ def test_melt_quench(tmp_path):
     assert melt[-1, 4] != melt[0, 4], "the volume does not change"
     assert np.isfinite(quench).all()
     assert (tmp_path / "quenched.data").read_text().count("\n") > 16
+
+
+def test_zbl(tmp_path):
+    run = example("in.zbl", tmp_path, steps=20)
+    table = run.thermo()[0]
+    assert np.isfinite(table).all()
+    assert abs(table[-1, 5] - table[0, 5]) < 54 * 0.01  # eV
+    assert set(lammps_commands(["Nb", "Mo", "Ta", "W"], guard_radii(["Nb", "Mo", "Ta", "W"])).split()) <= set(
+        (tmp_path / "in.zbl").read_text().split()
+    )
 
 
 @pytest.mark.slow
