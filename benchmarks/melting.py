@@ -154,6 +154,12 @@ def thermo(folder: Path) -> np.ndarray:
     return np.array([rows[step] for step in sorted(rows)]).reshape(len(rows), 7)
 
 
+def production(case: Case, folder: Path) -> np.ndarray:
+    """Rows of `thermo` after melting and the first 0.2 ps, which are the thermostat's."""
+    rows = thermo(folder)
+    return rows[rows[:, 0] >= round((case.melt + 0.2) / TIMESTEP)]
+
+
 @dataclass
 class Outcome:
     """What a run showed."""
@@ -164,7 +170,7 @@ class Outcome:
     temperature: float
     temperature_std: float
     drift: float
-    """of econserve, meV/atom per ps; median over the stretches between interruptions"""
+    """of econserve, meV/atom per ps"""
     largest: float
     """excursion of econserve, meV/atom"""
     energy_change: float
@@ -175,18 +181,17 @@ class Outcome:
 
 
 def judge(case: Case, rows: np.ndarray, n_atoms: int) -> Outcome:
-    """Check the thermo rows of one run."""
-    rows = rows[rows[:, 0] >= round(case.melt / TIMESTEP) + 200]  # the first 0.2 ps are the thermostat's
+    """Check the rows of `production`, at least six."""
     time, lost = rows[:, 0] * TIMESTEP, (rows[:, 1] != n_atoms).any()
     half, fifth = rows[len(rows) // 2 :], max(1, len(rows) // 5)
     conserved = 1000 * rows[:, 5] / n_atoms
     # a restart keeps the thermostat's state, so the quantity goes on
-    drift = float(np.polyfit(time, conserved, 1)[0]) if len(rows) > 2 else 0.0
+    drift = float(np.polyfit(time, conserved, 1)[0])
     energy = 1000 * rows[:, 3] / n_atoms
     outcome = Outcome(
         case=case.name,
         n_atoms=n_atoms,
-        ps=float(time[-1] - time[0]) if len(rows) else 0.0,
+        ps=float(time[-1] - time[0]),
         temperature=float(half[:, 2].mean()),
         temperature_std=float(half[:, 2].std()),
         drift=drift,
@@ -237,18 +242,18 @@ def main() -> int:
         except RuntimeError as error:
             stopped = str(error)
         n_atoms = len(bulk(case.elements[0], case.lattice, a=case.a, cubic=True)) * case.repeat**3
-        rows = thermo(folder)
+        rows = production(case, folder)
         if len(rows) < 6:
-            console.print(f"  {stopped or 'too short to be judged'}")
-            outcomes.append(Outcome(case.name, n_atoms, 0.0, *[float("nan")] * 6, [stopped or "too short"]))
+                outcomes.append(Outcome(case.name, n_atoms, 0.0, *[float("nan")] * 6, [stopped or "too short"]))
             continue
         outcome = judge(case, rows, n_atoms)
         if stopped:
             outcome.failures.append(stopped)
         outcomes.append(outcome)
     table = Table(
-        "run", "atoms", "ps", "K", "drift, meV/atom/ps", "largest, meV/atom", "dE, meV/atom", "GPa", ""
-    )
+        "run", "atoms", "ps", "K", "drift\nmeV/atom/ps", "largest\nmeV/atom", "dE\nmeV/atom", "GPa", "",
+        box=None, padding=(0, 1),
+    )  # fmt: skip
     for o in outcomes:
         verdict = "[green]ok[/]" if not o.failures else f"[red]{', '.join(o.failures)}[/]"
         table.add_row(

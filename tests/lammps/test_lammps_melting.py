@@ -36,13 +36,13 @@ def rows(melting, **changes):
 @pytest.mark.slow
 def test_run_and_continue(melting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(melting, "THERMO", 10)
-    for ps in (0.15, 0.25):
+    for ps in (0.15, 0.3):
         monkeypatch.setattr(
             sys, "argv", ["melting.py", "--ps", str(ps), "--only", "alloy", "--folder", str(tmp_path)]
         )
         melting.main()
     found = melting.thermo(tmp_path / "alloy")
-    assert found[:, 0].tolist() == list(range(0, 251, 10))
+    assert found[:, 0].tolist() == list(range(0, 301, 10))
     assert (found[:, 1] == 128).all()
     assert np.ptp(found[:, 5]) < 128 * 0.005
     assert "read_restart run.restart.end" in (tmp_path / "alloy" / "in.run").read_text()
