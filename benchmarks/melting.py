@@ -244,7 +244,7 @@ def main() -> int:
         n_atoms = len(bulk(case.elements[0], case.lattice, a=case.a, cubic=True)) * case.repeat**3
         rows = production(case, folder)
         if len(rows) < 6:
-                outcomes.append(Outcome(case.name, n_atoms, 0.0, *[float("nan")] * 6, [stopped or "too short"]))
+            outcomes.append(Outcome(case.name, n_atoms, 0.0, *[float("nan")] * 6, [stopped or "too short"]))
             continue
         outcome = judge(case, rows, n_atoms)
         if stopped:
