@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -36,6 +37,8 @@ def rows(melting, **changes):
 @pytest.mark.slow
 def test_run_and_continue(melting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(melting, "THERMO", 10)
+    small = dataclasses.replace(melting.CASES[0], repeat=2)
+    monkeypatch.setattr(melting, "CASES", (small, melting.CASES[1]))
     for ps in (0.15, 0.3):
         monkeypatch.setattr(
             sys, "argv", ["melting.py", "--ps", str(ps), "--only", "alloy", "--folder", str(tmp_path)]
@@ -43,10 +46,10 @@ def test_run_and_continue(melting, tmp_path, monkeypatch, capsys):
         melting.main()
     found = melting.thermo(tmp_path / "alloy")
     assert found[:, 0].tolist() == list(range(0, 301, 10))
-    assert (found[:, 1] == 128).all()
-    assert np.ptp(found[:, 5]) < 128 * 0.005
+    assert (found[:, 1] == 16).all()
+    assert np.ptp(found[:, 5]) < 16 * 0.005
     assert "read_restart run.restart.end" in (tmp_path / "alloy" / "in.run").read_text()
-    assert json.loads((tmp_path / "melting.json").read_text())["runs"][0]["n_atoms"] == 128
+    assert json.loads((tmp_path / "melting.json").read_text())["runs"][0]["n_atoms"] == 16
     assert "NbMoTaW" in capsys.readouterr().out
 
 
