@@ -62,9 +62,9 @@ def test_model_with_guard_equals_ase(ranks, tmp_path):
     atoms.positions = atoms.positions @ rotation
     atoms.calc = guarded(MoECalculator(dtype="float64", device="cpu"))
     forces = run.dump("dump.static")[0].array("fx", "fy", "fz")
-    assert run.thermo()[0][0, 1] == pytest.approx(atoms.get_potential_energy(), abs=1e-7)
-    assert np.abs(forces - atoms.get_forces()).max() < 1e-7
-    assert np.abs(stresses(run) - atoms.get_stress()).max() < 1e-7
+    assert run.thermo()[0][0, 1] == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+    assert np.abs(forces - atoms.get_forces()).max() < 1e-8
+    assert np.abs(stresses(run) - atoms.get_stress()).max() < 1e-8
 
 
 def test_bonded_atoms_count_with_special_bonds_one(tmp_path):
