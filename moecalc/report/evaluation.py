@@ -77,7 +77,7 @@ class Evaluation:
 
     Attributes:
         calculator: the model.
-        source: file of the frames.
+        source: file of the frames, empty where they came from memory.
         frames: (n,) structures, in the order of the file.
         indices: (n,) their places in the file, from 0.
         groups: (n,) names of their groups.
@@ -220,7 +220,7 @@ def evaluate(
     no_stress = np.full(6, np.nan)
     return Evaluation(
         calculator=calculator,
-        source=str(data) if isinstance(data, str | Path) else "frames",
+        source=str(data) if isinstance(data, str | Path) else "",
         key=key,
         limit=limit,
         frames=frames,
