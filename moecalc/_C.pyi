@@ -31,7 +31,14 @@ def check_archive(path: str) -> None: ...
 def read_record(path: str, name: str) -> bytes: ...
 
 class Evaluator:
-    def __init__(self, path: str, device: str = "cpu", dtype: str = "") -> None: ...
+    def __init__(
+        self,
+        path: str,
+        device: str = "cpu",
+        dtype: str = "",
+        precision: str = "fp32",
+        deterministic: bool = True,
+    ) -> None: ...
     @property
     def elements(self) -> list[str]: ...
     @property
@@ -42,6 +49,10 @@ class Evaluator:
     def dtype(self) -> str: ...
     @property
     def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def keeps_lists(self) -> bool: ...
     @property
     def n_layers(self) -> int: ...
     @property
@@ -61,6 +72,25 @@ class Evaluator:
     ) -> list[NDArray[np.float64]]: ...
     @property
     def metadata(self) -> str: ...
+    def estimate_bytes(self, n_node: int, n_edge: int, n_angle: int) -> int: ...
+    def set_list(
+        self,
+        types: NDArray[np.integer[Any]],
+        edge_index: NDArray[np.integer[Any]],
+        edge_shift: NDArray[np.integer[Any]] | None,
+        system_index: NDArray[np.integer[Any]],
+        n_systems: int = 1,
+    ) -> None: ...
+    def evaluate_positions(
+        self,
+        positions: NDArray[np.float64],
+        cells: NDArray[np.float64] | None = None,
+        *,
+        forces: bool = True,
+        virial: bool = True,
+        atom_virial: bool = False,
+        exchange: _GhostExchange | None = None,
+    ) -> _Evaluation: ...
     def evaluate(
         self,
         types: NDArray[np.integer[Any]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from moecalc import __version__, keys
 from moecalc._lib import load
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
 from moecalc.models import default_model_path
-from moecalc.neighbors import AtomicGraph, Floats, Ints, SkinNeighborList
+from moecalc.neighbors import AtomicGraph, Floats, Ints, PairList, SkinNeighborList
 
 
 class UndefinedStressError(StructureError, PropertyNotImplementedError):
@@ -43,6 +44,8 @@ class MoECalculator(Calculator):
         model: package file (`*.moe.pt`); None is the model that comes with moecalc.
         device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         dtype: "float32" or "float64"; None is the precision the package was made for.
+        precision: how a GPU multiplies the matrices of a float32 network: "fp32", "tf32" or "bf16x3" (docs/performance.md has speed and error
+            of each). The last two are for CUDA only.
         skin: extra reach of the neighbour list in Angstrom. The list is searched anew only when atoms moved (or the cell was strained) so much
             that a pair could be missing; 0 searches at every step. The results do not depend on it.
         allow_untrained: accept elements that the model knows but was not trained on.
@@ -79,6 +82,7 @@ class MoECalculator(Calculator):
         dtype: Any = None,
         skin: float = 1.0,
         *,
+        precision: str = "fp32",
         allow_untrained: bool = False,
         check: bool = True,
         threads: int | None = None,
@@ -88,7 +92,7 @@ class MoECalculator(Calculator):
         dtype_name = _dtype_name(dtype)
         if threads is not None:
             _set_threads(threads)
-        self._model = _open(path, device, dtype_name, check=check)
+        self._model = _open(path, device, dtype_name, precision, check=check)
         self._warned = False
         self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
         super().__init__()
@@ -97,6 +101,7 @@ class MoECalculator(Calculator):
             model=None if model is None else str(path),
             device=device,
             dtype=dtype_name or None,
+            precision=precision,
             skin=float(skin),
             allow_untrained=bool(allow_untrained),
             check=bool(check),
@@ -228,8 +233,17 @@ class MoECalculator(Calculator):
         if volume is None and not _STRESSES.isdisjoint(properties):
             raise _undefined_stress(self.atoms)
         types = self._model.types(self.atoms, allow_untrained=self.parameters["allow_untrained"])
-        graph = self.neighbor_list.graph(self.atoms, types)
-        raw = self._evaluate(graph, virial=volume is not None, atom_virial=keys.STRESSES in properties)
+        virial, atom_virial = volume is not None, keys.STRESSES in properties
+        if self._model.keeps_lists:
+            pairs, positions = self.neighbor_list.pairs(self.atoms)
+            cells = self.atoms.cell.array[None]
+            raw = self._model.evaluate_pairs(
+                pairs, types, positions, cells, virial=virial, atom_virial=atom_virial
+            )
+        else:
+            graph = self.neighbor_list.graph(self.atoms, types)
+            raw = self._model.evaluate(graph, virial=virial, atom_virial=atom_virial)
+        self._warn_about_density(raw)
         self.results = _results(raw, 0, slice(None), volume)
 
     def calculate_batch(
@@ -254,42 +268,63 @@ class MoECalculator(Calculator):
                     f"expected properties among {', '.join(self.implemented_properties)}, got {name!r}"
                 )
         wants_stress = not _STRESSES.isdisjoint(properties)
-        graphs, volumes = [], []
+        keeps_lists = self._model.keeps_lists
+        kept: list[Atoms] = []
+        types: list[Ints] = []
+        graphs: list[AtomicGraph] = []
+        lists: list[PairList] = []
+        volumes: list[float | None] = []
         for index, atoms in enumerate(structures):
             try:
                 volume = _volume(atoms)
                 if volume is None and wants_stress:
                     raise _undefined_stress(atoms)
-                types = self._model.types(atoms, allow_untrained=self.parameters["allow_untrained"])
-                graphs.append(SkinNeighborList(self.cutoff, skin=0.0).graph(atoms, types))
+                types.append(self._model.types(atoms, allow_untrained=self.parameters["allow_untrained"]))
+                neighbor_list = SkinNeighborList(self.cutoff, skin=0.0)
+                if keeps_lists:
+                    lists.append(neighbor_list.pairs(atoms)[0])
+                else:
+                    graphs.append(neighbor_list.graph(atoms, types[-1]))
             except MoecalcError as error:
                 raise type(error)(f"structure {index}: {error}") from None
+            kept.append(atoms)
             volumes.append(volume if wants_stress else None)
-        if not graphs:
+        if not kept:
             return []
-        raw = self._evaluate(
-            AtomicGraph.concatenate(graphs), virial=wants_stress, atom_virial=keys.STRESSES in properties
-        )
-        ends = np.cumsum([0] + [graph.n_node for graph in graphs])
+        atom_virial = keys.STRESSES in properties
+        if keeps_lists:
+            raw = self._model.evaluate_pairs(
+                PairList.concatenate(lists),
+                np.concatenate(types),
+                np.concatenate([atoms.positions for atoms in kept]),
+                np.stack([atoms.cell.array for atoms in kept]),
+                virial=wants_stress,
+                atom_virial=atom_virial,
+            )
+        else:
+            raw = self._model.evaluate(
+                AtomicGraph.concatenate(graphs), virial=wants_stress, atom_virial=atom_virial
+            )
+        self._warn_about_density(raw)
+        ends = np.cumsum([0] + [len(of_one) for of_one in types])
         results = []
         for index, volume in enumerate(volumes):
             everything = _results(raw, index, slice(ends[index], ends[index + 1]), volume)
             results.append({name: everything[name] for name in properties})
         return results
 
-    def _evaluate(self, graph: AtomicGraph, *, virial: bool, atom_virial: bool) -> Mapping[str, Any]:
-        raw = self._model.evaluate(graph, virial=virial, atom_virial=atom_virial)
-        if not self._warned:
-            for key, limit, where in self._model.limits:
-                if raw[key] > limit:
-                    self._warned = True
-                    warnings.warn(
-                        f"an atom has {raw[key]} neighbours {where}, but in training the model saw at most the nearest {limit}: all of them are "
-                        f"used, which is smooth, but differs from the training code, and the structure is denser than what the model knows",
-                        stacklevel=4,
-                    )
-                    break
-        return raw
+    def _warn_about_density(self, raw: Mapping[str, Any]) -> None:
+        if self._warned:
+            return
+        for key, limit, where in self._model.limits:
+            if raw[key] > limit:
+                self._warned = True
+                warnings.warn(
+                    f"an atom has {raw[key]} neighbours {where}, but in training the model saw at most the nearest {limit}: all of them are "
+                    f"used, which is smooth, but differs from the training code, and the structure is denser than what the model knows",
+                    stacklevel=4,
+                )
+                return
 
 
 _STRESSES = frozenset({keys.STRESS, keys.STRESSES})
@@ -348,6 +383,8 @@ class _Model:
         self.cutoff = float(evaluator.cutoff)
         self.device = str(evaluator.device)
         self.dtype = str(evaluator.dtype)
+        self.keeps_lists = bool(evaluator.keeps_lists)
+        self._listed: tuple[PairList, Ints] | None = None  # what the evaluator holds
         limits = self.metadata.get("neighbor_limits", {})
         self.limits = [
             (key, limits[name], f"within {radius:g} A")
@@ -403,34 +440,74 @@ class _Model:
             raise MoecalcError(f"{self.path}: {error}") from error
         return result
 
+    def evaluate_pairs(
+        self,
+        pairs: PairList,
+        types: Ints,
+        positions: Floats,
+        cells: Floats,
+        *,
+        virial: bool = True,
+        atom_virial: bool = False,
+    ) -> Mapping[str, Any]:
+        """As `evaluate`. The list is handed to the evaluator only if it is another than in the last call."""
+        try:
+            with self._lock:
+                if (
+                    self._listed is None
+                    or self._listed[0] is not pairs
+                    or not np.array_equal(self._listed[1], types)
+                ):
+                    self._listed = None
+                    self._evaluator.set_list(
+                        types, pairs.edge_index, pairs.edge_shift, pairs.system_index, pairs.n_systems
+                    )
+                    self._listed = (pairs, types)
+                result: Mapping[str, Any] = self._evaluator.evaluate_positions(
+                    positions, cells, forces=True, virial=virial, atom_virial=atom_virial
+                )
+        except self._error as error:
+            raise MoecalcError(f"{self.path}: {error}") from error
+        return result
+
 
 _open_models: WeakValueDictionary[tuple[Any, ...], _Model] = WeakValueDictionary()
 _checked: set[tuple[Any, ...]] = set()
 _open_lock = threading.Lock()
 
 
-def _open(path: Path, device: str, dtype: str, *, check: bool) -> _Model:
+def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -> _Model:
     """Load a package, or find it among those in use."""
     native = load()
     try:
         status = path.stat()
     except OSError:
         raise PackageError(f"{path}: no such file") from None
-    key = (path, status.st_mtime_ns, status.st_size, _device_name(device), dtype)
+    key = (
+        path,
+        status.st_mtime_ns,
+        status.st_size,
+        _device_name(device),
+        dtype,
+        precision,
+        os.environ.get("MOECALC_BACKEND"),
+    )
     with _open_lock:
         model = _open_models.get(key)
         if model is None:
             try:
-                evaluator = native.Evaluator(str(path), key[3], dtype)
+                evaluator = native.Evaluator(str(path), key[3], dtype, precision)
             except native.OutOfMemoryError as error:
                 raise MoecalcError(f"{path}: {error}") from error
             except native.Error as error:
                 message = str(error)
-                raise PackageError(message if str(path) in message else f"{path}: {message}") from error
+                kind = PackageError if precision == "fp32" else MoecalcError
+                raise kind(message if str(path) in message else f"{path}: {message}") from error
             model = _open_models[key] = _Model(path, evaluator, native.Error)
-            if evaluator.backend == "torchscript" and evaluator.device == "cpu":
+            if evaluator.backend == "torchscript":
+                kernels = "fused" if evaluator.device == "cpu" else "CUDA"
                 warnings.warn(
-                    f"{path}: evaluated through TorchScript, several times slower than the fused kernels ({evaluator.backend_reason})",
+                    f"{path}: evaluated through TorchScript, several times slower than the {kernels} kernels ({evaluator.backend_reason})",
                     stacklevel=4,
                 )
         if check and key not in _checked:

@@ -81,6 +81,39 @@ class AtomicGraph:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PairList:
+    """Pairs of structures that serve for many positions: `edge_vec = positions[j] - positions[i] + edge_shift @ cell`.
+
+    Attributes:
+        edge_index: (2, n_edge) centre i and neighbour j.
+        edge_shift: (n_edge, 3) cells between them.
+        system_index: (n_node,) structure of each atom.
+        n_systems: number of structures.
+    """
+
+    edge_index: Ints
+    edge_shift: Ints
+    system_index: Ints
+    n_systems: int = 1
+
+    @staticmethod
+    def concatenate(lists: Sequence[PairList]) -> PairList:
+        """Join lists into one batch, as `AtomicGraph.concatenate` does."""
+        first_node = np.cumsum([0] + [len(pairs.system_index) for pairs in lists])
+        first_system = np.cumsum([0] + [pairs.n_systems for pairs in lists])
+        return PairList(
+            edge_index=np.concatenate(
+                [pairs.edge_index + n for pairs, n in zip(lists, first_node, strict=False)], axis=1
+            ),
+            edge_shift=np.concatenate([pairs.edge_shift for pairs in lists]),
+            system_index=np.concatenate(
+                [pairs.system_index + n for pairs, n in zip(lists, first_system, strict=False)]
+            ),
+            n_systems=int(first_system[-1]),
+        )
+
+
 class SkinNeighborList:
     """Full neighbour list of one ASE structure, reused while no pair can have entered the cutoff.
 
@@ -89,7 +122,7 @@ class SkinNeighborList:
         skin: how much farther the list reaches, in Angstrom; 0 searches anew at every call.
 
     Attributes:
-        n_calls: number of graphs made.
+        n_calls: number of graphs or lists asked for.
         n_rebuilds: number of pair searches; the other calls only recomputed the edge vectors.
     """
 
@@ -108,11 +141,13 @@ class SkinNeighborList:
 
     def reset(self) -> None:
         """Forget the list: the next call searches."""
-        self._edge_index: Ints = np.zeros((2, 0), dtype=np.int64)
+        none = np.zeros(0, dtype=np.int64)
+        self._pairs = PairList(none.reshape(2, 0), none.reshape(0, 3), none)
         self._shift: Floats = np.zeros((0, 3))
         self._shift_vec: Floats = np.zeros((0, 3))
         self._shift_cell: Floats = np.zeros((3, 3))
-        self._system_index: Ints = np.zeros(0, dtype=np.int64)
+        self._near: Ints = none
+        self._near_reach = 0.0
         self._positions: Floats | None = None
         self._cell: Floats = np.zeros((3, 3))
         self._pbc: NDArray[np.bool_] = np.zeros(3, dtype=bool)
@@ -134,23 +169,58 @@ class SkinNeighborList:
             StructureError: positions or cell are not finite or absurdly large, a periodic direction has no cell vector, or two atoms are
                 closer than 0.5 Angstrom.
         """
+        current = self._update(atoms)
+        if not np.array_equal(atoms.cell.array, self._shift_cell):
+            self._set_shift_vectors(atoms.cell.array)
+        centre, neighbor = self._pairs.edge_index
+        edge_vec = current.take(neighbor, axis=0)
+        edge_vec -= current.take(centre, axis=0)
+        edge_vec += self._shift_vec
+        _check_overlap(atoms, self._pairs.edge_index, self._shift, edge_vec)
+        return AtomicGraph(types, self._pairs.edge_index, edge_vec, self._pairs.system_index)
+
+    def pairs(self, atoms: Atoms) -> tuple[PairList, Floats]:
+        """The list for `atoms` as they are now, and the positions (n_atoms, 3) to use with it.
+
+        For evaluators that keep a list: it is the same object until a search makes a new one. The positions are those of `atoms` but for whole
+        lattice vectors. Unlike `graph`, the cost of a call without a search does not grow with the number of pairs.
+
+        Raises:
+            StructureError: as for `graph`.
+        """
+        current = self._update(atoms)
+        near = self._near_edges(atoms.cell.array)
+        centre, neighbor = self._pairs.edge_index[:, near]
+        vectors = current[neighbor] - current[centre] + self._shift[near] @ atoms.cell.array
+        _check_overlap(atoms, self._pairs.edge_index[:, near], self._shift[near], vectors)
+        return self._pairs, current
+
+    def _update(self, atoms: Atoms) -> Floats:
+        """Search if the list does not serve any more; returns the positions to use with it."""
         positions: Floats = atoms.positions
         cell: Floats = atoms.cell.array
         pbc: NDArray[np.bool_] = atoms.pbc
         _check_finite(atoms, positions, cell)
         self.n_calls += 1
         current = self._keep(positions, cell, pbc) if self.skin > 0 else None
-        if current is None:
-            self._rebuild(atoms, positions, cell, pbc)
-            current = positions
-        elif not np.array_equal(cell, self._shift_cell):
-            self._set_shift_vectors(cell)
-        centre, neighbor = self._edge_index
-        edge_vec = current.take(neighbor, axis=0)
-        edge_vec -= current.take(centre, axis=0)
-        edge_vec += self._shift_vec
-        _check_overlap(atoms, self._edge_index, self._shift, edge_vec)
-        return AtomicGraph(types, self._edge_index, edge_vec, self._system_index)
+        if current is not None:
+            return current
+        self._rebuild(atoms, positions, cell, pbc)
+        return positions
+
+    def _near_edges(self, cell: Floats) -> Ints:
+        """Edges that can have become shorter than `MIN_DISTANCE`: those that were close when the list was made.
+
+        With the inequality of this module, |d| >= s |d0| - |u_i| - |u_j| >= s |d0| - (s R - cutoff) for any list that is kept.
+        """
+        scale = self._scale(cell)
+        reach = self.cutoff + self.skin - (self.cutoff - MIN_DISTANCE) / scale
+        if self._positions is not None and reach > self._near_reach:
+            self._near_reach = 1.1 * reach  # so that a growing cell does not ask for it at every step
+            centre, neighbor = self._pairs.edge_index
+            vectors = self._positions[neighbor] - self._positions[centre] + self._shift @ self._cell
+            self._near = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors) <= self._near_reach**2)
+        return self._near
 
     def _keep(self, positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Floats | None:
         """Positions to use with the present list (lattice jumps undone), or None when a pair might be missing from it."""
@@ -162,13 +232,10 @@ class SkinNeighborList:
             return None
         if len(positions) == 0:
             return positions
-        scale = 1.0
         expected = self._positions
         if not np.array_equal(cell, self._cell):
-            # the smallest change that takes the old periodic vectors to the new ones; directions across them stay
-            deformation = np.eye(3) + np.linalg.pinv(self._cell[pbc]) @ (cell - self._cell)[pbc]
-            scale = float(np.linalg.svd(deformation, compute_uv=False)[-1])
-            expected = self._positions @ deformation
+            expected = self._positions @ self._deformation(cell)
+        scale = self._scale(cell)
         room = scale * (self.cutoff + self.skin) - self.cutoff
         if room < 0:
             return None
@@ -184,6 +251,18 @@ class SkinNeighborList:
         unwrap = jumps @ cell[pbc]
         return positions - unwrap if _spread(displacement - unwrap) <= room else None
 
+    def _deformation(self, cell: Floats) -> Floats:
+        """F: the smallest change that takes the periodic vectors of the list to the present ones; directions across them stay."""
+        pbc = self._pbc
+        deformation: Floats = np.eye(3) + np.linalg.pinv(self._cell[pbc]) @ (cell - self._cell)[pbc]
+        return deformation
+
+    def _scale(self, cell: Floats) -> float:
+        """s: the smallest singular value of F."""
+        if np.array_equal(cell, self._cell):
+            return 1.0
+        return float(np.linalg.svd(self._deformation(cell), compute_uv=False)[-1])
+
     def _rebuild(self, atoms: Atoms, positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> None:
         self.reset()  # a search that fails must not leave the list of another structure
         if len(positions):
@@ -193,10 +272,13 @@ class SkinNeighborList:
             centre, neighbor, shift = neighbour_list(
                 "ijS", positions=positions, cell=box, pbc=pbc, cutoff=radius, cell_origin=origin
             )
-            self._edge_index = np.array([centre, neighbor], dtype=np.int64)
+            self._pairs = PairList(
+                edge_index=np.array([centre, neighbor], dtype=np.int64),
+                edge_shift=shift.astype(np.int64),
+                system_index=np.zeros(len(positions), dtype=np.int64),
+            )
             self._shift = shift.astype(np.float64)
         self._set_shift_vectors(cell)
-        self._system_index = np.zeros(len(positions), dtype=np.int64)
         self._positions = positions.copy()
         self._cell = cell.copy()
         self._pbc = pbc.copy()

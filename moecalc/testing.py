@@ -178,7 +178,8 @@ def _derivatives(values: Sequence[float], step: float) -> Floats:
 class PairEvaluator:
     """Stand-in for the compiled evaluator: a smooth pair energy between types, with the same attributes and the same `evaluate`.
 
-    `E = 1/2 sum_ij k(t_i, t_j) (1/r^2 - 1/4) (1 - (r/cutoff)^2)^3 + sum_i t_i`, with k(s, t) = 1 + (s + t) / 10.
+    `E = 1/2 sum_ij k(t_i, t_j) (1/r^2 - 1/4) (1 - (r/cutoff)^2)^3 + sum_i t_i`, with k(s, t) = 1 + (s + t) / 10. With `keeps_lists`, it is used as
+    evaluators of a GPU are; `n_calls` and `n_lists` count evaluations and lists.
     """
 
     dtype = "float64"
@@ -186,11 +187,33 @@ class PairEvaluator:
     n_layers = 1
     angle_cutoff = 0.0
 
-    def __init__(self, elements: Sequence[str], cutoff: float = 5.0, metadata: str = "{}") -> None:
+    def __init__(
+        self,
+        elements: Sequence[str],
+        cutoff: float = 5.0,
+        metadata: str = "{}",
+        *,
+        keeps_lists: bool = False,
+    ) -> None:
         self.elements = list(elements)
         self.metadata = metadata
         self.cutoff = cutoff
-        self.n_calls = 0
+        self.keeps_lists = keeps_lists
+        self.n_calls = self.n_lists = 0
+        self._list: tuple[Any, ...] = ()
+
+    def set_list(
+        self, types: Ints, edge_index: Ints, edge_shift: Ints, system_index: Ints, n_systems: int = 1
+    ) -> None:
+        """The list of the evaluations to come."""
+        self.n_lists += 1
+        self._list = (types, edge_index, edge_shift, system_index, n_systems)
+
+    def evaluate_positions(self, positions: Floats, cells: Floats, **request: bool) -> dict[str, Any]:
+        """`evaluate` of the list."""
+        types, (i, j), shift, system_index, n_systems = self._list
+        edge_vec = positions[j] - positions[i] + np.einsum("na,nab->nb", shift, cells[system_index[i]])
+        return self.evaluate(types, np.stack([i, j]), edge_vec, system_index, n_systems, **request)
 
     def evaluate(
         self,

@@ -210,7 +210,8 @@ def test_demanding_fused_kernels_where_there_are_none_is_refused(write):
 
 def test_unknown_backend_is_refused(write):
     with pytest.raises(
-        RuntimeError, match="expected MOECALC_BACKEND to be 'fused' or 'torchscript', got 'magic'"
+        RuntimeError,
+        match="expected MOECALC_BACKEND to be 'fused', 'torchscript' or 'cuda-emulation', got 'magic'",
     ):
         evaluator(write(), backend="magic")
 

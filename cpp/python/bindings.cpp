@@ -74,6 +74,23 @@ class PythonExchange final : public moecalc::GhostExchange {
   py::object object_;
 };
 
+py::dict to_dict(const moecalc::Evaluation& result) {
+  py::dict out;
+  out["energy"] = to_numpy(result.energy);
+  out["energies"] = to_numpy(result.energies);
+  if (result.forces.defined()) out["forces"] = to_numpy(result.forces);
+  if (result.virial.defined()) out["virial"] = to_numpy(result.virial);
+  if (result.atom_virial.defined()) out["atom_virial"] = to_numpy(result.atom_virial);
+  py::dict timings;
+  for (const auto& [part, seconds] : result.timings) timings[py::str(part)] = seconds;
+  out["timings"] = timings;
+  out["n_edge"] = result.n_edge;
+  out["n_angle"] = result.n_angle;
+  out["max_neighbors"] = result.max_neighbors;
+  out["max_angle_neighbors"] = result.max_angle_neighbors;
+  return out;
+}
+
 py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
                   const py::array_t<double, py::array::c_style | py::array::forcecast>& edge_vec,
                   const py::array& system_index, int64_t n_systems, bool forces, bool virial,
@@ -94,23 +111,49 @@ py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const p
     result = evaluator.evaluate(graph, {forces, virial, atom_virial},
                                 exchange.is_none() ? nullptr : &python_exchange);
   }
-  py::dict out;
-  out["energy"] = to_numpy(result.energy);
-  out["energies"] = to_numpy(result.energies);
-  if (forces) out["forces"] = to_numpy(result.forces);
-  if (virial) out["virial"] = to_numpy(result.virial);
-  if (atom_virial) out["atom_virial"] = to_numpy(result.atom_virial);
-  py::dict timings;
-  for (const auto& [part, seconds] : result.timings) timings[py::str(part)] = seconds;
-  out["timings"] = timings;
-  out["n_edge"] = result.n_edge;
-  out["n_angle"] = result.n_angle;
-  out["max_neighbors"] = result.max_neighbors;
-  out["max_angle_neighbors"] = result.max_angle_neighbors;
-  return out;
+  return to_dict(result);
 }
 
 using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+/// The edges' rows of positions are their nodes: periodic images are given by shifts.
+void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
+              const py::object& edge_shift, const py::array& system_index, int64_t n_systems) {
+  // Copies, because the evaluator keeps the list longer than the caller its arrays.
+  const auto copy = [](const py::array& array, const char* name) {
+    return view<int64_t>(integers(array, name), at::kLong).clone();
+  };
+  moecalc::NeighborList list;
+  list.types = copy(types, "types");
+  list.edge_index = copy(edge_index, "edge_index");
+  if (list.edge_index.dim() != 2 || list.edge_index.size(0) != 2) {
+    throw moecalc::Error("expected `edge_index` of 2 rows, got an array of " +
+                         std::to_string(list.edge_index.dim()) + " dimensions and " +
+                         std::to_string(list.edge_index.numel()) + " numbers");
+  }
+  list.edge_from = list.edge_index[0];
+  list.edge_to = list.edge_index[1];
+  if (!edge_shift.is_none()) list.edge_shift = copy(edge_shift.cast<py::array>(), "edge_shift");
+  list.system_index = copy(system_index, "system_index");
+  list.n_systems = n_systems;
+  const py::gil_scoped_release release;
+  evaluator.set_list(list);
+}
+
+py::dict evaluate_positions(moecalc::Evaluator& evaluator, const Doubles& positions, const py::object& cells,
+                            bool forces, bool virial, bool atom_virial, const py::object& exchange) {
+  const at::Tensor x = view<double>(positions, at::kDouble);
+  const Doubles cells64 = cells.is_none() ? Doubles() : cells.cast<Doubles>();
+  const at::Tensor h = cells.is_none() ? at::Tensor() : view<double>(cells64, at::kDouble);
+  moecalc::Evaluation result;
+  PythonExchange python_exchange(exchange);
+  {
+    const py::gil_scoped_release release;
+    result = evaluator.evaluate_positions(x, h, {forces, virial, atom_virial},
+                                          exchange.is_none() ? nullptr : &python_exchange);
+  }
+  return to_dict(result);
+}
 
 std::vector<at::Tensor> tensors(const std::vector<Doubles>& arrays, at::ScalarType dtype) {
   std::vector<at::Tensor> out;
@@ -166,14 +209,18 @@ PYBIND11_MODULE(_C, module) {
   py::class_<moecalc::Evaluator>(module, "Evaluator",
                                  "A model loaded from a package file. Use one per thread.")
       .def(
-          py::init<const std::string&, const std::string&, const std::string&>(), py::arg("path"),
-          py::arg("device") = "cpu", py::arg("dtype") = "", py::call_guard<py::gil_scoped_release>(),
-          "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own).")
+          py::init<const std::string&, const std::string&, const std::string&, const std::string&, bool>(),
+          py::arg("path"), py::arg("device") = "cpu", py::arg("dtype") = "", py::arg("precision") = "fp32",
+          py::arg("deterministic") = true, py::call_guard<py::gil_scoped_release>(),
+          "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own); "
+          "precision: 'fp32', 'tf32' or 'bf16x3' (products on a GPU).")
       .def_property_readonly("elements", &moecalc::Evaluator::elements)
       .def_property_readonly("cutoff", &moecalc::Evaluator::cutoff)
       .def_property_readonly("angle_cutoff", &moecalc::Evaluator::angle_cutoff)
       .def_property_readonly("dtype", &moecalc::Evaluator::dtype)
       .def_property_readonly("device", &moecalc::Evaluator::device)
+      .def_property_readonly("precision", &moecalc::Evaluator::precision)
+      .def_property_readonly("keeps_lists", &moecalc::Evaluator::keeps_lists)
       .def_property_readonly("n_layers", &moecalc::Evaluator::n_layers)
       .def_property_readonly("backend", &moecalc::Evaluator::backend)
       .def_property_readonly("backend_reason", &moecalc::Evaluator::backend_reason)
@@ -182,6 +229,17 @@ PYBIND11_MODULE(_C, module) {
       .def("run_layer", &run_layer, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
            py::arg("layer"), py::arg("inputs"), py::arg("gradients") = std::vector<Doubles>{},
            "One layer of the fused kernels alone, for tests: see run_layer in evaluator.h.")
+      .def("estimate_bytes", &moecalc::Evaluator::estimate_bytes, py::arg("n_node"), py::arg("n_edge"),
+           py::arg("n_angle"),
+           "Bytes that the CUDA kernels would need for a system of this size; 0 where others run.")
+      .def("set_list", &set_list, py::arg("types"), py::arg("edge_index"), py::arg("edge_shift"),
+           py::arg("system_index"), py::arg("n_systems") = 1,
+           "The list of the evaluate_positions calls to come; edge_shift (n_edge, 3) counts cells, None: no "
+           "images.")
+      .def("evaluate_positions", &evaluate_positions, py::arg("positions"), py::arg("cells") = py::none(),
+           py::kw_only(), py::arg("forces") = true, py::arg("virial") = true, py::arg("atom_virial") = false,
+           py::arg("exchange") = py::none(),
+           "As evaluate, of the list that was set, for positions (n_node, 3) and cells (n_systems, 3, 3).")
       .def("evaluate", &evaluate, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
            py::arg("system_index"), py::arg("n_systems") = 1, py::kw_only(), py::arg("forces") = true,
            py::arg("virial") = true, py::arg("atom_virial") = false, py::arg("exchange") = py::none(),

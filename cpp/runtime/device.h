@@ -28,18 +28,6 @@ struct DeviceOptions {
   bool deterministic = true;
 };
 
-/// A list with skin in engine order, uploaded once; between uploads only positions (and the cell) change.
-struct NeighborList {
-  at::Tensor types;         // (n_node,) int64, owned atoms first, then ghosts
-  at::Tensor edge_index;    // (2, n_edge) int64, any order: centre < n_local, neighbour < n_node
-  at::Tensor edge_from;     // (n_edge,) int64 row of the centre in `positions`
-  at::Tensor edge_to;       // (n_edge,) int64 row of the neighbour (or of its image) in `positions`
-  at::Tensor edge_shift;    // (n_edge, 3) int64 cells between them: vec = x[to] - x[from] + shift @ cell;
-                            // undefined: none
-  at::Tensor system_index;  // (n_local,) int64
-  int64_t n_systems = 1;
-};
-
 class DeviceModel {
  public:
   virtual ~DeviceModel() = default;

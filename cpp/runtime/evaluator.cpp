@@ -18,6 +18,7 @@
 #include <optional>
 #include <utility>
 
+#include "device.h"
 #include "fused.h"
 #include "graph.h"
 #include "memory_reader.h"
@@ -108,6 +109,13 @@ at::ScalarType parse_dtype(const std::string& name) {
   throw Error("expected `dtype` to be 'float64', 'float32' or '' (the package's own), got '" + name + "'");
 }
 
+ProductPrecision parse_precision(const std::string& name) {
+  if (name == "fp32") return ProductPrecision::fp32;
+  if (name == "tf32") return ProductPrecision::tf32;
+  if (name == "bf16x3") return ProductPrecision::bf16x3;
+  throw Error("expected `precision` to be 'fp32', 'tf32' or 'bf16x3', got '" + name + "'");
+}
+
 // --- TorchScript ---------------------------------------------------------------------------------
 
 /// Sets the dtype of all floating-point parameters and buffers (Module::to converts integer buffers too).
@@ -188,6 +196,20 @@ void accumulate(at::Tensor& sum, const at::Tensor& gradient) {
   sum = sum.defined() ? sum + gradient.to(at::kDouble) : gradient.to(at::kDouble);
 }
 
+void check_finite(const Evaluation& result, const Request& request) {
+  const auto* energy = result.energies.const_data_ptr<double>();
+  for (int64_t i = 0; i < result.energies.size(0); ++i) {
+    if (!std::isfinite(energy[i])) {
+      throw Error("expected finite energies, got " + std::to_string(energy[i]) + " eV for atom " +
+                  std::to_string(i) + ": its neighbourhood is far outside of the training data");
+    }
+  }
+  if (request.forces && !std::isfinite(result.forces.sum().item<double>())) {
+    throw Error(
+        "expected finite forces, got NaN or infinity: the structure is far outside of the training data");
+  }
+}
+
 // --- from edge gradients to forces and virials ---------------------------------------------------
 
 at::TensorOptions cpu_double() { return at::TensorOptions().dtype(at::kDouble).device(at::kCPU); }
@@ -255,12 +277,16 @@ void scatter_on_device(const PreparedGraph& graph, const at::Tensor& system, con
 
 class Evaluator::Impl {
  public:
-  Impl(const std::string& path, const std::string& device, const std::string& dtype);
+  Impl(const std::string& path, const std::string& device, const std::string& dtype,
+       const std::string& precision, bool deterministic);
   Evaluation evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange);
+  void set_list(const NeighborList& list);
+  Evaluation evaluate_positions(const at::Tensor& positions, const at::Tensor& cells, const Request& request,
+                                GhostExchange* exchange);
 
   std::vector<std::string> elements;
   GraphRules rules;
-  std::string dtype_name, device_name, metadata;
+  std::string dtype_name, device_name, metadata, precision_name;
   std::vector<Module> layers;
   std::string backend = "torchscript", backend_reason;
 
@@ -271,29 +297,54 @@ class Evaluator::Impl {
   void run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
                  GhostExchange* exchange, Evaluation& result);
   void choose_backend();
+  Evaluation run_on_device(const NeighborList& list, const at::Tensor& positions, const at::Tensor& cells,
+                           const Request& request, GhostExchange* exchange);
+  Evaluation empty_result(int64_t n_node, int64_t n_local, int64_t n_systems, const Request& request) const;
+  void check_exchange(int64_t n_ghost, const GhostExchange* exchange) const;
+  at::Tensor pinned(const at::Tensor& positions);
+  void upload(const NeighborList& list);
 
  public:
   std::vector<at::Tensor> run_layer(const AtomicGraph& graph, int64_t layer,
                                     const std::vector<at::Tensor>& inputs,
                                     const std::vector<at::Tensor>& gradients);
-  int64_t buffer_bytes() const { return fused_ == nullptr ? 0 : fused_->bytes(); }
+  int64_t buffer_bytes() const {
+    if (on_device_ != nullptr) return on_device_->bytes();
+    return fused_ == nullptr ? 0 : fused_->bytes();
+  }
+  int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const {
+    return on_device_ == nullptr ? 0 : on_device_->estimate_bytes(n_node, n_edge, n_angle);
+  }
+  bool keeps_lists() const { return on_device_ != nullptr; }
 
  private:
-  void run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange);
+  void run_without_atoms(int64_t n_node, int64_t n_systems, bool gradients, GhostExchange* exchange);
   at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
   at::Tensor with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local, GhostExchange* exchange);
   at::Tensor without_ghosts(const PreparedGraph& graph, const at::Tensor& gradient, GhostExchange* exchange);
 
   at::Device device_;
   at::ScalarType dtype_ = at::kDouble;
+  ProductPrecision precision_;
+  bool deterministic_;
   Module geometry_, embedding_, readout_;
-  std::unique_ptr<FusedModel> fused_;  // null: TorchScript
-  at::Tensor element_features_;        // (n_types, n_dim) at element level: the same in every call
+  // Both null: TorchScript.
+  std::unique_ptr<FusedModel> fused_;
+  std::unique_ptr<DeviceModel> on_device_;
+  NeighborList list_;            // the caller's; types undefined: none yet
+  int64_t n_rows_ = 0;           // of positions that list_ names
+  bool list_is_up_ = false;      // list_ is what on_device_ holds
+  at::Tensor staging_;           // pinned memory for the positions
+  at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
 };
 
-Evaluator::Impl::Impl(const std::string& path, const std::string& device, const std::string& dtype)
-    : device_(parse_device(device)) {
+Evaluator::Impl::Impl(const std::string& path, const std::string& device, const std::string& dtype,
+                      const std::string& precision, bool deterministic)
+    : precision_name(precision),
+      device_(parse_device(device)),
+      precision_(parse_precision(precision)),
+      deterministic_(deterministic) {
   device_name = device_.str();
   if (!dtype.empty()) parse_dtype(dtype);
   try {
@@ -357,24 +408,49 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   choose_backend();
 }
 
-/// Fused kernels where they cover the model; MOECALC_BACKEND=torchscript asks for the slower path (for
-/// comparisons).
+/// The kernels of the device where they cover the model. MOECALC_BACKEND asks for others: torchscript is the
+/// slower path, for comparisons; cuda-emulation runs the kernels of the GPU on the CPU, for tests.
 void Evaluator::Impl::choose_backend() {
   const char* wanted = std::getenv("MOECALC_BACKEND");
   const std::string choice = wanted == nullptr ? "" : wanted;
-  if (!choice.empty() && choice != "fused" && choice != "torchscript") {
-    throw Error("expected MOECALC_BACKEND to be 'fused' or 'torchscript', got '" + choice + "'");
+  const bool emulate = choice == "cuda-emulation";
+  if (!choice.empty() && choice != "fused" && choice != "torchscript" && !emulate) {
+    throw Error("expected MOECALC_BACKEND to be 'fused', 'torchscript' or 'cuda-emulation', got '" + choice +
+                "'");
   }
-  if (!device_.is_cpu()) {
-    backend_reason = "the fused kernels run on the CPU";
-  } else if (choice == "torchscript") {
+  if (emulate && !device_.is_cpu()) {
+    throw Error("MOECALC_BACKEND=cuda-emulation runs on the CPU, got device '" + device_name +
+                "': use device 'cpu'");
+  }
+  const bool on_cpu = device_.is_cpu() && !emulate;
+  const bool reduced = precision_ != ProductPrecision::fp32;
+  if (reduced && dtype_ == at::kDouble) {
+    throw Error("precision '" + precision_name +
+                "' is for float32 networks, got dtype float64: use dtype float32, or precision fp32");
+  }
+  if (reduced && on_cpu) {
+    throw Error("precision '" + precision_name +
+                "' is for GPUs, got device 'cpu': use precision fp32, or device cuda");
+  }
+  if (choice == "torchscript") {
     backend_reason = "MOECALC_BACKEND=torchscript";
-  } else {
+  } else if (on_cpu) {
     fused_ = make_fused_model(geometry_, embedding_, layers, dtype_, backend_reason);
     if (fused_ != nullptr) backend = std::string("fused ") + fused_->instruction_set();
+  } else {
+    const DeviceOptions options{device_, emulate, precision_, deterministic_};
+    on_device_ =
+        make_device_model(geometry_, embedding_, layers, readout_, rules, dtype_, options, backend_reason);
+    if (on_device_ != nullptr) backend = on_device_->name();
   }
-  if (choice == "fused" && fused_ == nullptr) {
-    throw Error("MOECALC_BACKEND=fused: the fused kernels do not cover " + backend_reason);
+  if (fused_ != nullptr || on_device_ != nullptr) return;
+  if (!choice.empty() && choice != "torchscript") {
+    throw Error("MOECALC_BACKEND=" + choice + ": the " + (on_cpu ? "fused" : "CUDA") +
+                " kernels do not cover " + backend_reason);
+  }
+  if (reduced) {
+    throw Error("precision '" + precision_name + "' needs the CUDA kernels, which do not apply (" +
+                backend_reason + "): use precision fp32");
   }
 }
 
@@ -415,41 +491,59 @@ at::Tensor Evaluator::Impl::without_ghosts(const PreparedGraph& graph, const at:
 }
 
 /// A rank that owns no atoms has nothing to compute, but the others wait for it in every exchange.
-void Evaluator::Impl::run_without_atoms(const PreparedGraph& graph, bool gradients, GhostExchange* exchange) {
+void Evaluator::Impl::run_without_atoms(int64_t n_node, int64_t n_systems, bool gradients,
+                                        GhostExchange* exchange) {
   if (exchange == nullptr) return;
-  if (rules.group_by_system) exchange->sum(graph.composition);
+  if (rules.group_by_system) exchange->sum(at::zeros({n_systems, rules.n_types}, cpu_double()));
   const auto options = cpu_double().dtype(dtype_);
   for (size_t layer = 1; layer < layers.size(); ++layer)
-    exchange->forward(at::zeros({graph.n_node, node_dim_}, options));
+    exchange->forward(at::zeros({n_node, node_dim_}, options));
   for (size_t layer = 1; gradients && layer < layers.size(); ++layer) {
-    exchange->reverse(at::zeros({graph.n_node, node_dim_}, options));
+    exchange->reverse(at::zeros({n_node, node_dim_}, options));
   }
+}
+
+void Evaluator::Impl::check_exchange(int64_t n_ghost, const GhostExchange* exchange) const {
+  if (exchange == nullptr && n_ghost > 0 && layers.size() > 1) {
+    throw Error("expected a GhostExchange for " + std::to_string(n_ghost) + " ghost atoms and a model of " +
+                std::to_string(layers.size()) +
+                " layers, got none: map periodic images to owned atoms or pass one");
+  }
+}
+
+Evaluation Evaluator::Impl::empty_result(int64_t n_node, int64_t n_local, int64_t n_systems,
+                                         const Request& request) const {
+  Evaluation result;
+  result.energy = at::zeros({n_systems}, cpu_double());
+  result.energies = at::zeros({n_local}, cpu_double());
+  if (request.forces) result.forces = at::zeros({n_node, 3}, cpu_double());
+  if (request.virial) result.virial = at::zeros({n_systems, 3, 3}, cpu_double());
+  if (request.atom_virial) result.atom_virial = at::zeros({n_node, 3, 3}, cpu_double());
+  return result;
 }
 
 Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& request,
                                      GhostExchange* exchange) {
+  if (on_device_ != nullptr) {
+    const auto [list, positions] = list_of_graph(graph, rules);
+    list_is_up_ = false;
+    upload(list);
+    return run_on_device(list, positions, at::Tensor(), request, exchange);
+  }
   const auto start = std::chrono::steady_clock::now();
   const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
                                                                 : std::nullopt);
   const PreparedGraph prepared = prepare_graph(graph, rules, /*with_angle_index=*/fused_ == nullptr);
-  if (exchange == nullptr && prepared.n_node > prepared.n_local && layers.size() > 1) {
-    throw Error("expected a GhostExchange for " + std::to_string(prepared.n_node - prepared.n_local) +
-                " ghost atoms and a model of " + std::to_string(layers.size()) +
-                " layers, got none: map periodic images to owned atoms or pass one");
-  }
-  Evaluation result;
+  check_exchange(prepared.n_node - prepared.n_local, exchange);
+  Evaluation result = empty_result(prepared.n_node, prepared.n_local, graph.n_systems, request);
   result.timings.emplace_back("graph", seconds_since(start));
   result.n_edge = prepared.n_edge;
   result.n_angle = prepared.n_angle;
   result.max_neighbors = prepared.max_neighbors;
   result.max_angle_neighbors = prepared.max_angle_neighbors;
-  result.energy = at::zeros({graph.n_systems}, cpu_double());
-  result.energies = at::zeros({prepared.n_local}, cpu_double());
-  if (request.forces) result.forces = at::zeros({prepared.n_node, 3}, cpu_double());
-  if (request.virial) result.virial = at::zeros({graph.n_systems, 3, 3}, cpu_double());
-  if (request.atom_virial) result.atom_virial = at::zeros({prepared.n_node, 3, 3}, cpu_double());
   if (prepared.n_local == 0) {
-    run_without_atoms(prepared, request.forces || request.virial || request.atom_virial, exchange);
+    run_without_atoms(prepared.n_node, graph.n_systems,
+                      request.forces || request.virial || request.atom_virial, exchange);
     return result;
   }
 
@@ -463,20 +557,78 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
                            std::to_string(prepared.n_angle) + " angles on " + device_name);
   }
 
+  check_finite(result, request);
   const auto* atom_energy = result.energies.const_data_ptr<double>();
   const auto* system_of = system.const_data_ptr<int64_t>();
   auto* energy = result.energy.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < prepared.n_local; ++i) {
-    if (!std::isfinite(atom_energy[i])) {
-      throw Error("expected finite energies, got " + std::to_string(atom_energy[i]) + " eV for atom " +
-                  std::to_string(i) + ": its neighbourhood is far outside of the training data");
-    }
-    energy[system_of[i]] += atom_energy[i];
+  for (int64_t i = 0; i < prepared.n_local; ++i) energy[system_of[i]] += atom_energy[i];
+  return result;
+}
+
+void Evaluator::Impl::set_list(const NeighborList& list) {
+  list_ = {};  // one that is refused must not leave the one before in use
+  list_ = checked_list(list, rules);
+  n_rows_ = position_rows(list_);
+  list_is_up_ = false;
+}
+
+Evaluation Evaluator::Impl::evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
+                                               const Request& request, GhostExchange* exchange) {
+  if (!list_.types.defined()) throw Error("expected a list before positions, got none: call set_list first");
+  check_positions(list_, n_rows_, positions, cells);
+  if (on_device_ == nullptr) return evaluate(graph_of_list(list_, positions, cells), request, exchange);
+  if (!list_is_up_) {
+    upload(list_);
+    list_is_up_ = true;
   }
-  if (request.forces && !std::isfinite(result.forces.sum().item<double>())) {
-    throw Error(
-        "expected finite forces, got NaN or infinity: the structure is far outside of the training data");
+  return run_on_device(list_, positions, cells, request, exchange);
+}
+
+void Evaluator::Impl::upload(const NeighborList& list) {
+  const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
+                                                                : std::nullopt);
+  if (list.system_index.size(0) == 0) return;  // nothing will be evaluated
+  try {
+    on_device_->set_list(list);
+  } catch (const std::exception& exception) {
+    rethrow(exception, "uploading a neighbour list of " + std::to_string(list.edge_index.size(1)) +
+                           " pairs to " + device_name);
   }
+}
+
+/// The positions in pinned memory, from which a device copies without the CPU waiting for it.
+at::Tensor Evaluator::Impl::pinned(const at::Tensor& positions) {
+  if (!device_.is_cuda()) return positions.contiguous();
+  if (!staging_.defined() || staging_.size(0) < positions.size(0)) {
+    // Some room, because the number of ghosts differs from list to list.
+    const int64_t rows = positions.size(0) + positions.size(0) / 8;
+    staging_ = at::empty({rows, 3}, cpu_double().pinned_memory(true));
+  }
+  return staging_.narrow(0, 0, positions.size(0)).copy_(positions);
+}
+
+Evaluation Evaluator::Impl::run_on_device(const NeighborList& list, const at::Tensor& positions,
+                                          const at::Tensor& cells, const Request& request,
+                                          GhostExchange* exchange) {
+  const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
+                                                                : std::nullopt);
+  const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
+  check_exchange(n_node - n_local, exchange);
+  if (n_local == 0) {
+    run_without_atoms(n_node, list.n_systems, request.forces || request.virial || request.atom_virial,
+                      exchange);
+    return empty_result(n_node, n_local, list.n_systems, request);
+  }
+  Evaluation result;
+  try {
+    const at::NoGradGuard no_grad;
+    result = on_device_->evaluate(pinned(positions), cells.defined() ? cells.contiguous() : cells, request,
+                                  exchange);
+  } catch (const std::exception& exception) {
+    rethrow(exception, "evaluating " + std::to_string(n_local) + " atoms and a list of " +
+                           std::to_string(list.edge_index.size(1)) + " pairs on " + device_name);
+  }
+  check_finite(result, request);
   return result;
 }
 
@@ -613,14 +765,28 @@ std::vector<at::Tensor> Evaluator::Impl::run_layer(const AtomicGraph& graph, int
   return {d.v, d.e, d.a, d.sw, d.h, d.asw};
 }
 
-Evaluator::Evaluator(const std::string& path, const std::string& device, const std::string& dtype)
-    : impl_(std::make_unique<Impl>(path, device, dtype)) {}
+Evaluator::Evaluator(const std::string& path, const std::string& device, const std::string& dtype,
+                     const std::string& precision, bool deterministic)
+    : impl_(std::make_unique<Impl>(path, device, dtype, precision, deterministic)) {}
 Evaluator::~Evaluator() = default;
 Evaluator::Evaluator(Evaluator&&) noexcept = default;
 Evaluator& Evaluator::operator=(Evaluator&&) noexcept = default;
 
 Evaluation Evaluator::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
   return impl_->evaluate(graph, request, exchange);
+}
+
+void Evaluator::set_list(const NeighborList& list) { impl_->set_list(list); }
+
+Evaluation Evaluator::evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
+                                         const Request& request, GhostExchange* exchange) {
+  return impl_->evaluate_positions(positions, cells, request, exchange);
+}
+
+bool Evaluator::keeps_lists() const { return impl_->keeps_lists(); }
+const std::string& Evaluator::precision() const { return impl_->precision_name; }
+int64_t Evaluator::estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const {
+  return impl_->estimate_bytes(n_node, n_edge, n_angle);
 }
 
 const std::vector<std::string>& Evaluator::elements() const { return impl_->elements; }
@@ -652,7 +818,8 @@ std::string build_info() {
          "gcc " __VERSION__
 #endif
          "\", \"cuda\": " +
-         (MOECALC_WITH_CUDA ? "true" : "false") +
+         (MOECALC_WITH_CUDA ? "true" : "false") +  // torch's own
+         ", \"cuda_kernels\": \"" MOECALC_CUDA_ARCHITECTURES "\"" +
          ", \"package_format\": " + std::to_string(package_format_version) + "}";
 }
 

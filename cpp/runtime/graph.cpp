@@ -68,6 +68,44 @@ void counts_to_offsets(std::vector<int64_t>& counts) {
   }
 }
 
+/// Checks the values of `types` and `system_index`, whose type and shape are checked already.
+void check_atoms(const at::Tensor& types, const at::Tensor& system_index, int64_t n_systems,
+                 int64_t n_types) {
+  const int64_t n_node = types.size(0), n_local = system_index.size(0);
+  if (n_local > n_node) {
+    throw Error("expected `system_index` no longer than `types` (" + std::to_string(n_node) + "), got " +
+                std::to_string(n_local));
+  }
+  const int64_t* type = types.const_data_ptr<int64_t>();
+  const int64_t* system = system_index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n_node; ++i) {
+    if (type[i] < 0 || type[i] >= n_types) out_of_range("types[" + std::to_string(i) + "]", type[i], n_types);
+  }
+  for (int64_t i = 0; i < n_local; ++i) {
+    if (system[i] < 0 || system[i] >= n_systems) {
+      out_of_range("system_index[" + std::to_string(i) + "]", system[i], n_systems);
+    }
+  }
+}
+
+void check_edge(int64_t e, int64_t i, int64_t j, int64_t n_local, int64_t n_node) {
+  if (i < 0 || i >= n_local) out_of_range("edge_index[0, " + std::to_string(e) + "] (a centre)", i, n_local);
+  if (j < 0 || j >= n_node) out_of_range("edge_index[1, " + std::to_string(e) + "] (a neighbour)", j, n_node);
+}
+
+void check_vector(const double* vec, int64_t i, int64_t j) {
+  if (std::isfinite(vec[0] * vec[0] + vec[1] * vec[1] + vec[2] * vec[2])) return;
+  throw Error("expected finite `edge_vec`, got (" + std::to_string(vec[0]) + ", " + std::to_string(vec[1]) +
+              ", " + std::to_string(vec[2]) + ") Angstrom between atoms " + std::to_string(i) + " and " +
+              std::to_string(j) + ": check the positions and the cell");
+}
+
+[[noreturn]] void between_structures(int64_t i, int64_t j, const int64_t* system) {
+  throw Error("expected edges within one structure, got an edge between atoms " + std::to_string(i) +
+              " and " + std::to_string(j) + " of structures " + std::to_string(system[i]) + " and " +
+              std::to_string(system[j]));
+}
+
 /// An edge within the cutoff.
 struct KeptEdge {
   int64_t edge;  // position in the engine's list
@@ -83,21 +121,10 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, b
   const at::Tensor index_in = checked(graph.edge_index, "edge_index", at::kLong, {2, -1});
   const at::Tensor vec_in = checked(graph.edge_vec, "edge_vec", at::kDouble, {index_in.size(1), 3});
   const int64_t n_node = types_in.size(0), n_local = system_in.size(0), n_edge_in = index_in.size(1);
-  if (n_local > n_node) {
-    throw Error("expected `system_index` no longer than `types` (" + std::to_string(n_node) + "), got " +
-                std::to_string(n_local));
-  }
   const int64_t n_types = rules.n_types;
+  check_atoms(types_in, system_in, graph.n_systems, n_types);
   const int64_t* type = types_in.const_data_ptr<int64_t>();
   const int64_t* system = system_in.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n_node; ++i) {
-    if (type[i] < 0 || type[i] >= n_types) out_of_range("types[" + std::to_string(i) + "]", type[i], n_types);
-  }
-  for (int64_t i = 0; i < n_local; ++i) {
-    if (system[i] < 0 || system[i] >= graph.n_systems) {
-      out_of_range("system_index[" + std::to_string(i) + "]", system[i], graph.n_systems);
-    }
-  }
 
   PreparedGraph out;
   out.n_node = n_node;
@@ -134,27 +161,16 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, b
   std::vector<int64_t> close_count(static_cast<size_t>(n_local), 0);
   for (int64_t e = 0; e < n_edge_in; ++e) {
     const int64_t i = centre[e], j = neighbor[e];
-    if (i < 0 || i >= n_local)
-      out_of_range("edge_index[0, " + std::to_string(e) + "] (a centre)", i, n_local);
-    if (j < 0 || j >= n_node)
-      out_of_range("edge_index[1, " + std::to_string(e) + "] (a neighbour)", j, n_node);
+    check_edge(e, i, j, n_local, n_node);
     const double x = vec[3 * e], y = vec[3 * e + 1], z = vec[3 * e + 2];
     const double r = std::sqrt(x * x + y * y + z * z);
-    if (!std::isfinite(r)) {
-      throw Error("expected finite `edge_vec`, got (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
-                  std::to_string(z) + ") Angstrom between atoms " + std::to_string(i) + " and " +
-                  std::to_string(j) + ": check the positions and the cell");
-    }
+    check_vector(vec + 3 * e, i, j);
     if (r > rules.cutoff || pair_mask[type[i] * n_types + type[j]] == 0) continue;
     if (r == 0.0) {
       throw Error("expected distinct positions, got distance 0 between atoms " + std::to_string(i) + " and " +
                   std::to_string(j) + ": remove the duplicate atom");
     }
-    if (j < n_local && system[i] != system[j]) {
-      throw Error("expected edges within one structure, got an edge between atoms " + std::to_string(i) +
-                  " and " + std::to_string(j) + " of structures " + std::to_string(system[i]) + " and " +
-                  std::to_string(system[j]));
-    }
+    if (j < n_local && system[i] != system[j]) between_structures(i, j, system);
     const bool close = r < rules.angle_cutoff;
     kept.push_back({e, close});
     const auto row = static_cast<size_t>(model_row[i]);
@@ -223,6 +239,120 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, b
     for (int64_t i = 0; i < n_local; ++i) count[system[i] * n_types + type[i]] += 1.0;
   }
   return out;
+}
+
+NeighborList checked_list(const NeighborList& list, const GraphRules& rules) {
+  if (list.n_systems < 1) throw Error("expected `n_systems` >= 1, got " + std::to_string(list.n_systems));
+  NeighborList out;
+  out.n_systems = list.n_systems;
+  out.types = checked(list.types, "types", at::kLong, {-1});
+  out.system_index = checked(list.system_index, "system_index", at::kLong, {-1});
+  out.edge_index = checked(list.edge_index, "edge_index", at::kLong, {2, -1});
+  const int64_t n_edge = out.edge_index.size(1);
+  out.edge_from = checked(list.edge_from, "edge_from", at::kLong, {n_edge});
+  out.edge_to = checked(list.edge_to, "edge_to", at::kLong, {n_edge});
+  if (list.edge_shift.defined()) {
+    out.edge_shift = checked(list.edge_shift, "edge_shift", at::kLong, {n_edge, 3});
+  }
+  check_atoms(out.types, out.system_index, list.n_systems, rules.n_types);
+  const int64_t n_node = out.types.size(0), n_local = out.system_index.size(0);
+  const int64_t* centre = out.edge_index.const_data_ptr<int64_t>();
+  const int64_t* neighbor = centre + n_edge;
+  const int64_t* from = out.edge_from.const_data_ptr<int64_t>();
+  const int64_t* to = out.edge_to.const_data_ptr<int64_t>();
+  const int64_t* system = out.system_index.const_data_ptr<int64_t>();
+  for (int64_t e = 0; e < n_edge; ++e) {
+    const int64_t i = centre[e], j = neighbor[e];
+    check_edge(e, i, j, n_local, n_node);
+    if (j < n_local && system[i] != system[j]) between_structures(i, j, system);
+    if (from[e] < 0 || to[e] < 0) {
+      throw Error("expected rows of positions >= 0, got " + std::to_string(from[e]) + " and " +
+                  std::to_string(to[e]) + " for edge " + std::to_string(e));
+    }
+  }
+  return out;
+}
+
+int64_t position_rows(const NeighborList& list) {
+  if (list.edge_index.size(1) == 0) return 0;
+  return 1 + std::max(list.edge_from.max().item<int64_t>(), list.edge_to.max().item<int64_t>());
+}
+
+void check_positions(const NeighborList& list, int64_t n_rows, const at::Tensor& positions,
+                     const at::Tensor& cells) {
+  const at::Tensor x_in = checked(positions, "positions", at::kDouble, {-1, 3});
+  const int64_t n_position = x_in.size(0);
+  if (n_rows > n_position) {
+    throw Error("expected `positions` of " + std::to_string(n_rows) +
+                " or more rows, which the list names, got " + std::to_string(n_position) +
+                ": set the list anew");
+  }
+  const auto* x = x_in.const_data_ptr<double>();
+  for (int64_t i = 0; i < n_position; ++i) {
+    if (!std::isfinite(x[3 * i] + x[3 * i + 1] + x[3 * i + 2])) {
+      throw Error("expected finite `positions`, got (" + std::to_string(x[3 * i]) + ", " +
+                  std::to_string(x[3 * i + 1]) + ", " + std::to_string(x[3 * i + 2]) + ") Angstrom in row " +
+                  std::to_string(i));
+    }
+  }
+  if (!list.edge_shift.defined()) return;
+  const at::Tensor cells_in = checked(cells, "cells", at::kDouble, {list.n_systems, 3, 3});
+  const auto* cell = cells_in.const_data_ptr<double>();
+  for (int64_t k = 0; k < cells_in.numel(); ++k) {
+    if (!std::isfinite(cell[k])) {
+      throw Error("expected finite `cells`, got " + std::to_string(cell[k]) + " in structure " +
+                  std::to_string(k / 9));
+    }
+  }
+}
+
+AtomicGraph graph_of_list(const NeighborList& list, const at::Tensor& positions, const at::Tensor& cells) {
+  const int64_t n_edge = list.edge_index.size(1);
+  const at::Tensor x_in = positions.contiguous();
+  const auto* x = x_in.const_data_ptr<double>();
+  const int64_t* centre = list.edge_index.const_data_ptr<int64_t>();
+  const int64_t* from = list.edge_from.const_data_ptr<int64_t>();
+  const int64_t* to = list.edge_to.const_data_ptr<int64_t>();
+  const int64_t* system = list.system_index.const_data_ptr<int64_t>();
+  const bool shifted = list.edge_shift.defined();
+  const at::Tensor cells_in = shifted ? cells.contiguous() : at::Tensor();
+  const double* cell = shifted ? cells_in.const_data_ptr<double>() : nullptr;
+  const int64_t* shift = shifted ? list.edge_shift.const_data_ptr<int64_t>() : nullptr;
+
+  AtomicGraph graph{list.types, list.edge_index, empty({n_edge, 3}, at::kDouble), list.system_index,
+                    list.n_systems};
+  auto* vec = graph.edge_vec.mutable_data_ptr<double>();
+  for (int64_t e = 0; e < n_edge; ++e) {
+    for (int a = 0; a < 3; ++a) {
+      double d = x[3 * to[e] + a] - x[3 * from[e] + a];
+      if (shifted) {
+        const double* h = cell + 9 * system[centre[e]];
+        const int64_t* s = shift + 3 * e;
+        d += static_cast<double>(s[0]) * h[a] + static_cast<double>(s[1]) * h[3 + a] +
+             static_cast<double>(s[2]) * h[6 + a];
+      }
+      vec[3 * e + a] = d;
+    }
+  }
+  return graph;
+}
+
+std::pair<NeighborList, at::Tensor> list_of_graph(const AtomicGraph& graph, const GraphRules& rules) {
+  const int64_t n_edge = checked(graph.edge_index, "edge_index", at::kLong, {2, -1}).size(1);
+  const at::Tensor vec = checked(graph.edge_vec, "edge_vec", at::kDouble, {n_edge, 3});
+  const auto integers = at::TensorOptions().dtype(at::kLong);
+  NeighborList list{graph.types,
+                    graph.edge_index,
+                    at::zeros({n_edge}, integers),
+                    at::arange(1, n_edge + 1, integers),
+                    at::Tensor(),
+                    graph.system_index,
+                    graph.n_systems};
+  list = checked_list(list, rules);
+  const auto* d = vec.const_data_ptr<double>();
+  const int64_t* centre = list.edge_index.const_data_ptr<int64_t>();
+  for (int64_t e = 0; e < n_edge; ++e) check_vector(d + 3 * e, centre[e], centre[n_edge + e]);
+  return {list, at::cat({at::zeros({1, 3}, vec.options()), vec})};
 }
 
 }  // namespace moecalc

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "moecalc/evaluator.h"
@@ -44,5 +45,23 @@ struct PreparedGraph {
 
 /// Filters, sorts and checks `graph`, and lists its angles. Throws Error naming the offending value.
 PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, bool with_angle_index = true);
+
+/// Checks types, shapes and indices, and returns the list with contiguous tensors. Throws Error.
+NeighborList checked_list(const NeighborList& list, const GraphRules& rules);
+
+/// Rows of positions that the edges of a checked list name.
+int64_t position_rows(const NeighborList& list);
+
+/// Checks what changes between two evaluations of a list: throws Error for wrong shapes, fewer than `n_rows`
+/// positions or values that are not finite.
+void check_positions(const NeighborList& list, int64_t n_rows, const at::Tensor& positions,
+                     const at::Tensor& cells);
+
+/// The graph of a checked list at these positions, edges of the skin included.
+AtomicGraph graph_of_list(const NeighborList& list, const at::Tensor& positions, const at::Tensor& cells);
+
+/// The reverse: a list and positions with the edges of the graph, which start at one position, the origin,
+/// and end at positions of their own. Throws Error if the graph is invalid.
+std::pair<NeighborList, at::Tensor> list_of_graph(const AtomicGraph& graph, const GraphRules& rules);
 
 }  // namespace moecalc

@@ -30,6 +30,19 @@ struct AtomicGraph {
   int64_t n_systems = 1;
 };
 
+/// The same as a list that stays valid for a while: only positions and cells change from one evaluation to
+/// the next, so that a device gets the list once per rebuild. Tensors are on the CPU, of exactly these types.
+struct NeighborList {
+  at::Tensor types;         // (n_node,) int64: as in AtomicGraph, owned atoms first, then ghosts
+  at::Tensor edge_index;    // (2, n_edge) int64, any order: centre < n_local, neighbour < n_node
+  at::Tensor edge_from;     // (n_edge,) int64: row of the centre in `positions`
+  at::Tensor edge_to;       // (n_edge,) int64: row of the neighbour, or of its image, in `positions`
+  at::Tensor edge_shift;    // (n_edge, 3) int64 cells between them: vec = x[to] - x[from] + shift @ cell;
+                            // undefined: none
+  at::Tensor system_index;  // (n_local,) int64
+  int64_t n_systems = 1;
+};
+
 /// How an engine with several ranks exchanges data of ghost atoms. All calls come from the thread that called
 /// Evaluator::evaluate, in the same number and order on every rank, also on a rank that owns no atoms.
 class MOECALC_API GhostExchange {
@@ -75,9 +88,13 @@ struct Evaluation {
 class MOECALC_API Evaluator {
  public:
   /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for
-  /// the package's own. Geometry, sums and results are float64 in any case. Throws Error.
+  /// the package's own. Geometry, sums and results are float64 in any case. precision: how products of a
+  /// float32 network are computed on a GPU, "fp32", "tf32" or "bf16x3" (docs/performance.md has the error of
+  /// each). deterministic: sums on a GPU in a fixed order, so that equal input gives bitwise equal output.
+  /// Throws Error.
   explicit Evaluator(const std::string& path, const std::string& device = "cpu",
-                     const std::string& dtype = "");
+                     const std::string& dtype = "", const std::string& precision = "fp32",
+                     bool deterministic = true);
   ~Evaluator();
   Evaluator(Evaluator&&) noexcept;
   Evaluator& operator=(Evaluator&&) noexcept;
@@ -88,18 +105,31 @@ class MOECALC_API Evaluator {
   Evaluation evaluate(const AtomicGraph& graph, const Request& request = {},
                       GhostExchange* exchange = nullptr);
 
+  /// The list of the evaluations to come. Throws Error if it is invalid.
+  void set_list(const NeighborList& list);
+  /// Evaluates the list for positions (n_position, 3) float64 on the CPU, pinned or not, and cells
+  /// (n_systems, 3, 3) float64 with a vector per row, which may be undefined if the list has no shifts.
+  /// Otherwise as above.
+  Evaluation evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
+                                const Request& request = {}, GhostExchange* exchange = nullptr);
+  /// Whether lists pay: the list stays on the device. Where not, a graph is made of the list at every call.
+  bool keeps_lists() const;
+
   const std::vector<std::string>& elements() const;  // symbols; the position is the type
   double cutoff() const;                             // Angstrom
   double angle_cutoff() const;                       // Angstrom; 0 = the model has no angles
   const std::string& dtype() const;                  // "float32" or "float64"
   const std::string& device() const;                 // "cpu" or "cuda:N"
+  const std::string& precision() const;              // of products on a GPU: "fp32", "tf32" or "bf16x3"
   int64_t n_layers() const;
-  /// What runs the layers: "fused avx512" (or avx2, generic), or "torchscript" where the fused kernels do not
-  /// apply, for the reason that backend_reason() gives.
+  /// What runs the layers: "fused avx512" (or avx2, generic), "cuda fp32" (or tf32, bf16x3, float64), or
+  /// "torchscript" where neither applies, for the reason that backend_reason() gives.
   const std::string& backend() const;
   const std::string& backend_reason() const;
-  /// Bytes of the buffers that the fused kernels keep between calls.
+  /// Bytes of the buffers that the kernels keep between calls, on the device where they run.
   int64_t buffer_bytes() const;
+  /// Bytes that the CUDA kernels would need for a system of this size; 0 where others run.
+  int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const;
   /// One layer of the fused kernels alone, for tests. `inputs`: v, e, a, sw, h, asw as in
   /// RepFlowLayer.forward of moecalc.nn, for a graph that is in model order already (atoms by type, edges by
   /// centre with angle neighbours first). Without `gradients`: v, e, a of the output; with the gradients of
