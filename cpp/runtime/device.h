@@ -26,6 +26,7 @@ struct DeviceOptions {
   bool emulate = false;  // run the kernels on the host; `device` is then the CPU
   ProductPrecision precision = ProductPrecision::fp32;
   bool deterministic = true;
+  int64_t memory_limit = 0;  // bytes that the model may hold; 0: what the device has free
 };
 
 class DeviceModel {

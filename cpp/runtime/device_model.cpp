@@ -1,0 +1,137 @@
+// The emulation of the device model on the host, and what both targets share.
+#include "device_model.h"
+
+#include <cstdlib>
+
+#include "device_cuda.h"
+
+namespace moecalc {
+namespace cuda {
+
+namespace {
+
+/// Runs every block of a kernel in turn, on the calling thread.
+class HostTarget {
+ public:
+  struct Scope {
+    explicit Scope(const HostTarget&) {}
+  };
+  explicit HostTarget(const DeviceOptions&) {}
+  at::Device device() const { return {at::kCPU}; }
+  at::TensorOptions options() const { return at::TensorOptions().device(at::kCPU); }
+  at::TensorOptions pinned_options() const { return options(); }
+  std::string name() const { return "cuda emulated"; }
+  int64_t shared_limit() const { return 227 << 10; }
+  int64_t free_bytes() const { return std::numeric_limits<int64_t>::max() / 4; }
+  /// Few, so that blocks of small systems have several centres, as on the device those of large systems.
+  int64_t wanted_blocks() const { return 4; }
+  void synchronize() const {}
+
+  template <class K>
+  void launch(const K& kernel) {
+    const auto bytes = static_cast<size_t>(kernel.shared_bytes());
+    shared_.resize(bytes / sizeof(Line) + 1);
+    for (int64_t index = 0; index < kernel.blocks(); ++index) {
+      // what a kernel does not write is not a number
+      std::memset(shared_.data(), 0xff, shared_.size() * sizeof(Line));
+      HostBlock block(index, K::kThreads, reinterpret_cast<char*>(shared_.data()),
+                      static_cast<int64_t>(bytes));
+      kernel(block);
+    }
+  }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> shared_;
+};
+
+}  // namespace
+
+ReadoutSource read_readout(const torch::jit::Module& readout, int64_t n_types, at::ScalarType dtype) {
+  ReadoutSource source;
+  const auto doubles = [](const at::Tensor& values) {
+    return values.detach().to(at::kCPU, at::kDouble).contiguous();
+  };
+  source.shift = doubles(readout.attr("energy_shift").toTensor());
+  source.weight = doubles(readout.attr("energy_weight").toTensor());
+  const torch::jit::Module net = readout.attr("net").toModule();
+  const at::Tensor bias = net.attr("out_bias").toTensor();
+  if (bias.scalar_type() != dtype) throw Unsupported{"a fitting net of another precision than the layers"};
+  source.out_matrix = doubles(net.attr("out_matrix").toTensor()).reshape({-1});
+  source.out_bias = bias.item().toDouble();
+  source.constant = at::zeros({n_types, 0}, at::TensorOptions().dtype(at::kDouble));
+  if (net.attr("concat_table").toBool()) {
+    torch::jit::Module table = net.attr("table").toModule();
+    const at::Tensor rows = doubles(table.get_method("forward")({}).toTensor());
+    source.constant = at::cat({source.constant, rows}, 1);
+  }
+  if (net.attr("with_case").toBool()) {
+    const at::Tensor row = doubles(net.attr("case_embedding").toTensor()).unsqueeze(0);
+    source.constant = at::cat({source.constant, row.expand({n_types, row.size(1)})}, 1).contiguous();
+  }
+  for (const auto& child : net.attr("layers").toModule().named_children()) {
+    const torch::jit::Module& module = child.value;
+    ReadoutSource::Layer layer;
+    layer.matrix = doubles(module.attr("matrix").toTensor());
+    layer.bias = doubles(module.attr("bias").toTensor());
+    layer.idt =
+        module.attr("has_idt").toBool() ? doubles(module.attr("idt").toTensor()) : at::ones_like(layer.bias);
+    layer.residual = module.attr("residual").toInt();
+    layer.phi = activation_of(module.attr("phi").toModule());
+    source.layers.push_back(layer);
+  }
+  return source;
+}
+
+namespace {
+
+template <class N>
+std::unique_ptr<DeviceModel> make(const Package& package, const DeviceOptions& options) {
+  if (options.emulate) {
+    return std::make_unique<Model<N, HostTarget>>(package.geometry, package.embedding, package.layers,
+                                                  package.readout, package.rules, options);
+  }
+#if defined(MOECALC_CUDA_KERNELS)
+  return make_cuda_model<N>(package, options);
+#else
+  throw Unsupported{"this build, which has no CUDA kernels: build with nvcc and a CUDA torch"};
+#endif
+}
+
+}  // namespace
+}  // namespace cuda
+
+std::unique_ptr<DeviceModel> make_device_model(const torch::jit::Module& geometry,
+                                               const torch::jit::Module& embedding,
+                                               const std::vector<torch::jit::Module>& layers,
+                                               const torch::jit::Module& readout, const GraphRules& rules,
+                                               at::ScalarType dtype, const DeviceOptions& options,
+                                               std::string& reason) {
+  const cuda::Package package{geometry, embedding, layers, readout, rules};
+  DeviceOptions limited = options;
+  if (const char* mebibytes = std::getenv("MOECALC_DEVICE_MEMORY"); mebibytes != nullptr) {
+    limited.memory_limit = std::strtoll(mebibytes, nullptr, 10) << 20;
+    if (limited.memory_limit <= 0) {
+      throw Error("expected MOECALC_DEVICE_MEMORY to be a number of MiB, got '" + std::string(mebibytes) +
+                  "'");
+    }
+  }
+  try {
+    if (dtype == at::kDouble) return cuda::make<cuda::Float64>(package, limited);
+    switch (limited.precision) {
+      case ProductPrecision::tf32:
+        return cuda::make<cuda::Tf32>(package, limited);
+      case ProductPrecision::bf16x3:
+        return cuda::make<cuda::Bf16x3>(package, options);
+      default:
+        return cuda::make<cuda::Float32>(package, limited);
+    }
+  } catch (const Unsupported& option) {
+    reason = option.reason;
+  }
+  return nullptr;
+}
+
+}  // namespace moecalc
