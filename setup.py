@@ -87,6 +87,10 @@ class NativeBuild(build_ext):
         for name in self._product_names():
             (package / name).parent.mkdir(exist_ok=True)
             _replace(build_folder / name, package / name)
+        if self.lammps is None:
+            (package / "_lammps/moeplugin.so").unlink(
+                missing_ok=True
+            )  # of another build in this working tree
         _write_if_changed(package / "_build_info.py", self._build_info())
         if not self.editable_mode:
             # For those who compile against libmoecalc.so; an editable install uses cpp/include directly.

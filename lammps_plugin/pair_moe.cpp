@@ -156,6 +156,7 @@ class PairMoE::Impl : public moecalc::GhostExchange {
 
   // from the input script
   std::string device = "auto", dtype;    // dtype "" = the package's own
+  std::string precision = "fp32";        // of products on a GPU
   bool allow_untrained = false;          // elements that the model was not trained on
   std::string file;                      // as given
   std::vector<std::string> type_labels;  // element (or NULL) per atom type, as given
@@ -168,13 +169,23 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   int n_threads = 1;
   bool density_checked = false;
 
-  // of the current step
+  // of the current step, where the evaluator takes graphs
   moecalc::AtomicGraph graph;
+  std::vector<int64_t> centre, neighbor;
+  std::vector<double> edge_vec;
+
+  // since LAMMPS built its list, where the evaluator keeps lists
+  moecalc::NeighborList list;
+  bool has_list = false;
+  double n_lists = 0;             // made so far
+  std::vector<int> kind_of_atom;  // what each atom was when the list was made: see PairMoE::kind
+  bigint neighbor_calls = -1;     // of Neighbor::build, when the list was made
+
+  // of either
   std::vector<int> atom_of_row;  // node of the graph -> index of the atom in LAMMPS
   std::vector<int> row_of_atom;  // the inverse; not_mapped if the atom is no node
   std::vector<int> canonical;    // ghost -> atom of the same ID that stands for all of its images
-  std::vector<int64_t> types, centre, neighbor;
-  std::vector<double> edge_vec;
+  std::vector<int64_t> types;
   int64_t n_local = 0;
 
   // --- GhostExchange: LAMMPS knows which atoms are whose ghosts, so it does the communication -----
@@ -223,10 +234,13 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   }
 
   double memory() const {
-    return static_cast<double>(buffer_.capacity() + edge_vec.capacity() * sizeof(double) +
-                               (centre.capacity() + neighbor.capacity() + types.capacity()) *
-                                   sizeof(int64_t) +
-                               (atom_of_row.capacity() + row_of_atom.capacity()) * sizeof(int));
+    const double listed = has_list ? static_cast<double>(4 * list.edge_index.size(1) * sizeof(int64_t)) : 0.0;
+    return listed + static_cast<double>(buffer_.capacity() + edge_vec.capacity() * sizeof(double) +
+                                        (centre.capacity() + neighbor.capacity() + types.capacity()) *
+                                            sizeof(int64_t) +
+                                        (atom_of_row.capacity() + row_of_atom.capacity() +
+                                         canonical.capacity() + kind_of_atom.capacity()) *
+                                            sizeof(int));
   }
 
  private:
@@ -292,12 +306,13 @@ void PairMoE::allocate() {
 }
 
 void PairMoE::settings(int narg, char** arg) {
-  std::string device = "auto", dtype;
+  std::string device = "auto", dtype, precision = "fp32";
   bool allow_untrained = false;
   for (int i = 0; i < narg; i += 2) {
     const std::string keyword = arg[i];
-    if (keyword != "device" && keyword != "dtype" && keyword != "untrained") {
-      error->all(FLERR, "Pair style moe: expected keyword device, dtype or untrained, got {}", keyword);
+    if (keyword != "device" && keyword != "dtype" && keyword != "precision" && keyword != "untrained") {
+      error->all(FLERR, "Pair style moe: expected keyword device, dtype, precision or untrained, got {}",
+                 keyword);
     }
     if (i + 1 == narg) error->all(FLERR, "Pair style moe: expected a value after keyword {}", keyword);
     const std::string value = arg[i + 1];
@@ -312,6 +327,11 @@ void PairMoE::settings(int narg, char** arg) {
         error->all(FLERR, "Pair style moe: expected dtype float32 or float64, got {}", value);
       }
       dtype = value;
+    } else if (keyword == "precision") {
+      if (value != "fp32" && value != "tf32" && value != "bf16x3") {
+        error->all(FLERR, "Pair style moe: expected precision fp32, tf32 or bf16x3, got {}", value);
+      }
+      precision = value;
     } else {
       if (value != "yes" && value != "no") {
         error->all(FLERR, "Pair style moe: expected untrained yes or no, got {}", value);
@@ -320,10 +340,11 @@ void PairMoE::settings(int narg, char** arg) {
     }
   }
   check_units();
-  if (device != impl->device || dtype != impl->dtype)
+  if (device != impl->device || dtype != impl->dtype || precision != impl->precision)
     impl->evaluator.reset();  // loaded again in init_style()
   impl->device = device;
   impl->dtype = dtype;
+  impl->precision = precision;
   impl->allow_untrained = allow_untrained;
 }
 
@@ -380,8 +401,9 @@ void PairMoE::load_model() {
     impl->n_threads = choose_threads(node);
     at::set_num_threads(impl->n_threads);
     keep_memory();
-    impl->evaluator =
-        std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node), impl->dtype);
+    impl->has_list = false;
+    impl->evaluator = std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node),
+                                                           impl->dtype, impl->precision);
     impl->description = Description(impl->evaluator->metadata());
   } catch (const std::exception& exception) {
     message = exception.what();
@@ -437,11 +459,11 @@ void PairMoE::log_model() {
                  moecalc::version(), impl->description.name, impl->file, joined(evaluator.elements()),
                  evaluator.cutoff(), evaluator.dtype(), evaluator.device(), evaluator.backend(),
                  impl->n_threads);
-  if (evaluator.backend() == "torchscript" && evaluator.device() == "cpu") {
-    error->warning(
-        FLERR,
-        "Pair style moe: evaluated through TorchScript, several times slower than the fused kernels ({})",
-        evaluator.backend_reason());
+  if (evaluator.backend() == "torchscript") {
+    error->warning(FLERR,
+                   "Pair style moe: evaluated through TorchScript, several times slower than the {} kernels "
+                   "({})",
+                   evaluator.device() == "cpu" ? "fused" : "CUDA", evaluator.backend_reason());
   }
   if (!impl->description.citation.empty()) {
     utils::logmesg(lmp, "  please cite {}\n", impl->description.citation);
@@ -458,6 +480,7 @@ void PairMoE::init_style() {
   check_special_bonds();
   if (impl->evaluator == nullptr) load_model();  // from a restart file, or after another pair_style command
   impl->density_checked = false;
+  impl->has_list = false;
 
   // A hybrid style read the size of our exchange before the model was known.
   if (force->pair != nullptr && force->pair != this) {
@@ -519,55 +542,95 @@ void PairMoE::read_restart(FILE* fp) {
 void PairMoE::write_restart_settings(FILE* fp) {
   write_text(fp, impl->device);
   write_text(fp, impl->dtype);
+  write_text(fp, impl->precision);
   write_text(fp, impl->allow_untrained ? "yes" : "no");
 }
 
 void PairMoE::read_restart_settings(FILE* fp) {
   impl->device = read_text(fp, world, error);
   impl->dtype = read_text(fp, world, error);
+  impl->precision = read_text(fp, world, error);
   impl->allow_untrained = read_text(fp, world, error) == "yes";
 }
 
 // --- every step ----------------------------------------------------------------------------------
 
-/// From LAMMPS' neighbour list to the graph. Only atoms within the cutoff become nodes, and all images of an
-/// atom are one node: an owned atom if this rank owns it, else one ghost. With one rank, there are no ghosts.
-void PairMoE::build_graph() {
-  Impl& s = *impl;
-  const int n_local = atom->nlocal, n_all = n_local + atom->nghost;
-  double** const x = atom->x;
-  const int *const type = atom->type, *const mask = atom->mask;
-  const tagint* const tag = atom->tag;
-
-  // Atoms that are excluded from all interactions are absent: fix gcmc hides an atom that it tries to delete
-  // in this way, and the energy of an isolated atom, which is not zero, must not stay behind.
+/// Groups whose atoms are excluded from all interactions, as a bit mask. Such atoms are absent: fix gcmc
+/// hides an atom that it tries to delete in this way, and the energy of an isolated atom, which is not zero,
+/// must not stay behind.
+int PairMoE::hidden_groups() const {
   int hidden = 0;
   for (int m = 0; m < neighbor->nex_group; ++m) {
     if (neighbor->ex2_bit[m] == 1) hidden |= neighbor->ex1_bit[m];
     if (neighbor->ex1_bit[m] == 1) hidden |= neighbor->ex2_bit[m];
   }
+  return hidden;
+}
 
+/// What the model sees of an atom: its element, or not_mapped if it is absent.
+int PairMoE::kind(int i, int hidden) const {
+  return (atom->mask[i] & hidden) != 0 ? not_mapped : impl->element_of_type[atom->type[i]];
+}
+
+void PairMoE::add_node(int i, int kind) {
+  impl->row_of_atom[i] = static_cast<int>(impl->atom_of_row.size());
+  impl->atom_of_row.push_back(i);
+  impl->types.push_back(kind);
+}
+
+/// The owned atoms become the first nodes.
+void PairMoE::start_nodes(int hidden) {
+  Impl& s = *impl;
+  const int n_local = atom->nlocal, n_all = n_local + atom->nghost;
   s.row_of_atom.assign(n_all, not_mapped);
   s.canonical.assign(n_all, not_mapped);
   s.atom_of_row.clear();
   s.types.clear();
+  for (int i = 0; i < n_local; ++i) {
+    if (const int element = kind(i, hidden); element != not_mapped) add_node(i, element);
+  }
+  s.n_local = static_cast<int64_t>(s.atom_of_row.size());
+}
+
+/// Node of a neighbour. All images of an atom are one node: an owned atom if this rank owns it, else one
+/// ghost. With one rank, there are no ghosts.
+int PairMoE::node_of(int j, int kind) {
+  int& k = impl->canonical[j];
+  if (k == not_mapped) k = j < atom->nlocal ? j : atom->map(atom->tag[j]);
+  if (k < 0 || (comm->nprocs == 1 && k >= atom->nlocal)) {
+    error->one(FLERR, "Pair style moe: ghost of atom {} without its atom: was an atom lost?", atom->tag[j]);
+  }
+  if (impl->row_of_atom[k] == not_mapped) add_node(k, kind);
+  return impl->row_of_atom[k];
+}
+
+void PairMoE::check_positions() {
+  double** const x = atom->x;
+  for (int i = 0; i < atom->nlocal; ++i) {
+    if (!std::isfinite(x[i][0] + x[i][1] + x[i][2])) {
+      error->one(FLERR, "Pair style moe: position of atom {} is not finite: {} {} {}", atom->tag[i], x[i][0],
+                 x[i][1], x[i][2]);
+    }
+  }
+}
+
+void PairMoE::fail_at_overlap(int i, int j) {
+  const double* x = atom->x[i];
+  error->one(FLERR,
+             "Pair style moe: expected distinct positions, got atoms {} and {} both at {:.8g} {:.8g} {:.8g}: "
+             "remove the duplicate, for example with delete_atoms overlap",
+             atom->tag[i], atom->tag[j], x[0], x[1], x[2]);
+}
+
+/// From LAMMPS' neighbour list to the graph of this step. Only atoms within the cutoff become nodes.
+void PairMoE::build_graph() {
+  Impl& s = *impl;
+  const int hidden = hidden_groups();
+  start_nodes(hidden);
   s.centre.clear();
   s.neighbor.clear();
   s.edge_vec.clear();
-  const auto add_node = [&s, type](int i) {
-    s.row_of_atom[i] = static_cast<int>(s.atom_of_row.size());
-    s.atom_of_row.push_back(i);
-    s.types.push_back(s.element_of_type[type[i]]);
-  };
-  for (int i = 0; i < n_local; ++i) {
-    if (!std::isfinite(x[i][0] + x[i][1] + x[i][2])) {
-      error->one(FLERR, "Pair style moe: position of atom {} is not finite: {} {} {}", tag[i], x[i][0],
-                 x[i][1], x[i][2]);
-    }
-    if (s.element_of_type[type[i]] != not_mapped && (mask[i] & hidden) == 0) add_node(i);
-  }
-  s.n_local = static_cast<int64_t>(s.atom_of_row.size());
-
+  double** const x = atom->x;
   // A hair above the cutoff: the evaluator has the last word on which edges are inside.
   const double reach2 = s.evaluator->cutoff() * s.evaluator->cutoff() * (1.0 + 1e-12);
   for (int ii = 0; ii < list->inum; ++ii) {
@@ -580,35 +643,100 @@ void PairMoE::build_graph() {
       const double d[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
       const double distance2 = d[0] * d[0] + d[1] * d[1] + d[2] * d[2];
       if (distance2 > reach2) continue;
-      if (s.element_of_type[type[j]] == not_mapped || (mask[j] & hidden) != 0) continue;
-      if (distance2 == 0.0) {
-        error->one(
-            FLERR,
-            "Pair style moe: expected distinct positions, got atoms {} and {} both at {:.8g} {:.8g} {:.8g}: "
-            "remove the duplicate, for example with delete_atoms overlap",
-            tag[i], tag[j], x[i][0], x[i][1], x[i][2]);
-      }
-      int& k = s.canonical[j];
-      if (k == not_mapped) k = j < n_local ? j : atom->map(tag[j]);
-      if (k < 0 || (comm->nprocs == 1 && k >= n_local)) {
-        error->one(FLERR, "Pair style moe: ghost of atom {} without its atom: was an atom lost?", tag[j]);
-      }
-      if (s.row_of_atom[k] == not_mapped) add_node(k);
+      const int element = kind(j, hidden);
+      if (element == not_mapped) continue;
+      if (distance2 == 0.0) fail_at_overlap(i, j);
+      s.neighbor.push_back(node_of(j, element));
       s.centre.push_back(row);
-      s.neighbor.push_back(s.row_of_atom[k]);
       s.edge_vec.insert(s.edge_vec.end(), d, d + 3);
     }
   }
 
-  const auto n_node = static_cast<int64_t>(s.atom_of_row.size()),
-             n_edge = static_cast<int64_t>(s.centre.size());
-  s.graph.types = at::from_blob(s.types.data(), {n_node}, at::kLong);
+  const auto n_edge = static_cast<int64_t>(s.centre.size());
+  s.graph.types = at::from_blob(s.types.data(), {static_cast<int64_t>(s.types.size())}, at::kLong);
   s.graph.edge_index = at::empty({2, n_edge}, at::kLong);
   auto* edge_index = s.graph.edge_index.mutable_data_ptr<int64_t>();
   std::copy(s.centre.begin(), s.centre.end(), edge_index);
   std::copy(s.neighbor.begin(), s.neighbor.end(), edge_index + n_edge);
   s.graph.edge_vec = at::from_blob(s.edge_vec.data(), {n_edge, 3}, at::kDouble);
   s.graph.system_index = at::zeros({s.n_local}, at::kLong);
+}
+
+/// Whether the evaluator's list still describes LAMMPS' atoms. LAMMPS says when it built its own anew, and
+/// that is the only time when atoms are renumbered; but fixes change types and groups in between (fix
+/// atom/swap, fix gcmc). A box that changes is no reason: positions of images are LAMMPS' own.
+bool PairMoE::list_is_current() const {
+  const Impl& s = *impl;
+  const int n_all = atom->nlocal + atom->nghost;
+  if (!s.has_list || neighbor->ago == 0 || neighbor->ncalls != s.neighbor_calls ||
+      static_cast<int>(s.kind_of_atom.size()) != n_all) {
+    return false;
+  }
+  const int hidden = hidden_groups();
+  for (int i = 0; i < n_all; ++i) {
+    if (kind(i, hidden) != s.kind_of_atom[i]) return false;
+  }
+  return true;
+}
+
+/// From LAMMPS' neighbour list, skin included, to the evaluator's: positions are those of LAMMPS' atoms.
+void PairMoE::build_list() {
+  Impl& s = *impl;
+  const int hidden = hidden_groups();
+  const int n_all = atom->nlocal + atom->nghost;
+  s.has_list = false;
+  s.kind_of_atom.resize(n_all);
+  for (int i = 0; i < n_all; ++i) s.kind_of_atom[i] = kind(i, hidden);
+  start_nodes(hidden);
+  int64_t most = 0;
+  for (int ii = 0; ii < list->inum; ++ii) most += list->numneigh[list->ilist[ii]];
+  at::Tensor index = at::empty({2, most}, at::kLong), from = at::empty({most}, at::kLong),
+             to = at::empty({most}, at::kLong);
+  auto* const centres = index.mutable_data_ptr<int64_t>();
+  auto* const neighbors = centres + most;
+  auto* const rows_from = from.mutable_data_ptr<int64_t>();
+  auto* const rows_to = to.mutable_data_ptr<int64_t>();
+  int64_t n_edge = 0;
+  for (int ii = 0; ii < list->inum; ++ii) {
+    const int i = list->ilist[ii];
+    const int row = s.row_of_atom[i];
+    if (row == not_mapped) continue;
+    for (int jj = 0; jj < list->numneigh[i]; ++jj) {
+      const int j = list->firstneigh[i][jj] & NEIGHMASK;
+      if (s.kind_of_atom[j] == not_mapped) continue;
+      neighbors[n_edge] = node_of(j, s.kind_of_atom[j]);
+      centres[n_edge] = row;
+      rows_from[n_edge] = i;
+      rows_to[n_edge] = j;
+      ++n_edge;
+    }
+  }
+  s.list.types = at::from_blob(s.types.data(), {static_cast<int64_t>(s.types.size())}, at::kLong).clone();
+  s.list.edge_index = index.narrow(1, 0, n_edge).contiguous();
+  s.list.edge_from = from.narrow(0, 0, n_edge);
+  s.list.edge_to = to.narrow(0, 0, n_edge);
+  s.list.system_index = at::zeros({s.n_local}, at::kLong);
+  s.evaluator->set_list(s.list);
+  s.neighbor_calls = neighbor->ncalls;
+  ++s.n_lists;
+  s.has_list = true;
+}
+
+/// Energies and forces of this step.
+moecalc::Evaluation PairMoE::evaluate(const moecalc::Request& request) {
+  Impl& s = *impl;
+  // All ranks take part in every exchange, also those without atoms; one rank alone has none to make.
+  moecalc::GhostExchange* exchange = comm->nprocs > 1 ? impl.get() : nullptr;
+  check_positions();
+  if (!s.evaluator->keeps_lists()) {
+    build_graph();
+    return s.evaluator->evaluate(s.graph, request, exchange);
+  }
+  if (!list_is_current()) build_list();
+  const int n_all = atom->nlocal + atom->nghost;
+  const at::Tensor positions =
+      n_all == 0 ? at::empty({0, 3}, at::kDouble) : at::from_blob(atom->x[0], {n_all, 3}, at::kDouble);
+  return s.evaluator->evaluate_positions(positions, at::Tensor(), request, exchange);
 }
 
 void PairMoE::compute(int eflag, int vflag) {
@@ -621,9 +749,7 @@ void PairMoE::compute(int eflag, int vflag) {
   std::string message;
   bool out_of_memory = false;
   try {
-    build_graph();
-    // All ranks take part in every exchange, also those without atoms; one rank alone has none to make.
-    result = impl->evaluator->evaluate(impl->graph, request, comm->nprocs > 1 ? impl.get() : nullptr);
+    result = evaluate(request);
   } catch (const LAMMPSException&) {
     throw;
   } catch (const moecalc::OutOfMemoryError& exception) {
@@ -637,7 +763,10 @@ void PairMoE::compute(int eflag, int vflag) {
   } catch (...) {
     message = "unknown error";
   }
-  if (!message.empty()) fail(message, out_of_memory, message.find("expected finite") != std::string::npos);
+  if (!message.empty())
+    fail(message, out_of_memory,
+         message.find("expected finite") != std::string::npos ||
+             message.find("expected distinct positions") != std::string::npos);
   if (!impl->density_checked) {
     warn_about_density(static_cast<int>(result.max_neighbors), static_cast<int>(result.max_angle_neighbors));
   }
@@ -702,18 +831,34 @@ void PairMoE::fail(const std::string& message, bool out_of_memory, bool not_fini
 
   // What the user can look at is the atom in the most extreme environment, which is where the closest
   // neighbour is.
+  const Impl& s = *impl;
+  const bool listed = s.evaluator->keeps_lists();
+  const int64_t n_edge = !listed      ? static_cast<int64_t>(s.centre.size())
+                         : s.has_list ? s.list.edge_from.size(0)
+                                      : 0;
   double shortest = std::numeric_limits<double>::infinity();
-  int64_t row = -1, partner = -1;
-  for (size_t edge = 0; edge < impl->centre.size(); ++edge) {
-    const double* d = impl->edge_vec.data() + 3 * edge;
+  int i = not_mapped, j = not_mapped;
+  for (int64_t edge = 0; edge < n_edge; ++edge) {
+    std::array<double, 3> d{};
+    int from = 0, to = 0;
+    if (listed) {
+      from = static_cast<int>(s.list.edge_from.const_data_ptr<int64_t>()[edge]);
+      to = static_cast<int>(s.list.edge_to.const_data_ptr<int64_t>()[edge]);
+      for (int k = 0; k < 3; ++k) d[k] = atom->x[to][k] - atom->x[from][k];
+    } else {
+      from = s.atom_of_row[s.centre[edge]];
+      to = s.atom_of_row[s.neighbor[edge]];
+      std::copy_n(s.edge_vec.data() + 3 * edge, 3, d.data());
+    }
     const double length = std::sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
     if (length >= shortest) continue;
     shortest = length;
-    row = impl->centre[edge];
-    partner = impl->neighbor[edge];
+    i = from;
+    j = to;
   }
-  if (row < 0) error->one(FLERR, "Pair style moe (rank " + std::to_string(comm->me) + "): " + message);
-  const int i = impl->atom_of_row[row], j = impl->atom_of_row[partner];
+  if (i == not_mapped)
+    error->one(FLERR, "Pair style moe (rank " + std::to_string(comm->me) + "): " + message);
+  if (shortest == 0.0) fail_at_overlap(i, j);
   error->one(FLERR,
              "Pair style moe: energies or forces are not finite on rank {}: the closest atoms are {} at "
              "{:.6g} {:.6g} {:.6g} "
@@ -746,6 +891,12 @@ int PairMoE::pack_reverse_comm(int n, int first, double* buf) {
 
 void PairMoE::unpack_reverse_comm(int n, int* list, double* buf) {
   for (int i = 0; i < n; ++i) impl->add(impl->of_atom(list[i]), buf + static_cast<size_t>(i) * comm_reverse);
+}
+
+/// "n_lists": how often the evaluator got a new neighbour list (a double), where it keeps lists.
+void* PairMoE::extract(const char* name, int& dim) {
+  dim = 0;
+  return std::strcmp(name, "n_lists") == 0 ? &impl->n_lists : nullptr;
 }
 
 double PairMoE::memory_usage() { return Pair::memory_usage() + impl->memory(); }

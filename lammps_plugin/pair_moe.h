@@ -1,12 +1,18 @@
 // pair_style moe: forces and energies of a moecalc package (*.moe.pt) in LAMMPS.
 //
-// No type of torch or of moecalc appears here, so that whatever includes this header needs LAMMPS only.
+// Types of moecalc are only declared and those of torch absent, so that whatever includes this header needs
+// LAMMPS only.
 #pragma once
 
 #include <memory>
 #include <string>
 
 #include "pair.h"
+
+namespace moecalc {
+struct Evaluation;
+struct Request;
+}  // namespace moecalc
 
 namespace LAMMPS_NS {
 
@@ -32,6 +38,7 @@ class PairMoE : public Pair {
   void unpack_reverse_comm(int n, int* list, double* buf) override;
 
   double memory_usage() override;
+  void* extract(const char* name, int& dim) override;
 
  private:
   class Impl;
@@ -42,7 +49,17 @@ class PairMoE : public Pair {
   void check_special_bonds();
   void load_model();
   void log_model();
+  int hidden_groups() const;
+  int kind(int i, int hidden) const;
+  void add_node(int i, int kind);
+  void start_nodes(int hidden);
+  int node_of(int j, int kind);
+  void check_positions();
   void build_graph();
+  bool list_is_current() const;
+  void build_list();
+  moecalc::Evaluation evaluate(const moecalc::Request& request);
+  [[noreturn]] void fail_at_overlap(int i, int j);
   void warn_about_density(int max_neighbors, int max_angle_neighbors);
   [[noreturn]] void fail(const std::string& message, bool out_of_memory, bool not_finite);
 };

@@ -139,7 +139,46 @@ def check_native() -> list[Finding]:
     if info["moecalc"] != moecalc.__version__:
         detail += f", but of moecalc {info['moecalc']}, expected {moecalc.__version__}"
         return [Finding("fail", "native library", detail, _lib.REBUILD)]
-    return [Finding("ok", "native library", detail)]
+    return [Finding("ok", "native library", detail), _cuda_kernels(info["cuda_kernels"])]
+
+
+def _cuda_kernels(architectures: str) -> Finding:
+    """Whether the CUDA kernels were compiled, and for the GPUs that are here.
+
+    Args:
+        architectures: CMake's names, for example `80-real 90-real 90-virtual`: code for a GPU, or an intermediate form that the driver compiles
+            for any newer GPU.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if not architectures:
+        if not available:
+            return Finding("ok", "cuda kernels", "not compiled, and no GPU that torch can use is here")
+        remedy = "install nvcc of the CUDA version of torch, then MOECALC_CUDA=1 and " + _lib.REBUILD
+        return Finding(
+            "warn", "cuda kernels", "not compiled: models run on the GPU slowly, through TorchScript", remedy
+        )
+    compiled = [tuple(name.split("-")) for name in architectures.split()]
+    names = ", ".join(f"{'sm' if kind == 'real' else 'compute'}_{number}" for number, kind in compiled)
+    if not available:
+        return Finding("ok", "cuda kernels", f"compiled for {names}; no GPU that torch can use is here")
+    here = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    for index, (major, minor) in enumerate(here):
+        if not any(_runs_on(number, kind, major, minor) for number, kind in compiled):
+            detail = f"compiled for {names}, which does not run on cuda:{index} (sm_{major}{minor})"
+            remedy = f'TORCH_CUDA_ARCH_LIST="{major}.{minor}" and ' + _lib.REBUILD
+            return Finding("fail", "cuda kernels", detail, remedy)
+    return Finding("ok", "cuda kernels", f"compiled for {names}")
+
+
+def _runs_on(number: str, kind: str, major: int, minor: int) -> bool:
+    """Whether code for a GPU runs on one of this compute capability: code of the same generation, not newer; intermediate code on all newer."""
+    digits = number.rstrip("af")
+    built = (int(digits[:-1]), int(digits[-1]))
+    if digits != number:  # features of one GPU only
+        return built == (major, minor)
+    return built <= (major, minor) and (kind == "virtual" or built[0] == major)
 
 
 def check_default_model() -> list[Finding]:
@@ -221,7 +260,10 @@ def check_gpu() -> list[Finding]:
         devices = []
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            devices.append(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+            capability = f"sm_{properties.major}{properties.minor}"
+            devices.append(
+                f"cuda:{index} {properties.name} ({capability}), {properties.total_memory / 2**30:.0f} GiB"
+            )
         return [Finding("ok", "gpu", "; ".join(devices))]
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return [Finding("ok", "gpu", "none here: models run on the CPU")]

@@ -146,6 +146,28 @@ class TestWhatCanBeWrong:
         assert found.status == "fail"
         assert "of moecalc 0.0.1, expected" in found.detail
 
+    @pytest.mark.parametrize(
+        ("compiled", "gpu", "status", "text"),
+        [
+            ("", None, "ok", "not compiled, and no GPU"),
+            ("", (9, 0), "warn", "not compiled: models run on the GPU slowly"),
+            ("80-real 90-real 90-virtual", None, "ok", "compiled for sm_80, sm_90, compute_90; no GPU"),
+            ("80-real 90-real", (9, 0), "ok", "compiled for sm_80, sm_90"),
+            ("80-real 90-real", (8, 6), "ok", "compiled for"),
+            ("80-real 90-real", (10, 0), "fail", "does not run on cuda:0 (sm_100)"),
+            ("80-real 90-virtual", (10, 0), "ok", "compiled for"),
+            ("90-virtual", (8, 0), "fail", "does not run on cuda:0 (sm_80)"),
+            ("90a-real", (9, 0), "ok", "compiled for sm_90a"),
+        ],
+    )
+    def test_cuda_kernels(self, monkeypatch, compiled, gpu, status, text):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpu)
+        found = doctor._cuda_kernels(compiled)
+        assert found.status == status
+        assert text in found.detail
+
     def test_default_model_missing(self, monkeypatch):
         def missing():
             raise PackageError("x.moe.pt: no such file")

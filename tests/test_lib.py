@@ -36,7 +36,7 @@ def test_library_loads_and_knows_its_build():
     library = _lib.load()
     assert library is _lib.load()
     info = json.loads(library.build_info())
-    assert set(info) == {"moecalc", "torch", "compiler", "cuda", "package_format"}
+    assert set(info) == {"moecalc", "torch", "compiler", "cuda", "cuda_kernels", "package_format"}
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["moecalc"])
     assert info["package_format"] == 1

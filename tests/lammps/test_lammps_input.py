@@ -64,7 +64,12 @@ MISTAKES = {
     "pairwise": (STYLE + "pair_coeff 1 2 default Nb Mo", "must start with * *"),
     "null": (STYLE + "pair_coeff * * default Nb NULL", "NULL is for pair_style hybrid"),
     "cuda": ("pair_style moe device cuda\npair_coeff * * default Nb Mo", "finds no CUDA device"),
-    "keyword": ("pair_style moe precision float64", "expected keyword device, dtype or untrained, got precision"),
+    "keyword": ("pair_style moe accuracy float64", "expected keyword device, dtype, precision or untrained, got accuracy"),
+    "precision": ("pair_style moe precision fp8", "expected precision fp32, tf32 or bf16x3, got fp8"),
+    "precision_cpu": (
+        "pair_style moe device cpu dtype float32 precision tf32\npair_coeff * * default Nb Mo",
+        "precision 'tf32' is for GPUs, got device 'cpu': use precision fp32",
+    ),
     "dtype": ("pair_style moe dtype float16", "expected dtype float32 or float64, got float16"),
     "device": ("pair_style moe device gpu", "expected device auto, cpu, cuda or cuda:N, got gpu"),
     "value": ("pair_style moe dtype", "expected a value after keyword dtype"),
