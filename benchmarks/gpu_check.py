@@ -1,0 +1,412 @@
+"""The Python parts of gpu_check.sh: timings, transfers per step, the largest system that fits, one table and a JSON.
+
+python benchmarks/gpu_check.py --json gpu.json [--dry-run] [--peer-python PYTHON --peer-model MODEL ...]
+
+Every measurement is a process of its own, so that one that runs out of memory stops no other. `--dry-run` goes through all of it with the emulated
+kernels, a small model and 24 atoms: its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DRIVE = Path(__file__).parent / "peers" / "drive.py"
+COPIES = (1, 8, 52, 260)  # of 192 atoms of water: 192 to 49,920 atoms
+MODELS = {"dense": 0, "moe": 8}  # routed experts, of which 2 are active beside 1 shared
+PRECISIONS = ("fp32", "tf32", "bf16x3", "float64")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+TIME_LIMIT = 900.0  # seconds for one measurement
+
+
+def water(copies: int, *, dry_run: bool) -> Any:
+    """Copies of 192 atoms (dry run: of 24)."""
+    from moecalc.bench import repeated
+    from moecalc.bench import water as molecules
+
+    return repeated(molecules(2 if dry_run else 4), copies)
+
+
+def write_package(path: Path, n_routed: int, *, dry_run: bool) -> None:
+    """Full-size DPA3 with random weights (dry run: the same in small)."""
+    from moecalc import testing
+
+    small = {"n_dim": 16, "e_dim": 8, "a_dim": 8, "nlayers": 2, "neuron": (8, 8)} if dry_run else {}
+    testing.write_random_package(path, testing.full_size_config(["O", "H"], n_routed=n_routed, **small))
+
+
+def evaluator_of(spec: dict[str, Any]) -> Any:
+    """The model on the device, with the CUDA kernels or not at all."""
+    from moecalc import _lib
+
+    double = spec["precision"] == "float64"
+    model = _lib.load().Evaluator(
+        spec["model"],
+        spec["device"],
+        "float64" if double else "float32",
+        "fp32" if double else spec["precision"],
+    )
+    if not model.keeps_lists:
+        raise RuntimeError(f"no CUDA kernels: {model.backend} ({model.backend_reason})")
+    return model
+
+
+class Steps:
+    """Evaluations as in dynamics: one list with a skin of 1 A, atoms that move a little before each."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import numpy as np
+
+        from moecalc.neighbors import SkinNeighborList
+
+        self.model = evaluator_of(spec)
+        self.atoms = water(spec["copies"], dry_run=spec["dry_run"])
+        types = np.array([self.model.elements.index(symbol) for symbol in self.atoms.symbols])
+        pairs, self.positions = SkinNeighborList(self.model.cutoff, 1.0).pairs(self.atoms)
+        self.model.set_list(types, pairs.edge_index, pairs.edge_shift, pairs.system_index)
+        self.cells = self.atoms.cell.array[None]
+        self.rng = np.random.default_rng(0)
+
+    def step(self) -> dict[str, Any]:
+        """Energy and forces, as a step of NVE needs them."""
+        moved = self.positions + self.rng.normal(scale=0.002, size=self.positions.shape)
+        result: dict[str, Any] = self.model.evaluate_positions(moved, self.cells, virial=False)
+        return result
+
+
+def measure_time(spec: dict[str, Any]) -> dict[str, Any]:
+    """Median time of a step, and the device memory in use."""
+    steps = Steps(spec)
+    start = time.perf_counter()
+    result = steps.step()
+    first = time.perf_counter() - start
+    times = []
+    for call in range(spec["warm_up"] + spec["steps"]):
+        start = time.perf_counter()
+        steps.step()
+        if call >= spec["warm_up"]:
+            times.append(time.perf_counter() - start)
+    n = len(steps.atoms)
+    estimate = steps.model.estimate_bytes(n, result["n_edge"], result["n_angle"])
+    return {
+        "backend": steps.model.backend,
+        "atoms": n,
+        "edges": result["n_edge"],
+        "angles": result["n_angle"],
+        "step_s": statistics.median(times),
+        "slowest_s": max(times),
+        "first_s": first,
+        "buffer_bytes": steps.model.buffer_bytes,
+        "estimate_bytes": estimate,
+    }
+
+
+def measure_calculator(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same through the ASE calculator, whose list decides at every step whether it still serves."""
+    from moecalc import MoECalculator
+
+    steps = Steps(spec)
+    double = spec["precision"] == "float64"
+    atoms = steps.atoms
+    atoms.calc = MoECalculator(
+        spec["model"],
+        device=spec["device"],
+        dtype="float64" if double else "float32",
+        precision="fp32" if double else spec["precision"],
+        check=False,
+        allow_untrained=True,
+    )
+    times = []
+    for call in range(spec["warm_up"] + spec["steps"]):
+        atoms.positions += steps.rng.normal(scale=0.002, size=atoms.positions.shape)
+        start = time.perf_counter()
+        atoms.get_forces()
+        if call >= spec["warm_up"]:
+            times.append(time.perf_counter() - start)
+    return {"atoms": len(atoms), "step_s": statistics.median(times)}
+
+
+def measure_transfers(spec: dict[str, Any]) -> dict[str, Any]:
+    """What one step asks of the CUDA runtime, as torch's profiler sees all calls of the process: launches, copies by direction, waits."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    steps = Steps(spec)
+    for _ in range(spec["warm_up"]):
+        steps.step()
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        for _ in range(spec["steps"]):
+            steps.step()
+    counts = {event.key: event.count / spec["steps"] for event in profiler.key_averages()}
+
+    def total(*words: str) -> float:
+        return sum(count for key, count in counts.items() if any(word in key for word in words))
+
+    return {
+        "waits": total(*WAITS),
+        "copies_up": total("Memcpy HtoD"),
+        "copies_down": total("Memcpy DtoH"),
+        "launches": total("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"),
+        "per_step": {key: count for key, count in counts.items() if key.startswith(("cuda", "cu", "Mem"))},
+    }
+
+
+def measure_sanitized(spec: dict[str, Any]) -> dict[str, Any]:
+    """A few steps, for compute-sanitizer to look at."""
+    steps = Steps(spec)
+    return {"energy": [float(steps.step()["energy"][0]) for _ in range(2)]}
+
+
+MEASUREMENTS = {
+    "time": measure_time,
+    "calculator": measure_calculator,
+    "transfers": measure_transfers,
+    "sanitized": measure_sanitized,
+}
+
+
+def run(kind: str, spec: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A measurement in a process of its own: its result, or `error` and the last line that it wrote."""
+    environment = dict(os.environ)
+    environment.pop("MOECALC_BACKEND", None)
+    if spec["dry_run"]:
+        environment["MOECALC_BACKEND"] = "cuda-emulation"
+    command = [*prefix, sys.executable, __file__, "--measure", kind, json.dumps(spec)]
+    return _run(command, environment)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=TIME_LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no end after {TIME_LIMIT:.0f} s"}
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        return {"error": lines[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def largest(spec: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The largest number of copies that fits: doubled until it fails, then the interval halved until it is known within 5 %."""
+    good, bad, last = 0, limit + 1, {}
+    copies = 1
+    while copies < bad:
+        result = run("time", {**spec, "copies": copies, "warm_up": 0, "steps": 1})
+        if "error" in result:
+            bad, last = copies, result
+        else:
+            good, best = copies, result
+        if bad - good <= max(1, good // 20):
+            break
+        copies = min(2 * good, limit) if bad > limit else (good + bad) // 2
+        if copies == good:
+            break
+    if good == 0:
+        return last
+    return {**best, "copies": good, "stopped_by": last.get("error", f"the limit of {limit} copies")}
+
+
+def peer(options: argparse.Namespace, model: str, copies: int, folder: Path) -> dict[str, Any]:
+    """One size through DeePMD-kit: `.pth` or `.pt2` in its LAMMPS."""
+    from ase.data import atomic_masses, atomic_numbers
+
+    atoms = water(copies, dry_run=options.dry_run)
+    data = folder / f"water{len(atoms)}.data"
+    if not data.exists():
+        x, y, z = atoms.cell.lengths()
+        lines = [
+            "water\n",
+            f"{len(atoms)} atoms\n2 atom types\n",
+            f"0 {x} xlo xhi\n0 {y} ylo yhi\n0 {z} zlo zhi\n",
+        ]
+        masses = [f"{k + 1} {atomic_masses[atomic_numbers[e]]}" for k, e in enumerate("OH")]
+        rows = [
+            f"{k + 1} {'OH'.index(s) + 1} {p[0]:.12g} {p[1]:.12g} {p[2]:.12g}"
+            for k, (s, p) in enumerate(zip(atoms.symbols, atoms.positions, strict=True))
+        ]
+        data.write_text("\n".join([*lines, "Masses\n", *masses, "\nAtoms # atomic\n", *rows, ""]))
+    spec = {
+        "code": "deepmd",
+        "engine": "lammps",
+        "data": str(data),
+        "pair_style": f"deepmd {Path(model).resolve()}",
+        "pair_coeff": "O H",
+        "log": str(folder / "log.peer"),
+        "warm_up": 3,
+        "steps": 10,
+    }
+    environment = dict(os.environ)
+    libraries = sorted(options.peer_python.parent.parent.glob("lib/python3.*/site-packages/nvidia/*/lib"))
+    paths = [str(path) for path in libraries] + [p for p in [os.environ.get("LD_LIBRARY_PATH")] if p]
+    environment["LD_LIBRARY_PATH"] = ":".join(paths)
+    result = _run([str(options.peer_python), str(DRIVE), json.dumps(spec)], environment)
+    result.pop("forces", None)
+    return {**result, "atoms": len(atoms)}
+
+
+def describe(*, dry_run: bool) -> dict[str, Any]:
+    """The device, and the versions of what runs on it."""
+    import torch
+
+    from moecalc import __version__, _lib
+
+    found = {
+        "device": "emulated on the CPU",
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "moecalc": __version__,
+        "kernels": json.loads(_lib.load().build_info())["cuda_kernels"],
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+    }
+    if not dry_run:
+        properties = torch.cuda.get_device_properties(0)
+        found["device"] = properties.name
+        found["memory_bytes"] = properties.total_memory
+    return found
+
+
+def report(results: dict[str, Any]) -> None:
+    """The table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = results["machine"]
+    table = Table(
+        "model", "runs", "atoms", "ms/step", "us/atom", "GB", "against dense", title=f"{machine['device']}, {machine['date']}"
+    )  # fmt: skip
+    dense = {
+        (r["runs"], r["atoms"]): r["step_s"]
+        for r in results["times"]
+        if r["model"] == "dense" and "step_s" in r
+    }
+    for row in results["times"]:
+        if "error" in row:
+            table.add_row(row["model"], row["runs"], str(row.get("atoms", "")), row["error"][:70])
+            continue
+        reference = dense.get((row["runs"], row["atoms"]))
+        table.add_row(
+            row["model"],
+            row["runs"],
+            str(row["atoms"]),
+            f"{1e3 * row['step_s']:.3f}",
+            f"{1e6 * row['step_s'] / row['atoms']:.3f}",
+            f"{row['buffer_bytes'] / 1e9:.2f}" if "buffer_bytes" in row else "",
+            f"{row['step_s'] / reference:.2f}" if reference and row["model"] == "moe" else "",
+        )
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    for name, row in results["largest"].items():
+        what = row["error"] if "error" in row else f"{row['atoms']} atoms ({row['stopped_by']})"
+        console.print(f"largest system, {name}: {what}", soft_wrap=True)
+    moved = results["transfers"]
+    if "error" in moved:
+        console.print(f"transfers per step: {moved['error']}", soft_wrap=True)
+    else:
+        console.print(
+            f"per step: {moved['launches']:g} launches, {moved['copies_up']:g} copies to the device, {moved['copies_down']:g} back, "
+            f"{moved['waits']:g} waits of the host",
+            soft_wrap=True,
+        )
+
+
+def main() -> int:
+    """Measure all, print the table, write the JSON; the exit code is 1 if a measurement of moecalc failed."""
+    parser = argparse.ArgumentParser(description="moecalc on a GPU: times, transfers, largest system")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--dry-run", action="store_true", help="emulated kernels, a small model, 24 atoms")
+    parser.add_argument("--copies", type=int, nargs="+", help="of 192 atoms of water (1 8 52 260)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--largest", type=int, default=2000, help="copies to stop at; 0: do not look for it")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--peer-python", type=Path, help="Python of an environment with DeePMD-kit and its LAMMPS"
+    )
+    parser.add_argument("--peer-model", nargs="*", default=[], help="its models, .pth or .pt2")
+    parser.add_argument("--sanitizer", help="compute-sanitizer: check a few steps with it, and nothing else")
+    options = parser.parse_args()
+    if bool(options.peer_model) != (options.peer_python is not None):
+        parser.error("expected --peer-python and --peer-model together: the environment and what it runs")
+
+    dry = options.dry_run
+    copies = options.copies or ((1,) if dry else COPIES)
+    base = {
+        "device": "cpu" if dry else "cuda:0",
+        "dry_run": dry,
+        "warm_up": 1 if dry else 5,
+        "steps": 2 if dry else options.steps,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        packages = {}
+        for model, n_routed in MODELS.items():
+            packages[model] = str(folder / f"{model}.moe.pt")
+            write_package(Path(packages[model]), n_routed, dry_run=dry)
+        if options.sanitizer:
+            return _sanitize(options.sanitizer, {**base, "model": packages["moe"], "copies": 1})
+        results: dict[str, Any] = {"machine": describe(dry_run=dry), "times": [], "largest": {}}
+        for size in copies:
+            for model, path in packages.items():
+                for precision in options.precisions:
+                    spec = {**base, "model": path, "precision": precision, "copies": size}
+                    results["times"].append({"model": model, "runs": precision, **run("time", spec)})
+                spec = {**base, "model": path, "precision": "fp32", "copies": size}
+                results["times"].append({"model": model, "runs": "fp32, ASE", **run("calculator", spec)})
+            for file in options.peer_model:
+                row = {"model": "dense", "runs": f"DeePMD-kit {Path(file).suffix}"}
+                results["times"].append({**row, **peer(options, file, size, folder)})
+        fp32 = {**base, "precision": "fp32"}
+        for model, path in packages.items():
+            if options.largest:
+                limit = 2 if dry else options.largest
+                results["largest"][model] = largest({**fp32, "model": path}, limit)
+        for file in options.peer_model:
+            results["largest"][Path(file).name] = _largest_of_peer(options, file, folder)
+        results["transfers"] = run("transfers", {**fp32, "model": packages["moe"], "copies": 1})
+    report(results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    ours = [row for row in results["times"] if not row["runs"].startswith("DeePMD")]
+    return int(any("error" in row for row in [*ours, results["transfers"]]))
+
+
+def _largest_of_peer(options: argparse.Namespace, file: str, folder: Path) -> dict[str, Any]:
+    """By doubling alone: its failures take long."""
+    size, best, result = 1, None, {}
+    while "error" not in result and size <= options.largest:
+        result = peer(options, file, size, folder)
+        if "error" not in result:
+            best = result
+        size *= 2
+    return {**(best or {}), "stopped_by": result.get("error", "the limit")} if best else result
+
+
+def _sanitize(program: str, spec: dict[str, Any]) -> int:
+    failed = 0
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        prefix = (program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+        result = run("sanitized", {**spec, "precision": "fp32"}, prefix)
+        print(f"compute-sanitizer {tool}: {result.get('error', 'clean')}")
+        failed |= "error" in result
+    return failed
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(MEASUREMENTS[sys.argv[2]](json.loads(sys.argv[3]))))
+        sys.exit(0)
+    sys.exit(main())
