@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
 OLDEST_SETUPTOOLS = 77
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
-CUDA_LIBRARIES = ("cudart", "cublas", "cublasLt")
+CUDA_LIBRARIES = ("cudart",)
 INSTALL_HINT = (
     f"install torch first (`pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel pybind11`), "
     "then `pip install --no-build-isolation .`"

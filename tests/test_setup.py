@@ -28,8 +28,7 @@ def torch(tmp_path):
     """A CUDA build of torch, with the CUDA libraries that pip installs beside it."""
     for name in ("torch", "nvidia/cu13/include", "nvidia/cu13/lib"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("cudart", "cublas", "cublasLt"):
-        (tmp_path / f"nvidia/cu13/lib/lib{name}.so.13").touch()
+    (tmp_path / "nvidia/cu13/lib/libcudart.so.13").touch()
     version = SimpleNamespace(cuda="13.0")
     return SimpleNamespace(
         __file__=str(tmp_path / "torch/__init__.py"), __version__="2.11.0+cu130", version=version
@@ -56,8 +55,7 @@ def test_a_compiler_and_a_cuda_build_of_torch_are_enough(script, torch, nvcc, tm
     found = script._find_cuda(torch)
     assert found["MOECALC_CUDA_ARCHITECTURES"] == "80-real;90-real;90-virtual"
     assert found["CMAKE_CUDA_COMPILER"] == program
-    libraries = [Path(name).name for name in found["CUDA_LIBRARIES"].split(";")]
-    assert libraries == ["libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13"]
+    assert found["CUDA_LIBRARIES"] == f"{tmp_path}/nvidia/cu13/lib/libcudart.so.13"
     assert found["CUDA_LIB_DIRS"] == f"$ORIGIN/../nvidia/cu13/lib;{tmp_path}/nvidia/cu13/lib"
 
 
@@ -92,8 +90,8 @@ def age_nvcc(torch, nvcc, monkeypatch):
 def lose_libraries(torch, nvcc, monkeypatch):
     nvcc("13.0")
     torch.version.cuda = "13.99"  # for the folder of a system installation
-    (Path(torch.__file__).parent.parent / "nvidia/cu13/lib/libcublas.so.13").unlink()
-    return "libcublas.so is in none of "
+    (Path(torch.__file__).parent.parent / "nvidia/cu13/lib/libcudart.so.13").unlink()
+    return "libcudart.so is in none of "
 
 
 BROKEN = [break_torch, hide_nvcc, age_nvcc, lose_libraries]
