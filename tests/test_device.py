@@ -50,20 +50,28 @@ def evaluator(device, path, dtype="float64", precision="fp32"):
         return _lib.load().Evaluator(str(path), name, dtype, precision)
 
 
-@pytest.fixture(
-    params=[
-        "emulation",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ]
-)
+ON_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(params=["emulation", pytest.param("cuda", marks=ON_GPU)])
 def device(request):
     return request.param
+
+
+def cases(every):
+    """Frames: all on a GPU, some emulated, since test_device_model.py has all."""
+
+    def case(device, frame, marks=()):
+        return pytest.param(
+            device, frame, marks=marks, id=f"{device}-{frame.model}-{frame.head}-{frame.frame}"
+        )
+
+    return [case("emulation", frame) for frame in FRAMES[::every]] + [
+        case("cuda", frame, ON_GPU) for frame in FRAMES
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +133,8 @@ def covered(device, *arguments):
 # --- numbers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frame", FRAMES, ids=lambda f: f"{f.model}-{f.head}-{f.frame}")
-def test_frames_of_the_independent_codes_in_float64(device, package, frame):
+@pytest.mark.parametrize(("device", "frame"), cases(8))
+def test_frames_of_the_independent_codes_in_float64(device, frame, package):
     path = package(frame.model, frame.head)
     model = covered(device, path)
     expected = evaluate(evaluator("cpu", path), frame.atoms, atom_virial=True)
@@ -135,8 +143,8 @@ def test_frames_of_the_independent_codes_in_float64(device, package, frame):
     assert result["energy"][0] == pytest.approx(expected["energy"][0], abs=FLOAT64)
 
 
-@pytest.mark.parametrize("frame", FRAMES[::5], ids=lambda f: f"{f.model}-{f.head}-{f.frame}")
-def test_frames_of_the_independent_codes_in_float32(device, package, frame):
+@pytest.mark.parametrize(("device", "frame"), cases(16))
+def test_frames_of_the_independent_codes_in_float32(device, frame, package):
     path = package(frame.model, frame.head)
     model = covered(device, path, "float32")
     expected = evaluate(evaluator("cpu", path), frame.atoms)
