@@ -301,7 +301,6 @@ class Evaluator::Impl {
                            const Request& request, GhostExchange* exchange);
   Evaluation empty_result(int64_t n_node, int64_t n_local, int64_t n_systems, const Request& request) const;
   void check_exchange(int64_t n_ghost, const GhostExchange* exchange) const;
-  at::Tensor pinned(const at::Tensor& positions);
   void upload(const NeighborList& list);
 
  public:
@@ -334,7 +333,6 @@ class Evaluator::Impl {
   NeighborList list_;            // the caller's; types undefined: none yet
   int64_t n_rows_ = 0;           // of positions that list_ names
   bool list_is_up_ = false;      // list_ is what on_device_ holds
-  at::Tensor staging_;           // pinned memory for the positions
   at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
 };
@@ -596,17 +594,6 @@ void Evaluator::Impl::upload(const NeighborList& list) {
   }
 }
 
-/// The positions in pinned memory, from which a device copies without the CPU waiting for it.
-at::Tensor Evaluator::Impl::pinned(const at::Tensor& positions) {
-  if (!device_.is_cuda()) return positions.contiguous();
-  if (!staging_.defined() || staging_.size(0) < positions.size(0)) {
-    // Some room, because the number of ghosts differs from list to list.
-    const int64_t rows = positions.size(0) + positions.size(0) / 8;
-    staging_ = at::empty({rows, 3}, cpu_double().pinned_memory(true));
-  }
-  return staging_.narrow(0, 0, positions.size(0)).copy_(positions);
-}
-
 Evaluation Evaluator::Impl::run_on_device(const NeighborList& list, const at::Tensor& positions,
                                           const at::Tensor& cells, const Request& request,
                                           GhostExchange* exchange) {
@@ -622,8 +609,7 @@ Evaluation Evaluator::Impl::run_on_device(const NeighborList& list, const at::Te
   Evaluation result;
   try {
     const at::NoGradGuard no_grad;
-    result = on_device_->evaluate(pinned(positions), cells.defined() ? cells.contiguous() : cells, request,
-                                  exchange);
+    result = on_device_->evaluate(positions, cells, request, exchange);
   } catch (const std::exception& exception) {
     rethrow(exception, "evaluating " + std::to_string(n_local) + " atoms and a list of " +
                            std::to_string(list.edge_index.size(1)) + " pairs on " + device_name);
