@@ -10,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <set>
 #include <utility>
 
 #include "../ops/cuda/layer.cuh"
@@ -113,6 +114,7 @@ class Model final : public DeviceModel {
     return kCounts + s.n_systems + s.n_local + 3 * s.n_node + 9 * s.n_systems + 9 * s.n_node;
   }
   int64_t planned_bytes(const Sizes& sizes) const;
+  int64_t fixed_bytes() const;
   void allocate(const Sizes& sizes);
   template <class V>
   static V* at_(const at::Tensor& bytes) {
@@ -223,11 +225,27 @@ at::Tensor Model<N, Target>::to_device(const Upload& upload) const {
 template <class N, class Target>
 void Model<N, Target>::upload_weights() {
   const typename Target::Scope scope(target_);
+  // matrices go up as the products read them, all else as it is
+  using W = ops::GroupWeights<T>;
+  std::set<const T*> matrices;
+  for (const auto& of_layer : packed_.weights_) {
+    for (const W& group : of_layer) {
+      for (const Weight<T> member :
+           {&W::node,      &W::node_t,    &W::sym,       &W::sym_t,     &W::edge_c,
+            &W::edge_c_t,  &W::edge_n,    &W::edge_n_t,  &W::edge_e,    &W::edge_e_t,
+            &W::angle_c,   &W::angle_c_t, &W::angle_j,   &W::angle_j_t, &W::angle_k,
+            &W::angle_k_t, &W::angle_a,   &W::angle_a_t, &W::angle2,    &W::angle2_t}) {
+        matrices.insert(group.*member);
+      }
+    }
+  }
   Upload values;
   std::vector<std::pair<const T*, int64_t>> places;  // host pointer, offset in bytes
   for (const at::Tensor& tensor : packed_.memory_) {
     const T* data = tensor.template const_data_ptr<T>();
-    places.emplace_back(data, values.add(std::vector<T>(data, data + tensor.numel())));
+    places.emplace_back(
+        data, values.add(matrices.count(data) > 0 ? fragments<N>(data, tensor.size(0), tensor.size(1))
+                                                  : std::vector<T>(data, data + tensor.numel())));
   }
   std::sort(places.begin(), places.end());
   weight_memory_ = to_device(values);
@@ -264,12 +282,14 @@ template <class N, class Target>
 void Model<N, Target>::upload_constants() {
   const ops::LayerShape& s = packed_.layers_[0].shape;
   Upload upload;
-  const auto padded = [&](const at::Tensor& values, int64_t rows, int64_t columns) {
+  const auto padded = [&](const at::Tensor& values, int64_t rows, int64_t columns,
+                          bool matrix_product = false) {
     at::Tensor out = at::zeros({rows, columns}, at::TensorOptions().dtype(kType));
     const at::Tensor matrix = values.reshape({values.dim() > 1 ? values.size(0) : 1, -1});
     out.narrow(0, 0, matrix.size(0)).narrow(1, 0, matrix.size(1)).copy_(matrix);
     const T* data = out.template const_data_ptr<T>();
-    return upload.add(std::vector<T>(data, data + out.numel()));
+    return upload.add(matrix_product ? fragments<N>(data, rows, columns)
+                                     : std::vector<T>(data, data + out.numel()));
   };
   const auto doubles = [&](const at::Tensor& values) {
     const at::Tensor flat = values.to(at::kDouble).contiguous();
@@ -295,8 +315,8 @@ void Model<N, Target>::upload_constants() {
     layer.out = static_cast<int>(ops::padded<T>(layer.n_out));
     layer.residual = static_cast<int>(source.residual);
     layer.phi = Phi<T>(source.phi);
-    places.push_back({padded(source.matrix, layer.in, layer.out),
-                      padded(source.matrix.t(), layer.out, layer.in), padded(source.bias, 1, layer.out),
+    places.push_back({padded(source.matrix, layer.in, layer.out, true),
+                      padded(source.matrix.t(), layer.out, layer.in, true), padded(source.bias, 1, layer.out),
                       padded(source.idt, 1, layer.out)});
     fitting_.push_back(layer);
   }
@@ -575,14 +595,21 @@ int64_t Model<N, Target>::planned_bytes(const Sizes& sizes) const {
   return total;
 }
 
+/// Weights and the list.
 template <class N, class Target>
-int64_t Model<N, Target>::bytes() const {
+int64_t Model<N, Target>::fixed_bytes() const {
   int64_t total = 0;
-  plan(const_cast<Buffers&>(b_), sizes_,
-       [&](at::Tensor& to, int64_t) { total += to.defined() ? to.numel() : 0; });
   for (const at::Tensor* memory : {&weight_memory_, &group_memory_, &constant_memory_, &list_memory_}) {
     total += memory->defined() ? memory->numel() : 0;
   }
+  return total;
+}
+
+template <class N, class Target>
+int64_t Model<N, Target>::bytes() const {
+  int64_t total = fixed_bytes();
+  plan(const_cast<Buffers&>(b_), sizes_,
+       [&](at::Tensor& to, int64_t) { total += to.defined() ? to.numel() : 0; });
   return total;
 }
 
@@ -613,14 +640,15 @@ void Model<N, Target>::allocate(const Sizes& sizes) {
   if (more > 0) {
     const int64_t free = options_.memory_limit > 0 ? options_.memory_limit - bytes() : target_.free_bytes();
     if (more > free + released) {
-      const int64_t need = planned_bytes(sizes);
-      const int64_t most = std::max<int64_t>(0, bytes() + free);
+      const int64_t need = planned_bytes(sizes), fixed = fixed_bytes();
+      const int64_t most = std::max<int64_t>(0, bytes() - fixed + free);
       const double share = static_cast<double>(most) / static_cast<double>(std::max<int64_t>(1, need));
       throw OutOfMemoryError(
           "expected a system that fits on " + target_.name() + ", got " + std::to_string(sizes.n_local) +
           " atoms with " + std::to_string(sizes.edges) + " edges and " + std::to_string(sizes.angles) +
-          " angles, which need " + std::to_string(need >> 20) + " MiB of " + std::to_string(most >> 20) +
-          " MiB: at this density at most about " +
+          " angles, which need " + std::to_string(need >> 20) + " MiB of " +
+          std::to_string((most + fixed) >> 20) + " MiB for weights (" + std::to_string(fixed >> 20) +
+          " MiB) and system: at this density at most about " +
           std::to_string(static_cast<int64_t>(0.97 * share * static_cast<double>(sizes.n_local))) +
           " atoms fit; use fewer atoms per device, more devices or dtype float32");
     }

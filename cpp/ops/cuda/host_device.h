@@ -7,8 +7,11 @@
 /// Called from both sides.
 #define MOECALC_BOTH __host__ __device__ inline
 #define MOECALC_UNROLL _Pragma("unroll")
+/// Loops of unknown length whose loads should be in flight together.
+#define MOECALC_UNROLL_4 _Pragma("unroll 4")
 #else
 #define MOECALC_KERNEL inline
 #define MOECALC_BOTH inline
 #define MOECALC_UNROLL
+#define MOECALC_UNROLL_4
 #endif

@@ -129,7 +129,7 @@ MOECALC_KERNEL void add_product(Block& block, typename N::type* out, int out_str
     using X = Tile<N, decltype(chunk)::value>;
     block.each([&](int t) {
       T acc[X::kSize] = {};
-      X::multiply(t, acc, tile, padded_stride<T>(64), k, w + first, width, width - first);
+      X::multiply(t, acc, tile, padded_stride<T>(64), k, X::from(w, first), width, width - first);
       for_own<X>(t, rows, width - first, [&](int g, int r, int c) {
         T* to = out + r * out_stride + first + c;
         MOECALC_UNROLL
@@ -209,7 +209,7 @@ struct Linear {
         for (int v = 0; v < V; ++v) acc[t][g * V + v] = bias[c + v];
       });
     });
-    multiply_sliced<N, 64>(block, acc, slice, rows, k, group.*w + first, columns, columns - first,
+    multiply_sliced<N, 64>(block, acc, slice, rows, k, X::from(group.*w, first), columns, columns - first,
                            [&](int r, int c) {
                              const int64_t row = gather == nullptr ? run.begin + r : gather[run.begin + r];
                              return load<T, 16 / sizeof(T)>(a + row * lda + c);
@@ -316,8 +316,8 @@ MOECALC_KERNEL void project_close(Block& block, const Layer<typename N::type>& x
             for (int v = 0; v < X::kVector; ++v) acc[t][g * X::kVector + v] = from[v];
           });
         });
-        multiply_sliced<N, C>(block, acc, s.y, rows, x.ep, (side == 0 ? w.angle_j : w.angle_k) + column, ca,
-                              ca - column, [&](int r, int c) {
+        multiply_sliced<N, C>(block, acc, s.y, rows, x.ep, X::from(side == 0 ? w.angle_j : w.angle_k, column),
+                              ca, ca - column, [&](int r, int c) {
                                 return load<T, 16 / sizeof(T)>(x.e + s.j[r] * static_cast<int64_t>(x.ep) + c);
                               });
         block.each([&](int t) {
@@ -420,7 +420,8 @@ struct AngleForward {
                               int rows, int width, T* mix) const {
     T acc[X::kSize] = {};
     s.template start<X>(t, x, acc, column, rows, width);
-    X::multiply(t, acc, s.a, padded_stride<T>(x.ap), x.ap, w.angle_a + column, x.angle_columns, width);
+    X::multiply(t, acc, s.a, padded_stride<T>(x.ap), x.ap, X::from(w.angle_a, column), x.angle_columns,
+                width);
     MOECALC_UNROLL
     for (int v = 0; v < X::kSize; ++v) mix[v] += p * x.phi(acc[v]).y;
   }
@@ -473,7 +474,7 @@ struct AngleBackward {
           block.each([&](int t) {
             T acc[X::kSize] = {};
             s.template start<X>(t, x, acc, at, rows, width);
-            X::multiply(t, acc, s.a, a_stride, x.ap, w.angle_a + at, x.angle_columns, width);
+            X::multiply(t, acc, s.a, a_stride, x.ap, X::from(w.angle_a, at), x.angle_columns, width);
             for_own<X>(t, rows, width, [&](int g, int r, int c) {
               const Vec<T, X::kVector> dm =
                   load<T, X::kVector>(x.dm + message_row(x, s.centre[r], s.j[r]) * x.ep + column + c);
@@ -504,7 +505,7 @@ struct AngleBackward {
             block.each([&](int t) {
               T acc[X::kSize] = {};
               s.template start<X>(t, x, acc, at, rows, width);
-              X::multiply(t, acc, s.a, a_stride, x.ap, w.angle_a + at, x.angle_columns, width);
+              X::multiply(t, acc, s.a, a_stride, x.ap, X::from(w.angle_a, at), x.angle_columns, width);
               for_own<X>(t, rows, width, [&](int g, int r, int c) {
                 const Vec<T, X::kVector> da = load<T, X::kVector>(
                                              x.da + (first + r) * static_cast<int64_t>(x.ap) + column + c),
@@ -603,8 +604,8 @@ struct AngleBackward {
         });
         for (int side = 0; side < 2; ++side) {
           multiply_sliced<N, C>(
-              block, acc, s.y, rows, x.angle_columns, (side == 0 ? w.angle_j_t : w.angle_k_t) + column, x.ep,
-              x.ep - column, [&](int r, int c) {
+              block, acc, s.y, rows, x.angle_columns, X::from(side == 0 ? w.angle_j_t : w.angle_k_t, column),
+              x.ep, x.ep - column, [&](int r, int c) {
                 return load<T, V>(x.dpq + (2 * static_cast<int64_t>(first + r) + side) * ca + c);
               });
         }
@@ -774,7 +775,7 @@ struct EdgeForward {
                               int rows, int width, T* mix) const {
     T acc[X::kSize] = {};
     s.template start<X>(t, x, acc, column, rows, width);
-    X::multiply(t, acc, s.e, padded_stride<T>(x.ep), x.ep, w.edge_e + column, x.edge_columns, width);
+    X::multiply(t, acc, s.e, padded_stride<T>(x.ep), x.ep, X::from(w.edge_e, column), x.edge_columns, width);
     MOECALC_UNROLL
     for (int v = 0; v < X::kSize; ++v) mix[v] += p * x.phi(acc[v]).y;
   }
@@ -799,7 +800,7 @@ struct EdgeForward {
               MOECALC_UNROLL
               for (int v = 0; v < X::kVector; ++v) acc[g * X::kVector + v] = w.angle2_b[at + c + v];
             });
-            X::multiply(t, acc, s.e, padded_stride<T>(x.ep), x.ep, w.angle2 + at, columns, width);
+            X::multiply(t, acc, s.e, padded_stride<T>(x.ep), x.ep, X::from(w.angle2, at), columns, width);
             MOECALC_UNROLL
             for (int v = 0; v < X::kSize; ++v) mix[v] += w.p_angle2[y] * x.phi(acc[v]).y;
           }
@@ -855,7 +856,8 @@ struct MessageBackward {
               MOECALC_UNROLL
               for (int v = 0; v < X::kVector; ++v) acc[g * X::kVector + v] = w.angle2_b[at + c + v];
             });
-            X::multiply(t, acc, s.e, padded_stride<T>(x.ep), x.ep, w.angle2 + at, x.k_angle2 * x.ep, width);
+            X::multiply(t, acc, s.e, padded_stride<T>(x.ep), x.ep, X::from(w.angle2, at), x.k_angle2 * x.ep,
+                        width);
             for_own<X>(t, rows, width, [&](int g, int r, int c) {
               const Vec<T, X::kVector> de =
                   load<T, X::kVector>(x.de_out + s.row[r] * static_cast<int64_t>(x.ep) + column + c);
@@ -926,7 +928,7 @@ struct EdgeBackward {
           block.each([&](int t) {
             T acc[X::kSize] = {};
             s.template start<X>(t, x, acc, at, rows, width);
-            X::multiply(t, acc, s.e, e_stride, x.ep, w.edge_e + at, x.edge_columns, width);
+            X::multiply(t, acc, s.e, e_stride, x.ep, X::from(w.edge_e, at), x.edge_columns, width);
             for_own<X>(t, rows, width, [&](int g, int r, int c) {
               const Vec<T, X::kVector> dm =
                   load<T, X::kVector>(x.dmessage + s.centre[r] * static_cast<int64_t>(x.width) + column + c);
@@ -957,7 +959,7 @@ struct EdgeBackward {
             block.each([&](int t) {
               T acc[X::kSize] = {};
               s.template start<X>(t, x, acc, at, rows, width);
-              X::multiply(t, acc, s.e, e_stride, x.ep, w.edge_e + at, x.edge_columns, width);
+              X::multiply(t, acc, s.e, e_stride, x.ep, X::from(w.edge_e, at), x.edge_columns, width);
               for_own<X>(t, rows, width, [&](int g, int r, int c) {
                 const Vec<T, X::kVector> de =
                     load<T, X::kVector>(x.de_out + (first + r) * static_cast<int64_t>(x.ep) + column + c);
@@ -1082,32 +1084,53 @@ struct EdgeBackward {
 template <class T>
 struct Symmetrize {
   static constexpr int kThreads = 64;
+  static constexpr int kEdges = 64;  // whose neighbours and h are in shared memory at a time
   Layer<T> x;
   int64_t blocks() const { return x.g.n_local; }
-  int64_t shared_bytes() const { return 0; }
+  int64_t shared_bytes() const { return shared_size<int>(kEdges) + shared_size<T>(4 * kEdges); }
 
   template <class Block>
   MOECALC_KERNEL void operator()(Block& block) const {
     constexpr int V = 16 / sizeof(T);
-    const int64_t i = block.index(), e0 = x.g.first_edge[i], e1 = x.g.first_edge[i + 1];
-    block.each([&](int t) {
-      for (int c = t * V; c < x.sym_width; c += kThreads * V) {
-        Vec<T, V> sum[3] = {};
-        for (int64_t e = e0; e < e1; ++e) {
-          const T* row =
-              c < x.ep ? x.e + e * x.ep + c
-                       : x.v + x.g.neighbor(static_cast<int>(e)) * static_cast<int64_t>(x.np) + c - x.ep;
-          const Vec<T, V> y = load<T, V>(row);
-          MOECALC_UNROLL
-          for (int q = 0; q < 3; ++q) {
-            const T h = x.h[4 * e + q];
+    const int64_t i = block.index();
+    const int begin = x.g.first_edge[i], end = x.g.first_edge[i + 1];
+    int* neighbor = block.template shared<int>(kEdges);
+    T* h = block.template shared<T>(4 * kEdges);
+    for (int column = 0; column < x.sym_width; column += kThreads * V) {
+      auto sums = block.template registers<Vec<T, V>, 3>();
+      block.each([&](int t) {
+        for (int q = 0; q < 3; ++q) sums[t][q] = Vec<T, V>{};
+      });
+      for (int first = begin; first < end; first += kEdges) {
+        const int n = end - first < kEdges ? end - first : kEdges;
+        block.sync();
+        block.each([&](int t) {
+          for (int y = t; y < n; y += kThreads) neighbor[y] = x.g.neighbor(first + y);
+          for (int y = t; y < 4 * n; y += kThreads) h[y] = x.h[4 * static_cast<int64_t>(first) + y];
+        });
+        block.sync();
+        block.each([&](int t) {
+          const int c = column + t * V;
+          if (c >= x.sym_width) return;
+          MOECALC_UNROLL_4
+          for (int y = 0; y < n; ++y) {
+            const T* row = c < x.ep ? x.e + (first + y) * static_cast<int64_t>(x.ep) + c
+                                    : x.v + neighbor[y] * static_cast<int64_t>(x.np) + c - x.ep;
+            const Vec<T, V> value = load<T, V>(row);
             MOECALC_UNROLL
-            for (int v = 0; v < V; ++v) sum[q].x[v] += h * y.x[v];
+            for (int q = 0; q < 3; ++q) {
+              MOECALC_UNROLL
+              for (int v = 0; v < V; ++v) sums[t][q].x[v] += h[4 * y + q] * value.x[v];
+            }
           }
-        }
-        for (int q = 0; q < 3; ++q) store<T, V>(x.big_h + (3 * i + q) * x.sym_width + c, sum[q]);
+        });
       }
-    });
+      block.each([&](int t) {
+        const int c = column + t * V;
+        if (c >= x.sym_width) return;
+        for (int q = 0; q < 3; ++q) store<T, V>(x.big_h + (3 * i + q) * x.sym_width + c, sums[t][q]);
+      });
+    }
   }
 };
 
@@ -1257,9 +1280,10 @@ struct Nodes {
           for (int v = 0; v < X::kVector; ++v) acc[t][g * X::kVector + v] = b[at + c + v];
         });
       });
-      multiply_sliced<N, 64>(block, acc, slice, rows, k, w + at, experts * x.np, width, [&](int r, int c) {
-        return load<T, 16 / sizeof(T)>(in + (run.begin + r) * static_cast<int64_t>(k) + c);
-      });
+      multiply_sliced<N, 64>(
+          block, acc, slice, rows, k, X::from(w, at), experts * x.np, width, [&](int r, int c) {
+            return load<T, 16 / sizeof(T)>(in + (run.begin + r) * static_cast<int64_t>(k) + c);
+          });
       block.each([&](int t) {
         for_own<X>(t, rows, width, [&](int g, int r, int c) {
           MOECALC_UNROLL
@@ -1286,44 +1310,68 @@ struct Nodes {
 template <class T>
 struct SlotSums {
   static constexpr int kThreads = 128;
+  static constexpr int kEdges = 128;  // whose numbers are in shared memory at a time
   Layer<T> x;
   int64_t blocks() const { return x.g.n_slot; }
-  int64_t shared_bytes() const { return 0; }
+  int64_t shared_bytes() const { return 2 * shared_size<int>(kEdges) + shared_size<T>(4 * kEdges); }
 
   template <class Block>
   MOECALC_KERNEL void operator()(Block& block) const {
     constexpr int V = 16 / sizeof(T);
     const int64_t slot = block.index(), ce = x.edge_columns;
     const int begin = x.g.slot_first[slot], end = x.g.slot_first[slot + 1];
-    block.each([&](int t) {
-      for (int c = t * V; c < x.edge_columns + x.np; c += kThreads * V) {
-        Vec<T, V> sum = {};
-        for (int at = begin; at < end; ++at) {
-          const int64_t e = x.g.edge_of_list[x.g.slot_list[at]];
-          if (e < 0) continue;
+    int* edge = block.template shared<int>(kEdges);
+    int* centre = block.template shared<int>(kEdges);
+    T* h = block.template shared<T>(4 * kEdges);
+    for (int column = 0; column < x.edge_columns + x.np; column += kThreads * V) {
+      auto sums = block.template registers<Vec<T, V>, 1>();
+      block.each([&](int t) { sums[t][0] = Vec<T, V>{}; });
+      for (int first = begin; first < end; first += kEdges) {
+        const int n = end - first < kEdges ? end - first : kEdges;
+        block.sync();
+        block.each([&](int t) {
+          if (t >= n) return;
+          const int e = x.g.edge_of_list[x.g.slot_list[first + t]];
+          // beyond the cutoff: edge 0 with weight 0, so that the loads below need no branch
+          edge[t] = e < 0 ? 0 : e;
+          centre[t] = e < 0 ? 0 : x.g.edge_centre[e];
+          for (int q = 0; q < 3; ++q) h[4 * t + q] = e < 0 ? T(0) : x.h[4 * static_cast<int64_t>(e) + q];
+          h[4 * t + 3] = e < 0 ? T(0) : T(1);
+        });
+        block.sync();
+        if (x.g.first_edge[x.g.n_local] == 0) continue;
+        block.each([&](int t) {
+          const int c = column + t * V;
           if (c < x.edge_columns) {
-            const Vec<T, V> y = load<T, V>(x.dz + e * ce + c);
-            MOECALC_UNROLL
-            for (int v = 0; v < V; ++v) sum.x[v] += y.x[v];
-          } else {
-            const T* h = x.h + 4 * e;
-            const T* d =
-                x.dbig_h + x.g.edge_centre[e] * 3 * static_cast<int64_t>(x.sym_width) + x.ep + c - ce;
-            MOECALC_UNROLL
-            for (int q = 0; q < 3; ++q) {
-              const Vec<T, V> y = load<T, V>(d + q * x.sym_width);
+            MOECALC_UNROLL_4
+            for (int y = 0; y < n; ++y) {
+              const Vec<T, V> value = load<T, V>(x.dz + edge[y] * ce + c);
               MOECALC_UNROLL
-              for (int v = 0; v < V; ++v) sum.x[v] += h[q] * y.x[v];
+              for (int v = 0; v < V; ++v) sums[t][0].x[v] += h[4 * y + 3] == T(0) ? T(0) : value.x[v];
+            }
+          } else if (c < x.edge_columns + x.np) {
+            MOECALC_UNROLL_4
+            for (int y = 0; y < n; ++y) {
+              const T* d = x.dbig_h + centre[y] * 3 * static_cast<int64_t>(x.sym_width) + x.ep + c - ce;
+              MOECALC_UNROLL
+              for (int q = 0; q < 3; ++q) {
+                const Vec<T, V> value = load<T, V>(d + q * x.sym_width);
+                MOECALC_UNROLL
+                for (int v = 0; v < V; ++v) sums[t][0].x[v] += h[4 * y + q] * value.x[v];
+              }
             }
           }
-        }
-        if (c < x.edge_columns) {
-          store<T, V>(x.dzn + slot * ce + c, sum);
-        } else {
-          store<T, V>(x.dv_slot + slot * x.np + c - ce, sum);
-        }
+        });
       }
-    });
+      block.each([&](int t) {
+        const int c = column + t * V;
+        if (c < x.edge_columns) {
+          store<T, V>(x.dzn + slot * ce + c, sums[t][0]);
+        } else if (c < x.edge_columns + x.np) {
+          store<T, V>(x.dv_slot + slot * x.np + c - ce, sums[t][0]);
+        }
+      });
+    }
   }
 };
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "../layer.h"
 #include "block.cuh"
@@ -57,32 +58,57 @@ struct Bf16x3 {
   static constexpr const char* name = "bf16x3";
 };
 
-MOECALC_KERNEL uint32_t bits_of(float x) {
-#if defined(__CUDACC__)
-  return __float_as_uint(x);
-#else
+MOECALC_BOTH uint32_t bits_of(float x) {
   uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  memcpy(&bits, &x, 4);
   return bits;
-#endif
 }
-MOECALC_KERNEL float float_of(uint32_t bits) {
-#if defined(__CUDACC__)
-  return __uint_as_float(bits);
-#else
+MOECALC_BOTH float float_of(uint32_t bits) {
   float x;
-  std::memcpy(&x, &bits, 4);
+  memcpy(&x, &bits, 4);
   return x;
-#endif
 }
 
 /// Nearest tf32 (10 bits of mantissa), ties away from zero: cvt.rna.tf32.f32.
-MOECALC_KERNEL float to_tf32(float x) { return float_of((bits_of(x) + 0x1000u) & 0xffffe000u); }
+MOECALC_BOTH float to_tf32(float x) { return float_of((bits_of(x) + 0x1000u) & 0xffffe000u); }
 
 /// Nearest bf16, ties to even: cvt.rn.bf16.f32. Not for NaN, which stays what it is in the exact remainder.
-MOECALC_KERNEL float to_bf16(float x) {
+MOECALC_BOTH float to_bf16(float x) {
   const uint32_t bits = bits_of(x);
   return float_of((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+/// Where element (k, n) of a matrix of `columns` columns starts in the layout of the tensor-core products:
+/// blocks of 8 x 8, in which the two words that a thread of a warp reads lie side by side. tf32: words k and
+/// k + 4; bf16x3: the leading and the remaining bf16 of a pair of rows. Offsets by whole rows of blocks are
+/// those of a plain matrix.
+MOECALC_BOTH int64_t fragment_word(int64_t k, int64_t n, int64_t columns, int64_t lane_row) {
+  return k / 8 * 8 * columns + n / 8 * 64 + (n % 8 * 4 + lane_row) * 2;
+}
+
+/// A weight matrix (rows, columns) as the products of N read it.
+template <class N>
+std::vector<typename N::type> fragments(const typename N::type* w, int64_t rows, int64_t columns) {
+  using T = typename N::type;
+  if constexpr (!std::is_same_v<N, Tf32> && !std::is_same_v<N, Bf16x3>) {
+    return std::vector<T>(w, w + rows * columns);
+  } else {
+    std::vector<float> out(static_cast<size_t>(rows * columns));
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t n = 0; n < columns; ++n) {
+        const float x = w[k * columns + n];
+        if constexpr (std::is_same_v<N, Tf32>) {
+          out[static_cast<size_t>(fragment_word(k, n, columns, k % 4) + k % 8 / 4)] = to_tf32(x);
+        } else {
+          const float high = to_bf16(x), low = to_bf16(x - high);
+          auto* words = reinterpret_cast<uint16_t*>(out.data() + fragment_word(k, n, columns, k % 8 / 2));
+          words[k % 2] = static_cast<uint16_t>(bits_of(high) >> 16);
+          words[2 + k % 2] = static_cast<uint16_t>(bits_of(low) >> 16);
+        }
+      }
+    }
+    return out;
+  }
 }
 
 // --- tiles ---
@@ -102,6 +128,8 @@ struct FmaTile {
   static MOECALC_KERNEL int column(int thread, int) { return thread % kLanes * kVector; }
   static MOECALC_KERNEL int own_row(int group) { return group; }
   static MOECALC_KERNEL int slot(int thread) { return thread % kLanes; }
+  /// The weights from column c on.
+  static MOECALC_KERNEL const T* from(const T* w, int64_t c) { return w + c; }
 
   /// acc += A W: `a` (kRows x k) in shared memory with row stride lda, `w` (k x ...) with row stride ldw,
   /// first of the tile's columns; columns >= width are left alone. k, width: whole vectors.
@@ -147,6 +175,7 @@ struct MmaTile {
   }
   static MOECALC_KERNEL int own_row(int group) { return group / kAcross; }
   static MOECALC_KERNEL int slot(int thread) { return thread / 32 % 2 * 4 + thread % 4; }
+  static MOECALC_KERNEL const T* from(const T* w, int64_t c) { return w + 8 * c; }
 
 #if defined(__CUDACC__)
   static __device__ __forceinline__ uint32_t tf32(float x) {
@@ -181,25 +210,29 @@ struct MmaTile {
                                                   const float* w, int64_t ldw, int width) {
     const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
     const float* a_row = a + (warp / 2 * 32 + lane / 4) * lda;
-    const int column0 = warp % 2 * (COLUMNS / 2) + lane / 4;  // of the weights' fragment
+    const int column0 = warp % 2 * (COLUMNS / 2);
+    w += column0 * 8 + lane * 2;
     for (int x = 0; x < k; x += 8) {
+      uint2 b[kAcross];
+      MOECALC_UNROLL
+      for (int n = 0; n < kAcross; ++n) {
+        b[n] = column0 + n * 8 < width ? *reinterpret_cast<const uint2*>(w + x * ldw + n * 64)
+                                       : make_uint2(0u, 0u);
+      }
       // accumulators: group (2 * m + half) * kAcross + n, elements c0 c1 (half 0), c2 c3 (half 1)
       if constexpr (std::is_same_v<N, Tf32>) {
         uint32_t fa[2][4];
         MOECALC_UNROLL
         for (int m = 0; m < 2; ++m) {
           const float* p = a_row + m * 16 * lda + x + quad;
-          fa[m][0] = tf32(p[0]), fa[m][1] = tf32(p[8 * lda]), fa[m][2] = tf32(p[4]),
-          fa[m][3] = tf32(p[8 * lda + 4]);
+          fa[m][0] = tf32(p[0]), fa[m][1] = tf32(p[8 * lda]);
+          fa[m][2] = tf32(p[4]), fa[m][3] = tf32(p[8 * lda + 4]);
         }
         MOECALC_UNROLL
         for (int n = 0; n < kAcross; ++n) {
-          const int c = column0 + n * 8;
-          const bool inside = c < width;
-          const uint32_t b0 = tf32(inside ? w[(x + quad) * ldw + c] : 0.0f),
-                         b1 = tf32(inside ? w[(x + quad + 4) * ldw + c] : 0.0f);
           MOECALC_UNROLL
-          for (int m = 0; m < 2; ++m) product(acc, m, n, [&](float* t) { mma_tf32(t, fa[m], b0, b1); });
+          for (int m = 0; m < 2; ++m)
+            product(acc, m, n, [&](float* t) { mma_tf32(t, fa[m], b[n].x, b[n].y); });
         }
       } else {
         uint32_t high[2][2], low[2][2];
@@ -211,17 +244,12 @@ struct MmaTile {
         }
         MOECALC_UNROLL
         for (int n = 0; n < kAcross; ++n) {
-          const int c = column0 + n * 8;
-          const bool inside = c < width;
-          uint32_t b_high, b_low;
-          split(inside ? w[(x + 2 * quad) * ldw + c] : 0.0f, inside ? w[(x + 2 * quad + 1) * ldw + c] : 0.0f,
-                b_high, b_low);
           MOECALC_UNROLL
           for (int m = 0; m < 2; ++m) {
             product(acc, m, n, [&](float* t) {
-              mma_bf16(t, high[m], b_low);  // small terms first
-              mma_bf16(t, low[m], b_high);
-              mma_bf16(t, high[m], b_high);
+              mma_bf16(t, high[m], b[n].y);  // small terms first
+              mma_bf16(t, low[m], b[n].x);
+              mma_bf16(t, high[m], b[n].x);
             });
           }
         }
@@ -248,16 +276,25 @@ struct MmaTile {
       if (c >= width) continue;
       const float* a_row = a + row(thread, g) * lda;
       for (int x = 0; x < k; ++x) {
-        for (int v = 0; v < kVector; ++v) acc[g * kVector + v] += product(a_row[x], w[x * ldw + c + v]);
+        for (int v = 0; v < kVector; ++v) {
+          acc[g * kVector + v] += product(a_row[x], w, x, c + v, ldw);
+        }
       }
     }
   }
 
  private:
-  static float product(float a, float b) {
-    if constexpr (std::is_same_v<N, Tf32>) return to_tf32(a) * to_tf32(b);
-    const float ah = to_bf16(a), al = to_bf16(a - ah), bh = to_bf16(b), bl = to_bf16(b - bh);
-    return ah * bl + al * bh + ah * bh;
+  /// a times element (k, n) of the weights.
+  static float product(float a, const float* w, int64_t k, int64_t n, int64_t columns) {
+    if constexpr (std::is_same_v<N, Tf32>) {
+      return to_tf32(a) * w[fragment_word(k, n, columns, k % 4) + k % 8 / 4];
+    } else {
+      const auto* words = reinterpret_cast<const uint16_t*>(w + fragment_word(k, n, columns, k % 8 / 2));
+      const float bh = float_of(uint32_t(words[k % 2]) << 16),
+                  bl = float_of(uint32_t(words[2 + k % 2]) << 16);
+      const float ah = to_bf16(a), al = to_bf16(a - ah);
+      return ah * bl + al * bh + ah * bh;
+    }
   }
 #endif
 };

@@ -77,7 +77,7 @@ struct FittingForward {
       });
     });
     multiply_sliced<N, 64>(
-        block, acc, slice, rows, layer.in, layer.w + column, layer.out, layer.out - column,
+        block, acc, slice, rows, layer.in, X::from(layer.w, column), layer.out, layer.out - column,
         [&](int r, int c) { return load<T, 16 / sizeof(T)>(x + (first + r) * layer.in + c); });
     block.each([&](int t) {
       for_own<X>(t, rows, layer.out - column, [&](int g, int r, int c) {
@@ -120,7 +120,7 @@ struct FittingBackward {
       MOECALC_UNROLL
       for (int z = 0; z < X::kSize; ++z) acc[t][z] = T(0);
     });
-    multiply_sliced<N, 64>(block, acc, slice, rows, layer.out, layer.w_t + column, layer.in,
+    multiply_sliced<N, 64>(block, acc, slice, rows, layer.out, X::from(layer.w_t, column), layer.in,
                            layer.in - column, [&](int r, int c) {
                              constexpr int V = 16 / sizeof(T);
                              const int64_t at = (first + r) * layer.out + c;
