@@ -372,7 +372,7 @@ def main() -> int:
         fp32 = {**base, "precision": "fp32"}
         for model, path in packages.items():
             if options.largest:
-                limit = 2 if dry else options.largest
+                limit = min(options.largest, 2) if dry else options.largest
                 results["largest"][model] = largest({**fp32, "model": path}, limit)
         for file in options.peer_model:
             results["largest"][Path(file).name] = _largest_of_peer(options, file, folder)
