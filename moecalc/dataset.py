@@ -1,0 +1,265 @@
+"""Training data: from extended XYZ (or anything else that ASE reads) to DeePMD-kit's mixed-type NumPy folders, with a held-out split.
+
+Layout of a data set:
+
+    train/<atoms>/, valid/<atoms>/   DeePMD-kit systems, one per number of atoms (format deepmd/npy/mixed)
+    valid.extxyz                     the held-out frames once more, for `moecalc report` and for other programs
+    split.json                       where every frame went, and the table of the groups
+
+Energies in eV, forces in eV/A, virials in eV: virial = -stress * volume with ASE's stress, so positive when the structure wants to expand.
+Elements are numbered by the data set's type_map; DeePMD-kit matches it with that of input.json by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecalc.errors import MoecalcError
+
+# problems shown before the rest is only counted
+_MAX_LISTED = 5
+
+
+class DatasetError(MoecalcError):
+    """Training data that cannot be used: names the frames and what is missing."""
+
+
+@dataclass
+class GroupSummary:
+    """One line of the report: a group of frames (`info["dataset"]`).
+
+    Energies in eV per atom; `max_force` is the largest component in eV/A.
+    """
+
+    name: str
+    elements: list[str]
+    train: int
+    valid: int
+    atoms: int
+    min_energy: float
+    max_energy: float
+    max_force: float
+    with_stress: int
+
+
+@dataclass
+class DatasetReport:
+    """What `convert` wrote."""
+
+    type_map: list[str]
+    groups: list[GroupSummary]
+    seed: int
+    validation: float
+
+
+def read_frames(source: str | Path) -> list[Any]:
+    """Frames of a file as ASE `Atoms`; `*.gz` is read as it is.
+
+    Raises:
+        DatasetError: missing, empty or unreadable file.
+    """
+    from ase.io import read
+
+    path = Path(source)
+    if not path.is_file():
+        raise DatasetError(
+            f"{path}: no such file, expected structures with energies and forces (extended XYZ)"
+        )
+    extended = path.name.removesuffix(".gz").endswith((".xyz", ".extxyz"))
+    try:
+        if extended:
+            # from memory: ASE jumps between frames, and every jump back in a compressed file would read it from its beginning
+            opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
+            with opened as file:
+                frames = read(io.StringIO(file.read()), index=":", format="extxyz")
+        else:
+            frames = read(path, index=":")
+    except Exception as error:  # ASE's readers raise whatever they meet
+        raise DatasetError(
+            f"{path}: not readable ({type(error).__name__}: {error}), expected extended XYZ"
+        ) from None
+    if not frames:
+        raise DatasetError(f"{path}: no frames in it")
+    return list(frames)
+
+
+def _problem(atoms: Any, type_map: Sequence[str]) -> str | None:
+    """Why a frame cannot be used, or None."""
+    results = {} if atoms.calc is None else atoms.calc.results
+    missing = [name for name in ("energy", "forces") if name not in results]
+    if missing:
+        return f"no {' and no '.join(missing)} (expected by the names energy and forces)"
+    if not atoms.pbc.all() or atoms.cell.rank < 3:
+        return f"not periodic in all three directions (pbc {atoms.pbc.tolist()})"
+    unknown = sorted(set(atoms.get_chemical_symbols()) - set(type_map))
+    if unknown:
+        return f"elements {', '.join(unknown)}, expected {', '.join(type_map)}"
+    values = [
+        atoms.positions,
+        atoms.cell.array,
+        results["energy"],
+        results["forces"],
+        results.get("stress", 0.0),
+    ]
+    if not all(np.isfinite(value).all() for value in values):
+        return "values that are not finite"
+    return None
+
+
+def _check(frames: Sequence[Any], type_map: Sequence[str]) -> None:
+    problems = [(i, problem) for i, atoms in enumerate(frames) if (problem := _problem(atoms, type_map))]
+    if not problems:
+        return
+    listed = "; ".join(f"frame {i}: {problem}" for i, problem in problems[:_MAX_LISTED])
+    more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+    raise DatasetError(
+        f"{len(problems)} of {len(frames)} frames cannot be used: {listed}{more}. Remove or repair them"
+    )
+
+
+def _group(atoms: Any) -> str:
+    return str(atoms.info.get("dataset", "all"))
+
+
+def split_frames(frames: Sequence[Any], validation: float, seed: int) -> list[int]:
+    """Indices of the held-out frames: of each group (`info["dataset"]`) a share of `validation`, drawn with `seed`.
+
+    A group with two frames or more keeps at least one for training and gives at least one, unless `validation` is 0.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, atoms in enumerate(frames):
+        groups[_group(atoms)].append(i)
+    held_out: list[int] = []
+    for number, name in enumerate(sorted(groups)):
+        members = groups[name]
+        n = 0
+        if validation > 0 and len(members) > 1:
+            n = min(max(1, round(validation * len(members))), len(members) - 1)
+        random = np.random.default_rng([seed, number])
+        held_out += [members[k] for k in random.permutation(len(members))[:n]]
+    return sorted(held_out)
+
+
+def _write_systems(folder: Path, frames: Iterable[Any], type_map: Sequence[str]) -> None:
+    """DeePMD-kit systems: frames of one system have the same number of atoms, and all or none of them have a virial."""
+    systems: dict[str, list[Any]] = defaultdict(list)
+    for atoms in frames:
+        with_stress = "stress" in atoms.calc.results
+        systems[f"{len(atoms):04d}{'' if with_stress else '-nostress'}"].append(atoms)
+    index = {symbol: i for i, symbol in enumerate(type_map)}
+    for name, members in systems.items():
+        data: dict[str, list[Any]] = defaultdict(list)
+        for atoms in members:
+            results = atoms.calc.results
+            data["coord"].append(atoms.positions.ravel())
+            data["box"].append(atoms.cell.array.ravel())
+            data["energy"].append(results["energy"])
+            data["force"].append(np.asarray(results["forces"]).ravel())
+            data["real_atom_types"].append([index[symbol] for symbol in atoms.get_chemical_symbols()])
+            if "stress" in results:
+                stress = atoms.get_stress(voigt=False)
+                data["virial"].append(-(stress * atoms.get_volume()).ravel())
+        target = folder / name / "set.000"
+        target.mkdir(parents=True)
+        for key, values in data.items():
+            np.save(
+                target / f"{key}.npy",
+                np.array(values, dtype=np.int32 if key == "real_atom_types" else np.float64),
+            )
+        # the types proper are in real_atom_types; this file only tells the number of atoms
+        (folder / name / "type.raw").write_text("0\n" * len(members[0]), encoding="utf-8")
+        (folder / name / "type_map.raw").write_text("\n".join(type_map) + "\n", encoding="utf-8")
+
+
+def _summarize(frames: Sequence[Any], held_out: set[int]) -> list[GroupSummary]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, atoms in enumerate(frames):
+        groups[_group(atoms)].append(i)
+    table = []
+    for name in sorted(groups):
+        members = groups[name]
+        energies = [frames[i].calc.results["energy"] / len(frames[i]) for i in members]
+        symbols: Counter[str] = Counter()
+        for i in members:
+            symbols.update(frames[i].get_chemical_symbols())
+        valid = sum(i in held_out for i in members)
+        table.append(
+            GroupSummary(
+                name=name,
+                elements=sorted(symbols),
+                train=len(members) - valid,
+                valid=valid,
+                atoms=sum(symbols.values()),
+                min_energy=float(min(energies)),
+                max_energy=float(max(energies)),
+                max_force=max(float(np.abs(frames[i].calc.results["forces"]).max()) for i in members),
+                with_stress=sum("stress" in frames[i].calc.results for i in members),
+            )
+        )
+    return table
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    validation: float = 0.1,
+    seed: int = 0,
+    elements: Sequence[str] | None = None,
+    force: bool = False,
+) -> DatasetReport:
+    """Convert a file of DFT frames into training and validation data for `dp --pt train`.
+
+    Args:
+        source: file that ASE reads with energies and forces, extended XYZ as a rule.
+        out: folder to write.
+        validation: share of each group to hold out.
+        seed: of the split.
+        elements: type_map; None takes the elements of the data, by atomic number.
+        force: replace what an earlier call wrote in `out`.
+
+    Raises:
+        DatasetError: frames that cannot be used, a share outside [0, 1), or a folder that exists.
+    """
+    from ase.data import atomic_numbers
+    from ase.io import write
+
+    out = Path(out)
+    if not 0.0 <= validation < 1.0:
+        raise DatasetError(f"validation = {validation}, expected a share from 0 to below 1")
+    written = [out / name for name in ("train", "valid", "valid.extxyz", "split.json")]
+    if any(path.exists() for path in written) and not force:
+        raise DatasetError(f"{out} has a data set already: choose another folder, or replace it with --force")
+    frames = read_frames(source)
+    found = {symbol for atoms in frames for symbol in atoms.get_chemical_symbols()}
+    type_map = (
+        sorted(found, key=lambda symbol: atomic_numbers[symbol]) if elements is None else list(elements)
+    )
+    unknown = [symbol for symbol in type_map if atomic_numbers.get(symbol, 0) == 0]
+    if unknown or len(set(type_map)) != len(type_map):
+        raise DatasetError(f"elements {', '.join(type_map)}, expected different chemical symbols")
+    _check(frames, type_map)
+    held_out = split_frames(frames, validation, seed)
+    for path in written:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    chosen = set(held_out)
+    _write_systems(out / "train", (a for i, a in enumerate(frames) if i not in chosen), type_map)
+    if held_out:
+        _write_systems(out / "valid", (frames[i] for i in held_out), type_map)
+        write(out / "valid.extxyz", [frames[i] for i in held_out], format="extxyz")
+    report = DatasetReport(type_map, _summarize(frames, chosen), seed, validation)
+    content = {"source": Path(source).name, **asdict(report), "held_out": held_out}
+    (out / "split.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return report

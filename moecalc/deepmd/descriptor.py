@@ -1,0 +1,497 @@
+"""The DPA3-MoE descriptor for DeePMD-kit's PyTorch backend: `moecalc.nn` behind DeePMD-kit's descriptor interface.
+
+The physics (geometry, embedding, layers, graph preparation) is that of `moecalc.nn`. What is here turns DeePMD-kit's padded neighbour
+list into a graph, and answers the questions that its trainer asks of a descriptor.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from deepmd.dpmodel.utils.seed import child_seed
+from deepmd.pt.model.descriptor.base_descriptor import BaseDescriptor
+from deepmd.pt.utils import env
+from deepmd.pt.utils.env_mat_stat import EnvMatStatSe
+from deepmd.pt.utils.exclude_mask import PairExcludeMask
+from deepmd.pt.utils.update_sel import UpdateSel
+from deepmd.pt.utils.utils import get_generator
+from deepmd.utils.data_system import DeepmdDataSystem
+from deepmd.utils.finetune import get_index_between_two_maps, map_pair_exclude_types
+from deepmd.utils.path import DPPath
+from deepmd.utils.version import check_version_compatibility
+from torch import Tensor
+
+from moecalc.deepmd.options import DESCRIPTOR, TRAINING_OPTIONS, descriptor_config, moe_config
+from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
+from moecalc.nn.model import prepare_graph
+from moecalc.nn.repflow import RepFlowLayer
+
+log = logging.getLogger(__name__)
+
+# DeePMD-kit keeps at most `get_sel()` neighbours. e_sel and a_sel are normalisers here and nothing may be cut off, so the list gets
+# room for more than e_sel, and a full one is an error.
+_LIST_ROOM = 2
+
+
+class _StatisticsView:
+    """What DeePMD-kit's environment statistics ask of a descriptor, with lists of e_sel neighbours as DPA3 has them.
+
+    The statistics count the padding of the list, so its length changes them.
+    """
+
+    def __init__(self, descriptor: DescrptDPA3MoE) -> None:
+        self._descriptor = descriptor
+        self.nnei = descriptor.config.e_sel
+        self.ndescrpt = 4 * self.nnei
+        self.rcut_smth = descriptor.config.e_rcut_smth
+        self.emask = PairExcludeMask(descriptor.ntypes, exclude_types=descriptor.exclude_types)
+
+    def get_rcut(self) -> float:
+        return self._descriptor.get_rcut()
+
+    def get_rcut_smth(self) -> float:
+        return self.rcut_smth
+
+    def get_nsel(self) -> int:
+        return self.nnei
+
+    def get_sel(self) -> list[int]:
+        return [self.nnei]
+
+    def get_ntypes(self) -> int:
+        return self._descriptor.ntypes
+
+    def mixed_types(self) -> bool:
+        return True
+
+    def get_env_protection(self) -> float:
+        return self._descriptor.get_env_protection()
+
+
+@BaseDescriptor.register(DESCRIPTOR)
+class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
+    """DPA3 with element-wise mixture of experts.
+
+    Args:
+        ntypes: number of elements.
+        repflow: DPA3's `repflow` section.
+        moe: the `moe` section (`moecalc.deepmd.options.moe_config`); None makes a dense model.
+        type_map: element symbols.
+        trainable, seed, use_loc_mapping: as for dpa3; the last changes nothing here.
+        add_chg_spin_ebd, default_chg_spin: not supported, must keep their defaults.
+        The others are those of `moecalc.nn.config.DescriptorConfig`.
+
+    Raises:
+        OptionError: options that are unknown, inconsistent or not supported.
+    """
+
+    def __init__(
+        self,
+        ntypes: int,
+        repflow: dict[str, Any],
+        moe: dict[str, Any] | None = None,
+        concat_output_tebd: bool = False,
+        activation_function: str = "silu",
+        precision: str = "float64",
+        exclude_types: list[tuple[int, int]] | None = None,
+        env_protection: float = 0.0,
+        trainable: bool = True,
+        seed: int | list[int] | None = None,
+        use_econf_tebd: bool = False,
+        use_tebd_bias: bool = False,
+        use_loc_mapping: bool = True,
+        type_map: list[str] | None = None,
+        add_chg_spin_ebd: bool = False,
+        default_chg_spin: list[float] | None = None,
+    ) -> None:
+        torch.nn.Module.__init__(self)
+        if add_chg_spin_ebd or default_chg_spin is not None:
+            raise ValueError(
+                "descriptor dpa3_moe: charge and spin embeddings are not supported, expected add_chg_spin_ebd = false"
+            )
+        self._arguments = {
+            "repflow": dict(repflow),
+            "moe": None if moe is None else dict(moe),
+            "concat_output_tebd": concat_output_tebd,
+            "activation_function": activation_function,
+            "precision": precision,
+            "env_protection": env_protection,
+            "trainable": trainable,
+            "use_econf_tebd": use_econf_tebd,
+            "use_tebd_bias": use_tebd_bias,
+            "use_loc_mapping": use_loc_mapping,
+        }
+        self.exclude_types = [(int(i), int(j)) for i, j in exclude_types or []]
+        self.config = descriptor_config(
+            repflow,
+            concat_output_tebd=concat_output_tebd,
+            activation_function=activation_function,
+            precision=precision,
+            exclude_types=self.exclude_types,
+            env_protection=env_protection,
+            use_econf_tebd=use_econf_tebd,
+            use_tebd_bias=use_tebd_bias,
+        )
+        self.moe = moe_config(moe)
+        training = {**TRAINING_OPTIONS, **{k: v for k, v in repflow.items() if k in TRAINING_OPTIONS}}
+        self.fix_stat_std = 0.3 if training["skip_stat"] else float(training["fix_stat_std"])
+        self.ntypes = ntypes
+        self.type_map = list(type_map) if type_map is not None else [f"Type_{i}" for i in range(ntypes)]
+        self.stats: dict[str, Any] | None = None
+        self.trainable = trainable
+
+        config = self.config
+        table = TypeEmbedding(self.type_map, config.n_dim, config.use_tebd_bias, config.use_econf_tebd)
+        self.geometry = Geometry(config, ntypes)
+        self.embedding = Embedding(config, table)
+        self.layers = torch.nn.ModuleList([RepFlowLayer(config, self.moe, i) for i in range(config.nlayers)])
+        self._initialize(seed, training["update_residual"], training["update_residual_init"])
+        self.prec = getattr(torch, config.precision)
+        self.embedding.to(self.prec)
+        self.layers.to(self.prec)
+        if self.fix_stat_std:
+            self.geometry.stddev.fill_(self.fix_stat_std)
+        self.to(env.DEVICE)
+        self._refresh_pair_mask()
+        self.by_element = self.moe.routing == "element" or not self.moe.positions
+        self._seen = torch.zeros(ntypes, dtype=torch.int64, device=env.DEVICE)
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable)
+
+    def _initialize(self, seed: int | list[int] | None, residual: float, residual_init: str) -> None:
+        """Draw the weights as DPA3 does: matrices N(0, 1/(n_in + n_out)), biases N(0, 1); every expert is a draw of its own."""
+        if residual_init not in {"const", "norm"}:
+            raise ValueError(f"repflow.update_residual_init = {residual_init!r}, expected const or norm")
+        generator = get_generator(child_seed(seed, 0))
+        if generator is not None:  # on the CPU, so that all devices start from the same weights
+            generator = torch.Generator().manual_seed(generator.initial_seed())
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("_residual"):
+                    if residual_init == "const":
+                        parameter.fill_(residual)
+                    else:
+                        parameter.normal_(std=residual, generator=generator)
+                elif name.endswith("bias"):
+                    parameter.normal_(generator=generator)
+                else:  # (n_in, n_out), or one per expert
+                    parameter.normal_(std=1.0 / math.sqrt(sum(parameter.shape[-2:])), generator=generator)
+
+    def _refresh_pair_mask(self) -> None:
+        mask = torch.ones(self.ntypes, self.ntypes, dtype=torch.bool, device=env.DEVICE)
+        for i, j in self.exclude_types:
+            mask[i, j] = mask[j, i] = False
+        self._pair_mask = mask
+
+    # --- what the trainer asks ---
+
+    def get_rcut(self) -> float:
+        """Cutoff of the edges, Angstrom."""
+        return self.config.e_rcut
+
+    def get_rcut_smth(self) -> float:
+        """Where the switch of the edges begins, Angstrom."""
+        return self.config.e_rcut_smth
+
+    def get_sel(self) -> list[int]:
+        """Length of the neighbour list: more than e_sel, which is a normaliser here."""
+        return [_LIST_ROOM * self.config.e_sel]
+
+    def get_ntypes(self) -> int:
+        """Number of elements."""
+        return self.ntypes
+
+    def get_type_map(self) -> list[str]:
+        """Element symbols."""
+        return self.type_map
+
+    def get_dim_out(self) -> int:
+        """Width of the descriptor."""
+        return self.config.n_dim * (2 if self.config.concat_output_tebd else 1)
+
+    def get_dim_emb(self) -> int:
+        """Width of the edge features."""
+        return self.config.e_dim
+
+    @property
+    def dim_out(self) -> int:
+        """Width of the descriptor."""
+        return self.get_dim_out()
+
+    @property
+    def dim_emb(self) -> int:
+        """Width of the edge features."""
+        return self.get_dim_emb()
+
+    def mixed_types(self) -> bool:
+        """The neighbour list need not be sorted by element."""
+        return True
+
+    def has_message_passing(self) -> bool:
+        """Neighbours' features depend on their neighbours."""
+        return True
+
+    def need_sorted_nlist_for_lower(self) -> bool:
+        """The order of the neighbours does not matter: nothing is cut off by rank."""
+        return False
+
+    def get_env_protection(self) -> float:
+        """Added to distances where they divide."""
+        return self.config.env_protection
+
+    # --- statistics ---
+
+    def compute_input_stats(
+        self, merged: Callable[[], list[dict[str, Any]]] | list[dict[str, Any]], path: DPPath | None = None
+    ) -> None:
+        """Mean 0 and `fix_stat_std`, or, where that is 0, the standard deviation per element from the data."""
+        if self.fix_stat_std:
+            return
+        statistics = EnvMatStatSe(_StatisticsView(self))
+        if path is not None:
+            path = path / statistics.get_hash()
+        statistics.load_or_compute_stats(merged, path)
+        self.stats = statistics.stats
+        self._set_stddev(statistics()[1])
+
+    def _set_stddev(self, stddev: np.ndarray) -> None:
+        rows = torch.as_tensor(stddev[:, 0, :], dtype=torch.float64)
+        self.geometry.stddev.copy_(rows.to(self.geometry.stddev.device))
+
+    def get_stat_mean_and_stddev(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean and standard deviation of the environment matrix, (ntypes, 4) each."""
+        return [self.geometry.mean], [self.geometry.stddev]
+
+    def set_stat_mean_and_stddev(self, mean: list[Tensor], stddev: list[Tensor]) -> None:
+        """Replace what `get_stat_mean_and_stddev` returns."""
+        self.geometry.mean = mean[0]
+        self.geometry.stddev = stddev[0]
+
+    @classmethod
+    def update_sel(
+        cls, train_data: DeepmdDataSystem, type_map: list[str] | None, local_jdata: dict[str, Any]
+    ) -> tuple[dict[str, Any], float | None]:
+        """Neighbour statistics: fills in e_sel and a_sel where they are `auto`, and says where dpa3 would cut off neighbours."""
+        jdata = {**local_jdata, "repflow": dict(local_jdata["repflow"])}
+        repflow = jdata["repflow"]
+        search = UpdateSel()
+        min_nbor_dist = None
+        for which in ("e", "a"):
+            asked = repflow[f"{which}_sel"]
+            _, auto = search.update_one_sel(train_data, type_map, repflow[f"{which}_rcut"], "auto:1.0", True)
+            if isinstance(asked, int):
+                if asked < auto[0]:
+                    log.warning(
+                        "repflow.%s_sel = %d, but atoms of the training data have up to %d neighbours within %s_rcut (rounded up to "
+                        "a multiple of 4): dpa3_moe keeps them all, dpa3 would drop the farthest",
+                        which, asked, auto[0], which,
+                    )  # fmt: skip
+                needed = auto[0] if which == "e" else 0
+                if needed > _LIST_ROOM * asked:
+                    raise ValueError(
+                        f"repflow.e_sel = {asked}, but atoms of the training data have up to {needed} neighbours within e_rcut: "
+                        f"set e_sel to at least {needed // _LIST_ROOM + 1}, or use_dynamic_sel with e_sel = 1200 and a_sel = 300"
+                    )
+                continue
+            min_nbor_dist, chosen = search.update_one_sel(
+                train_data, type_map, repflow[f"{which}_rcut"], asked, True
+            )
+            repflow[f"{which}_sel"] = chosen[0]
+        return jdata, min_nbor_dist
+
+    # --- sharing and changing ---
+
+    def share_params(self, base_class: DescrptDPA3MoE, shared_level: int, resume: bool = False) -> None:
+        """Use the parameters of another head's descriptor: all of them (level 0), or the type embedding (level 1).
+
+        Raises:
+            ValueError: another class or level.
+        """
+        if self.__class__ is not base_class.__class__ or shared_level not in {0, 1}:
+            raise ValueError(
+                f"cannot share level {shared_level} of {type(base_class).__name__} with {type(self).__name__}, "
+                "expected level 0 or 1 and descriptors of one type"
+            )
+        if shared_level == 1:
+            self.embedding.table = base_class.embedding.table
+            return
+        if not resume and not self.fix_stat_std and self.stats is not None and base_class.stats is not None:
+            statistics = EnvMatStatSe(_StatisticsView(base_class))
+            statistics.stats = {k: v + self.stats[k] for k, v in base_class.stats.items()}
+            base_class.stats = statistics.stats
+            base_class._set_stddev(statistics()[1])
+        for name in ("geometry", "embedding", "layers"):
+            setattr(self, name, getattr(base_class, name))
+
+    def change_type_map(self, type_map: list[str], model_with_new_type_stat: Any | None = None) -> None:
+        """Reorder, drop or add elements. New ones get a random embedding and statistics from `model_with_new_type_stat`.
+
+        Raises:
+            ValueError: where the width of the type embedding makes its table depend on the number of elements.
+        """
+        index, has_new = get_index_between_two_maps(self.type_map, type_map)
+        config = self.config
+        old_table = self.embedding.table
+        table = TypeEmbedding(list(type_map), config.n_dim, config.use_tebd_bias, config.use_econf_tebd)
+        table.to(old_table.matrix)
+        with torch.no_grad():
+            if config.use_econf_tebd:
+                table.matrix.copy_(old_table.matrix)
+            else:
+                if config.n_dim in {n * m for n in (self.ntypes, len(type_map)) for m in (1, 2)}:
+                    raise ValueError(
+                        f"n_dim = {config.n_dim} is once or twice the number of elements ({self.ntypes} before, {len(type_map)} now), "
+                        "where the type embedding has a residual connection: the elements of such a model cannot be changed"
+                    )
+                rows = old_table.matrix
+                if has_new:
+                    rows = torch.cat([rows, table.matrix])
+                table.matrix.copy_(rows[index])
+            if config.use_tebd_bias:
+                table.bias.copy_(old_table.bias)
+        for parameter in table.parameters():
+            parameter.requires_grad_(self.trainable)
+        self.embedding.table = table
+        for name in ("mean", "stddev"):
+            rows = getattr(self.geometry, name)
+            if has_new:
+                source = (
+                    None
+                    if model_with_new_type_stat is None
+                    else getattr(model_with_new_type_stat.geometry, name)
+                )
+                default = torch.full(
+                    (len(type_map), 4), 0.0 if name == "mean" else self.fix_stat_std or 1.0
+                ).to(rows)
+                rows = torch.cat([rows, default if source is None else source])
+            setattr(self.geometry, name, rows[index])
+        self.exclude_types = map_pair_exclude_types(self.exclude_types, index)
+        self.type_map = list(type_map)
+        self.ntypes = len(type_map)
+        self._refresh_pair_mask()
+        self._seen = torch.zeros(self.ntypes, dtype=torch.int64, device=env.DEVICE)
+
+    def enable_compression(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "dpa3_moe cannot be compressed: make a package of the checkpoint with `moecalc package`"
+        )
+
+    def serialize(self) -> dict[str, Any]:
+        """The descriptor as numbers and NumPy arrays."""
+        return {
+            "@class": "Descriptor",
+            "type": DESCRIPTOR,
+            "@version": 1,
+            "ntypes": self.ntypes,
+            "type_map": self.type_map,
+            "exclude_types": self.exclude_types,
+            **self._arguments,
+            "@variables": {k: v.detach().cpu().numpy() for k, v in self.state_dict().items()},
+        }
+
+    @classmethod
+    def deserialize(cls, data: dict[str, Any]) -> DescrptDPA3MoE:
+        """Rebuild what `serialize` wrote."""
+        data = data.copy()
+        check_version_compatibility(data.pop("@version"), 1, 1)
+        data.pop("@class")
+        data.pop("type")
+        variables = data.pop("@variables")
+        descriptor = cls(**data)
+        descriptor.load_state_dict({k: torch.as_tensor(v) for k, v in variables.items()})
+        return descriptor
+
+    # --- evaluation ---
+
+    def _edges(self, coord: Tensor, nlist: Tensor, mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Edges of DeePMD-kit's list: index (2, E) into all atoms of the batch, vector (E, 3) float64, frame of each (E,)."""
+        n_frames, n_local, width = nlist.shape
+        n_all = mapping.shape[1]
+        flat = nlist.reshape(-1)
+        slot = torch.nonzero(flat >= 0).squeeze(1)
+        centre = torch.div(slot, width, rounding_mode="floor")
+        frame = torch.div(centre, n_local, rounding_mode="floor")
+        neighbor = flat.index_select(0, slot) + frame * n_all
+        source = centre + frame * (n_all - n_local)
+        positions = coord.reshape(n_frames * n_all, 3).to(torch.float64)
+        vector = positions.index_select(0, neighbor) - positions.index_select(0, source)
+        owner = mapping.reshape(-1).index_select(0, neighbor) + frame * n_local
+        return torch.stack([centre, owner]), vector, frame
+
+    def forward(
+        self,
+        extended_coord: Tensor,
+        extended_atype: Tensor,
+        nlist: Tensor,
+        mapping: Tensor | None = None,
+        comm_dict: dict[str, Tensor] | None = None,
+        fparam: Tensor | None = None,
+        charge_spin: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Node features after the last layer.
+
+        Args:
+            extended_coord: (frames, n_all * 3) positions of atoms and their images, Angstrom.
+            extended_atype: (frames, n_all) elements.
+            nlist: (frames, n_local, width) neighbours, -1 where there is none.
+            mapping: (frames, n_all) the atom that each entry is an image of.
+            comm_dict, fparam, charge_spin: not supported, must be None.
+
+        Returns:
+            Features (frames, n_local, dim_out); the four others are None (rotation matrix, edge features, ...): the energy does
+            not need them.
+
+        Raises:
+            RuntimeError: a full neighbour list, missing mapping, or MPI exchange.
+        """
+        if comm_dict is not None or mapping is None:
+            raise RuntimeError(
+                "dpa3_moe runs in LAMMPS as a package only: `moecalc package model.ckpt.pt`, then pair_style moe"
+            )
+        n_frames, n_local, width = nlist.shape
+        if width and bool((nlist[:, :, -1] >= 0).any()):
+            raise RuntimeError(
+                f"an atom has {width} or more neighbours within e_rcut = {self.config.e_rcut} A, which is {_LIST_ROOM} e_sel: neighbours "
+                f"would be lost, raise e_sel = {self.config.e_sel}, or use_dynamic_sel with e_sel = 1200 and a_sel = 300"
+            )
+        types = extended_atype[:, :n_local].reshape(-1)
+        edge_index, edge_vec, _ = self._edges(extended_coord, nlist, mapping)
+        if self.training:
+            self._seen += torch.bincount(types, minlength=self.ntypes)
+        if self.by_element:
+            group, n_group = types, self.ntypes
+            composition = torch.eye(self.ntypes, dtype=self.prec, device=types.device)
+        else:
+            group = torch.arange(n_frames, device=types.device).repeat_interleave(n_local)
+            n_group = n_frames
+            counts = torch.bincount(group * self.ntypes + types, minlength=n_group * self.ntypes)
+            composition = counts.reshape(n_group, self.ntypes).to(self.prec) / n_local
+        config = self.config
+        order, edge_order, types, edges, angles, node_splits, edge_splits, angle_splits = prepare_graph(
+            types, edge_index, edge_vec, group, n_group, config.e_rcut, config.a_rcut if config.needs_angles else 0.0, self._pair_mask
+        )  # fmt: skip
+        edge_input, sw, h, cos, asw = self.geometry(
+            edge_vec.index_select(0, edge_order), types, edges, angles
+        )
+        sw, h, asw = sw.to(self.prec), h.to(self.prec), asw.to(self.prec)
+        v, e, a = self.embedding(types, edge_input.to(self.prec), cos.to(self.prec))
+        features = self.embedding.group_features(composition)
+        n = types.size(0)
+        for layer in self.layers:
+            v, e, a = layer(
+                v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
+            )
+        if config.concat_output_tebd:
+            v = torch.cat([v, self.embedding.table().index_select(0, types)], dim=1)
+        v = torch.zeros_like(v).index_copy(0, order, v)
+        return v.reshape(n_frames, n_local, -1).to(env.GLOBAL_PT_FLOAT_PRECISION), None, None, None, None

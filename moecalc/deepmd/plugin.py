@@ -1,0 +1,18 @@
+"""Entry point of group `deepmd.pt`: DeePMD-kit imports this with its PyTorch backend, which registers the descriptor `dpa3_moe`."""
+
+import logging
+from importlib.metadata import version
+
+SUPPORTED = "3.2"
+_found = version("deepmd-kit")
+
+if _found.split(".")[:2] == SUPPORTED.split("."):
+    from moecalc.deepmd import arguments as arguments
+    from moecalc.deepmd import descriptor as descriptor
+else:
+    # DeePMD-kit must keep working for everything else
+    logging.getLogger(__name__).warning(
+        "moecalc: descriptor dpa3_moe needs deepmd-kit %s, found %s, and is not available: pip install 'moecalc[deepmd]'",
+        SUPPORTED,
+        _found,
+    )
