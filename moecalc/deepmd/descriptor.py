@@ -26,6 +26,7 @@ from deepmd.utils.path import DPPath
 from deepmd.utils.version import check_version_compatibility
 from torch import Tensor
 
+from moecalc.deepmd.kernels import accelerate
 from moecalc.deepmd.options import DESCRIPTOR, TRAINING_OPTIONS, descriptor_config, moe_config
 from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.model import prepare_graph
@@ -162,6 +163,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         self._seen = torch.zeros(ntypes, dtype=torch.int64, device=env.DEVICE)
         for parameter in self.parameters():
             parameter.requires_grad_(trainable)
+        accelerate(self)
 
     def _initialize(self, seed: int | list[int] | None, residual: float, residual_init: str) -> None:
         """Draw the weights as DPA3 does: matrices N(0, 1/(n_in + n_out)), biases N(0, 1); every expert is a draw of its own."""
