@@ -4,8 +4,6 @@ The physics (geometry, embedding, layers, graph preparation) is that of `moecalc
 list into a graph, and answers the questions that its trainer asks of a descriptor.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable
@@ -26,13 +24,15 @@ from deepmd.utils.path import DPPath
 from deepmd.utils.version import check_version_compatibility
 from torch import Tensor
 
+from moecalc.deepmd import restart
 from moecalc.deepmd.kernels import accelerate
 from moecalc.deepmd.options import DESCRIPTOR, TRAINING_OPTIONS, descriptor_config, moe_config
 from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.model import prepare_graph
 from moecalc.nn.repflow import RepFlowLayer
 
-log = logging.getLogger(__name__)
+# below DeePMD-kit's logger, which has the handlers
+log = logging.getLogger("deepmd.moecalc")
 
 # DeePMD-kit keeps at most `get_sel()` neighbours. e_sel and a_sel are normalisers here and nothing may be cut off, so the list gets
 # room for more than e_sel, and a full one is an error.
@@ -45,7 +45,7 @@ class _StatisticsView:
     The statistics count the padding of the list, so its length changes them.
     """
 
-    def __init__(self, descriptor: DescrptDPA3MoE) -> None:
+    def __init__(self, descriptor: "DescrptDPA3MoE") -> None:
         self._descriptor = descriptor
         self.nnei = descriptor.config.e_sel
         self.ndescrpt = 4 * self.nnei
@@ -90,6 +90,9 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
     Raises:
         OptionError: options that are unknown, inconsistent or not supported.
     """
+
+    __jit_unused_properties__ = ("dim_out", "dim_emb")
+    pair_mask: Tensor
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         self.trainable = trainable
 
         config = self.config
-        table = TypeEmbedding(self.type_map, config.n_dim, config.use_tebd_bias, config.use_econf_tebd)
+        table = self._type_embedding(self.type_map)
         self.geometry = Geometry(config, ntypes)
         self.embedding = Embedding(config, table)
         self.layers = torch.nn.ModuleList([RepFlowLayer(config, self.moe, i) for i in range(config.nlayers)])
@@ -159,11 +162,29 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             self.geometry.stddev.fill_(self.fix_stat_std)
         self.to(env.DEVICE)
         self._refresh_pair_mask()
+        # plain attributes, because TorchScript reads them: DeePMD-kit scripts a model before it evaluates it
+        self.rcut = config.e_rcut
+        self.rcut_smth = config.e_rcut_smth
+        self.angle_cutoff = config.a_rcut if config.needs_angles else 0.0
+        self.sel = [_LIST_ROOM * config.e_sel]
+        self.dim_embedding = config.e_dim
+        self.dim_descriptor = config.n_dim * (2 if config.concat_output_tebd else 1)
+        self.concat_table = config.concat_output_tebd
+        self.protection = config.env_protection
         self.by_element = self.moe.routing == "element" or not self.moe.positions
         self._seen = torch.zeros(ntypes, dtype=torch.int64, device=env.DEVICE)
         for parameter in self.parameters():
             parameter.requires_grad_(trainable)
         accelerate(self)
+        restart.install()
+
+    def _type_embedding(self, type_map: list[str]) -> TypeEmbedding:
+        table = TypeEmbedding(
+            type_map, self.config.n_dim, self.config.use_tebd_bias, self.config.use_econf_tebd
+        )
+        # TorchScript keeps all buffers, and DeePMD-kit would report this one as missing in its checkpoints
+        table.register_buffer("rows", table.rows, persistent=True)
+        return table
 
     def _initialize(self, seed: int | list[int] | None, residual: float, residual_init: str) -> None:
         """Draw the weights as DPA3 does: matrices N(0, 1/(n_in + n_out)), biases N(0, 1); every expert is a draw of its own."""
@@ -188,21 +209,21 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         mask = torch.ones(self.ntypes, self.ntypes, dtype=torch.bool, device=env.DEVICE)
         for i, j in self.exclude_types:
             mask[i, j] = mask[j, i] = False
-        self._pair_mask = mask
+        self.register_buffer("pair_mask", mask)
 
     # --- what the trainer asks ---
 
     def get_rcut(self) -> float:
         """Cutoff of the edges, Angstrom."""
-        return self.config.e_rcut
+        return self.rcut
 
     def get_rcut_smth(self) -> float:
         """Where the switch of the edges begins, Angstrom."""
-        return self.config.e_rcut_smth
+        return self.rcut_smth
 
     def get_sel(self) -> list[int]:
         """Length of the neighbour list: more than e_sel, which is a normaliser here."""
-        return [_LIST_ROOM * self.config.e_sel]
+        return self.sel
 
     def get_ntypes(self) -> int:
         """Number of elements."""
@@ -214,11 +235,11 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
 
     def get_dim_out(self) -> int:
         """Width of the descriptor."""
-        return self.config.n_dim * (2 if self.config.concat_output_tebd else 1)
+        return self.dim_descriptor
 
     def get_dim_emb(self) -> int:
         """Width of the edge features."""
-        return self.config.e_dim
+        return self.dim_embedding
 
     @property
     def dim_out(self) -> int:
@@ -244,7 +265,22 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
 
     def get_env_protection(self) -> float:
         """Added to distances where they divide."""
-        return self.config.env_protection
+        return self.protection
+
+    @torch.jit.export
+    def get_dim_chg_spin(self) -> int:
+        """No charge and spin in the input."""
+        return 0
+
+    @torch.jit.export
+    def has_default_chg_spin(self) -> bool:
+        """No charge and spin in the input."""
+        return False
+
+    @torch.jit.export
+    def get_default_chg_spin(self) -> Tensor | None:
+        """No default charge and spin: there is no such embedding."""
+        return None
 
     # --- statistics ---
 
@@ -282,33 +318,31 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         jdata = {**local_jdata, "repflow": dict(local_jdata["repflow"])}
         repflow = jdata["repflow"]
         search = UpdateSel()
-        min_nbor_dist = None
+        min_nbor_dist, most_edges = None, 0
         for which in ("e", "a"):
-            asked = repflow[f"{which}_sel"]
-            _, auto = search.update_one_sel(train_data, type_map, repflow[f"{which}_rcut"], "auto:1.0", True)
-            if isinstance(asked, int):
-                if asked < auto[0]:
-                    log.warning(
-                        "repflow.%s_sel = %d, but atoms of the training data have up to %d neighbours within %s_rcut (rounded up to "
-                        "a multiple of 4): dpa3_moe keeps them all, dpa3 would drop the farthest",
-                        which, asked, auto[0], which,
-                    )  # fmt: skip
-                needed = auto[0] if which == "e" else 0
-                if needed > _LIST_ROOM * asked:
-                    raise ValueError(
-                        f"repflow.e_sel = {asked}, but atoms of the training data have up to {needed} neighbours within e_rcut: "
-                        f"set e_sel to at least {needed // _LIST_ROOM + 1}, or use_dynamic_sel with e_sel = 1200 and a_sel = 300"
-                    )
-                continue
-            min_nbor_dist, chosen = search.update_one_sel(
-                train_data, type_map, repflow[f"{which}_rcut"], asked, True
+            key, cutoff = f"{which}_sel", repflow[f"{which}_rcut"]
+            min_nbor_dist, found = search.get_nbor_stat(train_data, type_map, cutoff, mixed_type=True)
+            most, asked = int(found[0]), repflow[key]
+            if which == "e":
+                most_edges = most
+            if search.parse_auto_sel(asked):
+                repflow[key] = search.wrap_up_4(most * search.parse_auto_sel_ratio(asked))
+            elif most > asked:
+                log.warning(
+                    "repflow.%s = %d, but an atom of the training data has %d neighbours within %s A: dpa3_moe keeps them all "
+                    "(dpa3 would drop the farthest), but the sums over them are scaled for fewer",
+                    key, asked, most, cutoff,
+                )  # fmt: skip
+        if most_edges > _LIST_ROOM * repflow["e_sel"]:
+            raise ValueError(
+                f"repflow.e_sel = {repflow['e_sel']}, but an atom of the training data has {most_edges} neighbours within e_rcut: "
+                f"set e_sel to at least {most_edges // _LIST_ROOM + 1}, or use_dynamic_sel with e_sel = 1200 and a_sel = 300"
             )
-            repflow[f"{which}_sel"] = chosen[0]
         return jdata, min_nbor_dist
 
     # --- sharing and changing ---
 
-    def share_params(self, base_class: DescrptDPA3MoE, shared_level: int, resume: bool = False) -> None:
+    def share_params(self, base_class: "DescrptDPA3MoE", shared_level: int, resume: bool = False) -> None:
         """Use the parameters of another head's descriptor: all of them (level 0), or the type embedding (level 1).
 
         Raises:
@@ -339,7 +373,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         index, has_new = get_index_between_two_maps(self.type_map, type_map)
         config = self.config
         old_table = self.embedding.table
-        table = TypeEmbedding(list(type_map), config.n_dim, config.use_tebd_bias, config.use_econf_tebd)
+        table = self._type_embedding(list(type_map))
         table.to(old_table.matrix)
         with torch.no_grad():
             if config.use_econf_tebd:
@@ -402,7 +436,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         }
 
     @classmethod
-    def deserialize(cls, data: dict[str, Any]) -> DescrptDPA3MoE:
+    def deserialize(cls, data: dict[str, Any]) -> "DescrptDPA3MoE":
         """Rebuild what `serialize` wrote."""
         data = data.copy()
         check_version_compatibility(data.pop("@version"), 1, 1)
@@ -415,8 +449,57 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
 
     # --- evaluation ---
 
-    def _edges(self, coord: Tensor, nlist: Tensor, mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Edges of DeePMD-kit's list: index (2, E) into all atoms of the batch, vector (E, 3) float64, frame of each (E,)."""
+    @torch.jit.unused
+    def _count(self, types: Tensor) -> None:
+        """Remember which elements (n_local,) training has seen, for the report of the load."""
+        if self.training:
+            self._seen += torch.bincount(types, minlength=self.ntypes)
+
+    def train(self, mode: bool = True) -> "DescrptDPA3MoE":
+        """Switch between training and evaluation. The trainer does so before it displays losses: then the load is reported."""
+        if self.training and not mode:
+            self.report_load()
+        return super().train(mode)
+
+    def report_load(self) -> None:
+        """Log, per layer and router, which share of the weights each routed expert had for the atoms since the last report.
+
+        The entropy is that of these shares over its largest value: 1 for a balanced load, 0 where one expert does all.
+        With routing by configuration, the shares are those of the mean composition.
+        """
+        atoms = self._seen.to(torch.float64)
+        total = float(atoms.sum())
+        if total == 0.0 or not self.moe.positions:
+            return
+        self._seen.zero_()
+        shares = atoms / total
+        dtype = self.embedding.edge_matrix.dtype
+        composition = (
+            torch.eye(self.ntypes, dtype=dtype, device=shares.device)
+            if self.by_element
+            else shares.to(dtype)[None]
+        )
+        with torch.no_grad():
+            features = self.embedding.group_features(composition)
+            for number, layer in enumerate(self.layers):
+                parts = []
+                for name, router in layer.routers.items():
+                    if router.n_routed == 0:
+                        continue
+                    ids, weights = router(features)
+                    ids, weights = ids[:, : router.top_k], weights[:, : router.top_k].to(torch.float64)
+                    weights = weights * shares[:, None] if self.by_element else weights
+                    load = torch.zeros(router.n_routed, dtype=torch.float64, device=shares.device)
+                    load = load.index_add(0, ids.reshape(-1), weights.reshape(-1))
+                    load = load / load.sum()
+                    entropy = float(-torch.xlogy(load, load).sum()) / math.log(max(router.n_routed, 2))
+                    parts.append(
+                        f"{name} {' '.join(f'{x:.2f}' for x in load.tolist())} (entropy {entropy:.2f})"
+                    )
+                log.info("dpa3_moe load of layer %d: %s", number, "; ".join(parts))
+
+    def _edges(self, coord: Tensor, nlist: Tensor, mapping: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges of DeePMD-kit's list: index (2, E) into all atoms of the batch, vector (E, 3) float64."""
         n_frames, n_local, width = nlist.shape
         n_all = mapping.shape[1]
         flat = nlist.reshape(-1)
@@ -428,7 +511,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         positions = coord.reshape(n_frames * n_all, 3).to(torch.float64)
         vector = positions.index_select(0, neighbor) - positions.index_select(0, source)
         owner = mapping.reshape(-1).index_select(0, neighbor) + frame * n_local
-        return torch.stack([centre, owner]), vector, frame
+        return torch.stack([centre, owner]), vector
 
     def forward(
         self,
@@ -458,42 +541,49 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         """
         if comm_dict is not None or mapping is None:
             raise RuntimeError(
-                "dpa3_moe runs in LAMMPS as a package only: `moecalc package model.ckpt.pt`, then pair_style moe"
+                "dpa3_moe runs in LAMMPS as a package only: moecalc package model.ckpt.pt, then pair_style moe"
             )
         n_frames, n_local, width = nlist.shape
-        if width and bool((nlist[:, :, -1] >= 0).any()):
+        if width > 0 and bool((nlist[:, :, -1] >= 0).any()):
             raise RuntimeError(
-                f"an atom has {width} or more neighbours within e_rcut = {self.config.e_rcut} A, which is {_LIST_ROOM} e_sel: neighbours "
-                f"would be lost, raise e_sel = {self.config.e_sel}, or use_dynamic_sel with e_sel = 1200 and a_sel = 300"
+                "an atom has more neighbours within e_rcut than the list has room for (twice e_sel), so that some would be lost: "
+                "raise e_sel, or set use_dynamic_sel with e_sel = 1200 and a_sel = 300"
             )
         types = extended_atype[:, :n_local].reshape(-1)
-        edge_index, edge_vec, _ = self._edges(extended_coord, nlist, mapping)
-        if self.training:
-            self._seen += torch.bincount(types, minlength=self.ntypes)
+        edge_index, edge_vec = self._edges(extended_coord, nlist, mapping)
+        if not torch.jit.is_scripting():
+            self._count(types)
+        dtype = self.embedding.edge_matrix.dtype
         if self.by_element:
-            group, n_group = types, self.ntypes
-            composition = torch.eye(self.ntypes, dtype=self.prec, device=types.device)
+            n_group = self.ntypes
+            group = types
+            composition = torch.eye(n_group, dtype=dtype, device=types.device)
         else:
-            group = torch.arange(n_frames, device=types.device).repeat_interleave(n_local)
             n_group = n_frames
+            group = torch.arange(n_frames, device=types.device).repeat_interleave(n_local)
             counts = torch.bincount(group * self.ntypes + types, minlength=n_group * self.ntypes)
-            composition = counts.reshape(n_group, self.ntypes).to(self.prec) / n_local
-        config = self.config
+            composition = counts.reshape(n_group, self.ntypes).to(dtype) / n_local
         order, edge_order, types, edges, angles, node_splits, edge_splits, angle_splits = prepare_graph(
-            types, edge_index, edge_vec, group, n_group, config.e_rcut, config.a_rcut if config.needs_angles else 0.0, self._pair_mask
-        )  # fmt: skip
+            types, edge_index, edge_vec, group, n_group, self.rcut, self.angle_cutoff, self.pair_mask
+        )
         edge_input, sw, h, cos, asw = self.geometry(
             edge_vec.index_select(0, edge_order), types, edges, angles
         )
-        sw, h, asw = sw.to(self.prec), h.to(self.prec), asw.to(self.prec)
-        v, e, a = self.embedding(types, edge_input.to(self.prec), cos.to(self.prec))
+        sw, h, asw = sw.to(dtype), h.to(dtype), asw.to(dtype)
+        v, e, a = self.embedding(types, edge_input.to(dtype), cos.to(dtype))
         features = self.embedding.group_features(composition)
         n = types.size(0)
         for layer in self.layers:
             v, e, a = layer(
                 v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
             )
-        if config.concat_output_tebd:
+        if self.concat_table:
             v = torch.cat([v, self.embedding.table().index_select(0, types)], dim=1)
         v = torch.zeros_like(v).index_copy(0, order, v)
-        return v.reshape(n_frames, n_local, -1).to(env.GLOBAL_PT_FLOAT_PRECISION), None, None, None, None
+        return (
+            v.reshape(n_frames, n_local, self.dim_descriptor).to(env.GLOBAL_PT_FLOAT_PRECISION),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -6,6 +6,7 @@ GEMM whose columns are its active experts side by side. Experts that no row rout
 Formulas: SPEC section 7 (public codes) and section 10 (arXiv 2603.07977, eqs. 4-6).
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -103,6 +104,8 @@ class ExpertLinear(nn.Module):
         activation: name of phi.
     """
 
+    # what training puts in the place of `combine` (moecalc.deepmd.kernels); the same numbers, eager mode only
+    faster: Callable[[Tensor, Tensor], Tensor] | None = None
     # constants for TorchScript; not Final, because packaging turns routed maps into dense ones
     __constants__ = ("merge", "routed", "router")
     n_in: Final[int]
@@ -148,6 +151,9 @@ class ExpertLinear(nn.Module):
 
     def combine(self, z: Tensor, p: Tensor) -> Tensor:
         """Activate and sum over experts: z (R, K*n_out), p (K,) -> (R, n_out)."""
+        if not torch.jit.is_scripting():
+            if self.faster is not None:
+                return self.faster(z, p)
         y = self.phi(z)
         if not self.routed or self.merge:
             return y

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from moecalc.deepmd.options import DESCRIPTOR
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
 
@@ -160,8 +161,8 @@ def check_supported(params: Mapping[str, Any]) -> list[str]:
         if params.get(option, inert[0]) not in inert:
             raise _reject(f"model.{option}", params[option], f"{inert[0]!r}")
     descriptor, fitting = params["descriptor"], params["fitting_net"]
-    if descriptor.get("type") != "dpa3":
-        raise _reject("descriptor.type", descriptor.get("type"), "'dpa3'")
+    if descriptor.get("type") not in {"dpa3", DESCRIPTOR}:
+        raise _reject("descriptor.type", descriptor.get("type"), f"'dpa3' or {DESCRIPTOR!r}")
     if fitting.get("type", "ener") != "ener":
         raise _reject("fitting_net.type", fitting.get("type"), "'ener'")
     if descriptor.get("add_chg_spin_ebd"):
@@ -263,6 +264,13 @@ def read_common(t: Tensors, config: ModelConfig) -> State:
                 counts["a"] = 1
             for kind, n in counts.items():
                 state[f"{dst}{kind}_residual"] = torch.stack([src[f"{kind}_residual.{q}"] for q in range(n)])
+    state.update(read_fitting(t, config))
+    return state
+
+
+def read_fitting(t: Tensors, config: ModelConfig) -> State:
+    """The fitting net and the energy shifts of a DeePMD-kit state dict, which are the same for all descriptors."""
+    state: State = {}
     f = t.under("atomic_model.fitting_net.")
     shift = t["atomic_model.out_bias"][0, :, 0].to(torch.float64)
     if "bias_atom_e" in f:
@@ -337,7 +345,8 @@ def trained_elements(params: Mapping[str, Any], t: Tensors) -> list[str]:
         trained = torch.ones_like(trained)
     repflow = params["descriptor"].get("repflow") or {}
     if repflow.get("fix_stat_std", 0.3) == 0:
-        stddev = t["atomic_model.descriptor.repflows.stddev"][:, 0, :]
+        d = t.under("atomic_model.descriptor.")
+        stddev = d["geometry.stddev"] if "geometry.stddev" in d else d["repflows.stddev"][:, 0, :]
         no_data = (stddev - 0.1).abs().amax(dim=1) < 1e-12
         if not bool(no_data.all()):
             trained = trained & ~no_data

@@ -1,4 +1,4 @@
-"""Importers of checkpoints written by DeePMD-kit and by the two public MoE branches (SPEC section 1)."""
+"""Importers of checkpoints written by DeePMD-kit, with moecalc's plugin or without, and by the two public MoE branches (SPEC section 1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from moecalc.deepmd.options import DESCRIPTOR, OptionError, moe_config
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import ModelConfig, MoEConfig, PositionConfig, RouterConfig
 from moecalc.package.importers.common import (
@@ -18,6 +19,7 @@ from moecalc.package.importers.common import (
     first_error,
     live_positions,
     read_common,
+    read_fitting,
     trained_elements,
 )
 
@@ -65,7 +67,7 @@ def detect_layout(keys: list[str]) -> str:
 
 
 def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedModel:
-    """Import a DeePMD-kit state dict of any of the three layouts.
+    """Import a DeePMD-kit state dict of any of the four layouts.
 
     Args:
         state_dict: the `model` entry of the checkpoint, with `_extra_state`.
@@ -89,8 +91,10 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     elif head is not None:
         raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
     tensors = Tensors(state_dict, f"model.{branch}.")
-    layout = detect_layout(tensors.names())
-    reader = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack}[layout]
+    plugin = params["descriptor"].get("type") == DESCRIPTOR
+    layout = DESCRIPTOR if plugin else detect_layout(tensors.names())
+    readers = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack, DESCRIPTOR: _read_plugin}
+    reader = readers[layout]
     config, state, remarks = reader(params, tensors)
     network = [
         k
@@ -132,6 +136,22 @@ def _read_dense(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Sta
         for name in live_positions(config.descriptor, layer):
             for key, value in _dense_position(src, name).items():
                 state[f"layers.{layer}.{name}.{key}"] = value
+    return config, state, remarks
+
+
+def _read_plugin(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State, list[str]]:
+    """moecalc's own descriptor in DeePMD-kit (`moecalc.deepmd`): its tensors have the names of `MoEPotential` already."""
+    try:
+        moe = moe_config(params["descriptor"].get("moe"))
+    except OptionError as error:
+        raise CheckpointError(f"descriptor options: {error}") from None
+    config, remarks = build_config(params, moe, set())
+    d = t.under("atomic_model.descriptor.")
+    state: State = {name: d[name] for name in d.names() if name not in {"pair_mask", "embedding.table.rows"}}
+    for name in list(state):
+        if name.startswith("embedding.table."):
+            state[f"readout.net.{name.removeprefix('embedding.')}"] = state[name]
+    state.update(read_fitting(t, config))
     return config, state, remarks
 
 
