@@ -333,6 +333,94 @@ def zbl(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Frames with energies, forces and stresses: extended XYZ, also compressed (.gz)."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    validation: Annotated[float, typer.Option(help="Share of every group of frames to hold out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    elements: Annotated[
+        str | None, typer.Option(help="type_map: Nb,Mo,Ta,W. Default: the elements of the data.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a data set in the folder.")] = False,
+) -> None:
+    """Convert DFT frames into training and validation data for `dp --pt train`."""
+    from moecalc.dataset import convert as convert_frames
+
+    chosen = [symbol.strip() for symbol in elements.split(",")] if elements is not None else None
+    with _progress("converting") as say:
+        say(str(source))
+        report = convert_frames(source, out, validation, seed, chosen, force)
+    table = _table(
+        "group",
+        "elements",
+        "train",
+        "valid",
+        "atoms",
+        "eV/atom",
+        "max. force",
+        "with stress",
+        right=range(2, 8),
+    )
+    for group in report.groups:
+        table.add_row(
+            escape(group.name),
+            " ".join(group.elements),
+            str(group.train),
+            str(group.valid),
+            str(group.atoms),
+            f"{group.min_energy:.3f} to {group.max_energy:.3f}",
+            f"{group.max_force:.2f}",
+            str(group.with_stress),
+        )
+    console = _console()
+    console.print(table)
+    train, valid = (sum(getattr(group, part) for group in report.groups) for part in ("train", "valid"))
+    console.print(
+        _facts(
+            ("frames", f"{train} to train, {valid} held out (seed {report.seed})"),
+            ("type_map", ", ".join(report.type_map)),
+            ("written", escape(str(out))),
+        )
+    )
+
+
+@app.command()
+def upcycle(
+    dense: Annotated[Path, typer.Argument(help="Checkpoint of a dense DPA3 (.pt).")],
+    input_file: Annotated[
+        Path, typer.Option("--input", help="Training input (input.json) whose descriptor is dpa3_moe.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint to write, *.pt.")],
+    head: Annotated[str | None, typer.Option(help="Head of a multi-task checkpoint.")] = None,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Relative perturbation of the routed experts; 0 starts exactly.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the gates and the perturbation.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Make a mixture of experts that starts as a dense DPA3, for `dp --pt train --init-model`."""
+    if out.exists() and not force:
+        raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
+    with _progress("upcycling") as say:
+        say("starting torch")
+        from moecalc.deepmd.upcycle import upcycle as make_start
+
+        remarks = make_start(dense, input_file, out, head, noise, seed)
+    console = _console()
+    for remark in remarks:
+        console.print(escape(remark), soft_wrap=True)
+    if not remarks:
+        console.print(
+            f"train with: dp --pt train {input_file} --init-model {out}", soft_wrap=True, markup=False
+        )
+
+
+@app.command()
 def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the findings as JSON, nothing else.")

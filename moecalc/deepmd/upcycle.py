@@ -82,7 +82,9 @@ def upcycle(
     except OptionError as error:
         raise CheckpointError(f"{input_file}: {error}") from None
     if not moe.positions:
-        raise CheckpointError(f"{input_file}: model.descriptor has no moe section with positions, expected what to upcycle to")
+        raise CheckpointError(
+            f"{input_file}: model.descriptor has no moe section with positions, expected what to upcycle to"
+        )
 
     tensors, params = _single_task(dense, imported)
     _compare(target["descriptor"], params["descriptor"], "descriptor")
@@ -103,7 +105,9 @@ def upcycle(
 
     wanted = list(target.get("type_map") or params["type_map"])
     if wanted != list(params["type_map"]):
-        return [f"type_map of {input_file} differs from the checkpoint's: train with --finetune {out}, not with --init-model"]
+        return [
+            f"type_map of {input_file} differs from the checkpoint's: train with --finetune {out}, not with --init-model"
+        ]
     return []
 
 
@@ -188,7 +192,9 @@ def _routed_sum(gate: Tensor, table: Tensor, router: RouterConfig, routing: str)
     return float(sums.mean())
 
 
-def _descriptor_state(imported: ImportedModel, moe: MoEConfig, noise: float, generator: torch.Generator) -> dict[str, Tensor]:
+def _descriptor_state(
+    imported: ImportedModel, moe: MoEConfig, noise: float, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Tensors of the descriptor by the plugin's names."""
     config = imported.config.descriptor
     state = {
@@ -210,7 +216,9 @@ def _descriptor_state(imported: ImportedModel, moe: MoEConfig, noise: float, gen
         mask[i, j] = mask[j, i] = False
     state |= {"pair_mask": mask, "embedding.table.rows": embedding.rows}
     for layer in range(config.nlayers):
-        _upcycle_layer(state, f"layers.{layer}.", live_positions(config, layer), config, moe, table, noise, generator)
+        _upcycle_layer(
+            state, f"layers.{layer}.", live_positions(config, layer), config, moe, table, noise, generator
+        )
     return state
 
 
@@ -231,7 +239,9 @@ def _upcycle_layer(state: dict[str, Tensor], prefix: str, live: list[str], confi
             stack = value.expand(n, *value.shape[1:]).clone()
             if noise > 0.0:
                 routed = stack[: router.n_routed_experts]
-                routed *= 1.0 + noise * torch.randn(routed.shape, generator=generator, dtype=torch.float64).to(routed)
+                routed *= 1.0 + noise * torch.randn(
+                    routed.shape, generator=generator, dtype=torch.float64
+                ).to(routed)
             if entry.kind == "linear":
                 stack *= factor
             state[f"{prefix}{name}.{kind}"] = stack
@@ -240,7 +250,9 @@ def _upcycle_layer(state: dict[str, Tensor], prefix: str, live: list[str], confi
             _take_out(state, prefix, name, factors[entry.router], config)
 
 
-def _take_out(state: dict[str, Tensor], prefix: str, name: str, factor: float, config: DescriptorConfig) -> None:
+def _take_out(
+    state: dict[str, Tensor], prefix: str, name: str, factor: float, config: DescriptorConfig
+) -> None:
     """Multiply what reads the output of map `name` by `factor`."""
     if name == "edge_angle_linear1":
         if not config.smooth_edge_update and not config.use_dynamic_sel:

@@ -50,7 +50,9 @@ def data_folder(tmp_path_factory):
     for atoms in frames:
         forces = random.normal(size=(len(atoms), 3))
         stress = random.normal(scale=0.01, size=6)
-        atoms.calc = SinglePointCalculator(atoms, energy=-3.0 * len(atoms) + random.normal(), forces=forces, stress=stress)
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=-3.0 * len(atoms) + random.normal(), forces=forces, stress=stress
+        )
     write(folder / "frames.extxyz", frames)
     convert(folder / "frames.extxyz", folder / "data", validation=0.2)
     return folder

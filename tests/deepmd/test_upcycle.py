@@ -45,12 +45,24 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("kind", "gate", "routing", "n_shared"), COMBINATIONS)
 def test_the_start_equals_the_dense_model(tmp_path, kind, gate, routing, n_shared):
     dense, path = dense_checkpoint(tmp_path)
-    moe = {"n_routed_experts": 4, "top_k": 2, "n_shared_experts": n_shared, "kind": kind, "gate": gate, "routing": routing}
+    moe = {
+        "n_routed_experts": 4,
+        "top_k": 2,
+        "n_shared_experts": n_shared,
+        "kind": kind,
+        "gate": gate,
+        "routing": routing,
+    }
     assert deviation(dense, load(start(tmp_path, path, moe))) < 1e-10
 
 
 def test_the_start_equals_a_dense_model_of_the_paper_s_defaults_with_static_selection(tmp_path):
-    repflow = {"use_dynamic_sel": False, "smooth_edge_update": False, "use_exp_switch": False, "edge_init_use_dist": False}
+    repflow = {
+        "use_dynamic_sel": False,
+        "smooth_edge_update": False,
+        "use_exp_switch": False,
+        "edge_init_use_dist": False,
+    }
     dense, path = dense_checkpoint(tmp_path, repflow=repflow)
     moe = {"n_routed_experts": 4, "top_k": 2}
     assert deviation(dense, load(start(tmp_path, path, moe, repflow))) < 1e-10
@@ -59,7 +71,12 @@ def test_the_start_equals_a_dense_model_of_the_paper_s_defaults_with_static_sele
 def test_a_head_of_a_multi_task_checkpoint_can_be_chosen(tmp_path):
     model, params = build(descriptor("dpa3"))
     state = torch.load(save(model, params, tmp_path / "one.pt"), weights_only=True)["model"]
-    two = {k.replace(".Default.", f".{head}."): v for head in ("A", "B") for k, v in state.items() if k != "_extra_state"}
+    two = {
+        k.replace(".Default.", f".{head}."): v
+        for head in ("A", "B")
+        for k, v in state.items()
+        if k != "_extra_state"
+    }
     two["_extra_state"] = {"model_params": {"model_dict": {"A": params, "B": params}}, "train_infos": {}}
     torch.save({"model": two}, tmp_path / "two.pt")
     path = start(tmp_path, tmp_path / "two.pt", {"n_routed_experts": 2, "top_k": 1}, head="B")

@@ -130,7 +130,10 @@ def dp(folder, *arguments, compile_activations=False):
     Raises:
         AssertionError: with the log, where it fails.
     """
-    environment = os.environ | {"MOECALC_COMPILE": "1" if compile_activations else "0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MOECALC_COMPILE": "1" if compile_activations else "0",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "deepmd", "--pt", *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
