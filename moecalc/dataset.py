@@ -79,12 +79,12 @@ def read_frames(source: str | Path) -> list[Any]:
     try:
         if extended:
             # from memory: ASE jumps between frames, and every jump back in a compressed file would read it from its beginning
-            opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
+            opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")  # noqa: SIM115 # closed by the next line
             with opened as file:
                 frames = read(io.StringIO(file.read()), index=":", format="extxyz")
         else:
             frames = read(path, index=":")
-    except Exception as error:  # ASE's readers raise whatever they meet
+    except Exception as error:  # noqa: BLE001 # ASE's readers raise whatever they meet
         raise DatasetError(
             f"{path}: not readable ({type(error).__name__}: {error}), expected extended XYZ"
         ) from None

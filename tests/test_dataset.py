@@ -162,7 +162,7 @@ def test_frames_that_cannot_be_used_are_named(tmp_path, atoms, message):
 
 
 def test_many_problems_are_counted(tmp_path):
-    with pytest.raises(DatasetError, match="7 of 7 frames cannot be used: .*; and 2 more"):
+    with pytest.raises(DatasetError, match=r"7 of 7 frames cannot be used: .*; and 2 more"):
         converted(tmp_path, [frame(energy=None, seed=i) for i in range(7)])
 
 

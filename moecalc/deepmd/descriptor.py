@@ -6,8 +6,8 @@ list into a graph, and answers the questions that its trainer asks of a descript
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from moecalc.deepmd.kernels import accelerate
 from moecalc.deepmd.options import DESCRIPTOR, TRAINING_OPTIONS, descriptor_config, moe_config
 from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.model import prepare_graph
+from moecalc.nn.moe import MoERouter
 from moecalc.nn.repflow import RepFlowLayer
 
 # below DeePMD-kit's logger, which has the handlers
@@ -360,7 +361,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             statistics = EnvMatStatSe(_StatisticsView(base_class))
             statistics.stats = {k: v + self.stats[k] for k, v in base_class.stats.items()}
             base_class.stats = statistics.stats
-            base_class._set_stddev(statistics()[1])
+            base_class._set_stddev(statistics()[1])  # noqa: SLF001
         for name in ("geometry", "embedding", "layers"):
             setattr(self, name, getattr(base_class, name))
 
@@ -372,7 +373,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         """
         index, has_new = get_index_between_two_maps(self.type_map, type_map)
         config = self.config
-        old_table = self.embedding.table
+        old_table = cast(TypeEmbedding, self.embedding.table)
         table = self._type_embedding(list(type_map))
         table.to(old_table.matrix)
         with torch.no_grad():
@@ -384,17 +385,15 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
                         f"n_dim = {config.n_dim} is once or twice the number of elements ({self.ntypes} before, {len(type_map)} now), "
                         "where the type embedding has a residual connection: the elements of such a model cannot be changed"
                     )
-                rows = old_table.matrix
-                if has_new:
-                    rows = torch.cat([rows, table.matrix])
-                table.matrix.copy_(rows[index])
+                rows: list[Tensor] = [old_table.matrix, table.matrix] if has_new else [old_table.matrix]
+                table.matrix.copy_(torch.cat(rows)[index])
             if config.use_tebd_bias:
                 table.bias.copy_(old_table.bias)
         for parameter in table.parameters():
             parameter.requires_grad_(self.trainable)
         self.embedding.table = table
         for name in ("mean", "stddev"):
-            rows = getattr(self.geometry, name)
+            statistics: Tensor = getattr(self.geometry, name)
             if has_new:
                 source = (
                     None
@@ -403,9 +402,9 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
                 )
                 default = torch.full(
                     (len(type_map), 4), 0.0 if name == "mean" else self.fix_stat_std or 1.0
-                ).to(rows)
-                rows = torch.cat([rows, default if source is None else source])
-            setattr(self.geometry, name, rows[index])
+                ).to(statistics)
+                statistics = torch.cat([statistics, default if source is None else source])
+            setattr(self.geometry, name, statistics[index])
         self.exclude_types = map_pair_exclude_types(self.exclude_types, index)
         self.type_map = list(type_map)
         self.ntypes = len(type_map)
@@ -481,9 +480,9 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         )
         with torch.no_grad():
             features = self.embedding.group_features(composition)
-            for number, layer in enumerate(self.layers):
+            for number, layer in enumerate(cast(Iterable[RepFlowLayer], self.layers)):
                 parts = []
-                for name, router in layer.routers.items():
+                for name, router in cast(dict[str, MoERouter], layer.routers).items():
                     if router.n_routed == 0:
                         continue
                     ids, weights = router(features)
@@ -551,7 +550,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             )
         types = extended_atype[:, :n_local].reshape(-1)
         edge_index, edge_vec = self._edges(extended_coord, nlist, mapping)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._count(types)
         dtype = self.embedding.edge_matrix.dtype
         if self.by_element:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import maybe_mark_dynamic
 
 from moecalc.nn.activation import Activation
 from moecalc.nn.moe import ExpertLinear
@@ -67,7 +69,7 @@ def _backward_twice(z: Tensor, p: Tensor, g: Tensor, g_z: Tensor, *phi: Any) -> 
 @functools.cache
 def _compiled(function: Callable[..., Any], phi: tuple[Any, ...]) -> Callable[..., Any]:
     # every width and number of experts is a compilation of its own
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 64)
     return torch.compile(functools.partial(_call, function, phi))
 
 
@@ -78,7 +80,7 @@ def _call(function: Callable[..., Any], phi: tuple[Any, ...], *tensors: Tensor) 
 def _run(function: Callable[..., Any], phi: tuple[Any, ...], *tensors: Tensor) -> Any:
     for tensor in tensors:
         if tensor.dim() > 1:  # the number of rows changes at every step
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            maybe_mark_dynamic(tensor, 0)
     return _compiled(function, phi)(*tensors)
 
 
@@ -135,7 +137,7 @@ def _available() -> bool:
         x = torch.linspace(-6.0, 6.0, 8).reshape(2, 2, 2)
         phi = ("silu", 0.0, 0.0, 0.0)
         _run(_forward, phi, x, torch.ones(2))
-    except Exception as error:  # whatever the compiler stumbles over
+    except Exception as error:  # noqa: BLE001 # whatever the compiler stumbles over
         reason = str(error).strip().splitlines()
         log.warning(
             "activations are not compiled (%s), so that a training step takes about twice as long: a C++ compiler (g++) helps",

@@ -7,8 +7,8 @@ SUPPORTED = "3.2"
 _found = version("deepmd-kit")
 
 if _found.split(".")[:2] == SUPPORTED.split("."):
-    from moecalc.deepmd import arguments as arguments
-    from moecalc.deepmd import descriptor as descriptor
+    import moecalc.deepmd.arguments
+    import moecalc.deepmd.descriptor  # noqa: F401
 else:
     # DeePMD-kit must keep working for everything else
     logging.getLogger(__name__).warning(

@@ -73,7 +73,7 @@ def prepare(trainer: Any) -> None:
     if not trainer.restart_training:
         return
     trainer.start_step += 1  # the checkpoint names the last step that was finished
-    trainer.scheduler = trainer._create_lr_scheduler(
+    trainer.scheduler = trainer._create_lr_scheduler(  # noqa: SLF001
         trainer.optimizer, trainer.lr_schedule, trainer.start_step
     )
     log.info(
@@ -81,7 +81,7 @@ def prepare(trainer: Any) -> None:
         trainer.start_step,
     )
     for step in range(1, trainer.start_step + 1):
-        trainer._next_training_batch("Default")
+        trainer._next_training_batch("Default")  # noqa: SLF001
         if trainer.display_in_training and (step % trainer.disp_freq == 0 or step == 1):
             for _ in range(trainer.valid_numb_batch):
                 trainer.get_data(is_train=False, task_key="Default")

@@ -13,7 +13,7 @@ def _why_not():
         warnings.simplefilter("ignore")
         try:
             import deepmd.pt  # noqa: F401
-        except Exception as error:  # a missing CUDA runtime is an error of the dynamic linker
+        except Exception as error:  # noqa: BLE001 # a missing CUDA runtime is an error of the dynamic linker
             return f"deepmd-kit cannot be imported ({type(error).__name__}: {error}): make test-deepmd"
     return None
 
