@@ -356,15 +356,7 @@ def convert(
         say(str(source))
         report = convert_frames(source, out, validation, seed, chosen, force)
     table = _table(
-        "group",
-        "elements",
-        "train",
-        "valid",
-        "atoms",
-        "eV/atom",
-        "max. force",
-        "with stress",
-        right=range(2, 8),
+        "group", "elements", "train", "valid", "atoms", "E min", "E max", "F max", right=range(2, 8)
     )
     for group in report.groups:
         table.add_row(
@@ -373,16 +365,19 @@ def convert(
             str(group.train),
             str(group.valid),
             str(group.atoms),
-            f"{group.min_energy:.3f} to {group.max_energy:.3f}",
-            f"{group.max_force:.2f}",
-            str(group.with_stress),
+            f"{group.min_energy:.2f}",
+            f"{group.max_energy:.2f}",
+            f"{group.max_force:.1f}",
         )
+    without_stress = sum(group.train + group.valid - group.with_stress for group in report.groups)
     console = _console()
     console.print(table)
     train, valid = (sum(getattr(group, part) for group in report.groups) for part in ("train", "valid"))
     console.print(
         _facts(
             ("frames", f"{train} to train, {valid} held out (seed {report.seed})"),
+            ("E, F", "energy per atom in eV, largest component of a force in eV/A"),
+            ("no stress", f"{without_stress} frames"),
             ("type_map", ", ".join(report.type_map)),
             ("written", escape(str(out))),
         )

@@ -176,7 +176,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         self._seen = torch.zeros(ntypes, dtype=torch.int64, device=env.DEVICE)
         for parameter in self.parameters():
             parameter.requires_grad_(trainable)
-        accelerate(self)
+        self._accelerated = False
         restart.install()
 
     def _type_embedding(self, type_map: list[str]) -> TypeEmbedding:
@@ -450,8 +450,11 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
 
     @torch.jit.unused
     def _count(self, types: Tensor) -> None:
-        """Remember which elements (n_local,) training has seen, for the report of the load."""
+        """Remember which elements (n_local,) training has seen, for the report of the load; prepare the first step."""
         if self.training:
+            if not self._accelerated:  # not earlier: evaluation alone is not worth a compilation
+                accelerate(self)
+                self._accelerated = True
             self._seen += torch.bincount(types, minlength=self.ntypes)
 
     def train(self, mode: bool = True) -> "DescrptDPA3MoE":
@@ -550,7 +553,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             )
         types = extended_atype[:, :n_local].reshape(-1)
         edge_index, edge_vec = self._edges(extended_coord, nlist, mapping)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not torch.jit.is_scripting():
             self._count(types)
         dtype = self.embedding.edge_matrix.dtype
         if self.by_element:

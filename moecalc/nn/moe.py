@@ -6,8 +6,7 @@ GEMM whose columns are its active experts side by side. Experts that no row rout
 Formulas: SPEC section 7 (public codes) and section 10 (arXiv 2603.07977, eqs. 4-6).
 """
 
-from collections.abc import Callable
-from typing import Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +103,9 @@ class ExpertLinear(nn.Module):
         activation: name of phi.
     """
 
-    # what training puts in the place of `combine` (moecalc.deepmd.kernels); the same numbers, eager mode only
-    faster: Callable[[Tensor, Tensor], Tensor] | None = None
+    # What training puts in the place of `combine` (moecalc.deepmd.kernels): the same numbers, in eager mode only. Without a type,
+    # because TorchScript would want to understand it.
+    faster = cast(Any, None)
     # constants for TorchScript; not Final, because packaging turns routed maps into dense ones
     __constants__ = ("merge", "routed", "router")
     n_in: Final[int]
@@ -152,7 +152,7 @@ class ExpertLinear(nn.Module):
     def combine(self, z: Tensor, p: Tensor) -> Tensor:
         """Activate and sum over experts: z (R, K*n_out), p (K,) -> (R, n_out)."""
         # nested, so that TorchScript never looks at `faster`
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined] # noqa: SIM102
+        if not torch.jit.is_scripting():  # noqa: SIM102
             if self.faster is not None:
                 return self.faster(z, p)
         y = self.phi(z)

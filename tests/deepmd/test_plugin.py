@@ -123,8 +123,8 @@ def test_the_written_out_derivatives_are_those_of_autograd(monkeypatch, activati
     monkeypatch.setattr(kernels, "_available", lambda: True)
     monkeypatch.setattr(kernels, "_run", lambda function, phi, *tensors: function(*tensors, *phi))
     model = build(section)[0]
-    assert model.atomic_model.descriptor.layers[0].node_self_mlp.faster is not None
     found = gradients(model, atoms)
+    assert model.atomic_model.descriptor.layers[0].node_self_mlp.faster is not None
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
@@ -136,12 +136,14 @@ def test_compiled_activations_give_the_same_forces(monkeypatch):
 
     atoms = random_frames(1)[0]
     section = descriptor(moe=MOE)
-    expected = evaluate(build(section)[0], atoms)
+    model = build(section)[0]
+    expected = evaluate(model, atoms)
     monkeypatch.setenv("MOECALC_COMPILE", "1")
     kernels._available.cache_clear()
-    found = evaluate(build(section)[0], atoms)
+    found = evaluate(model.train(), atoms)
     kernels._available.cache_clear()
     np.testing.assert_allclose(found[1], expected[1], atol=1e-12)
+    torch.jit.script(model.eval())  # as DeePMD-kit does before it evaluates
 
 
 def test_the_seed_fixes_the_weights():

@@ -155,3 +155,28 @@ def test_a_file_that_is_no_input_is_refused(tmp_path):
     (tmp_path / "input.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a single-task training input"):
         upcycle(path, tmp_path / "input.json", tmp_path / "start.pt")
+
+
+def test_the_command_writes_a_start_and_says_how_to_train(tmp_path):
+    from typer.testing import CliRunner
+
+    from moecalc.cli import app
+
+    dense, path = dense_checkpoint(tmp_path)
+    config = training_input(tmp_path)
+    (tmp_path / "input.json").write_text(json.dumps(config))
+    arguments = [
+        "upcycle",
+        str(path),
+        "--input",
+        str(tmp_path / "input.json"),
+        "-o",
+        str(tmp_path / "start.pt"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "--init-model" in result.output
+    assert deviation(dense, load(tmp_path / "start.pt")) < 1e-10
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2
+    assert "exists" in again.output
