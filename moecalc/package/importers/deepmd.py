@@ -91,7 +91,7 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     elif head is not None:
         raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
     tensors = Tensors(state_dict, f"model.{branch}.")
-    plugin = params["descriptor"].get("type") == DESCRIPTOR
+    plugin = (params.get("descriptor") or {}).get("type") == DESCRIPTOR
     layout = DESCRIPTOR if plugin else detect_layout(tensors.names())
     readers = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack, DESCRIPTOR: _read_plugin}
     reader = readers[layout]
