@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DATA, frames, graph_of
-from test_fused import ELEMENTS, OPTIONS, STRUCTURES, assert_same, evaluate, evaluator, write  # noqa: F401
+from test_fused import ELEMENTS, OPTIONS, STRUCTURES, assert_same, environment, evaluate, evaluator, write  # noqa: F401
 from test_native_evaluator import World
 
 from moecalc import _lib, testing
@@ -104,8 +104,6 @@ def test_reduced_products_stay_within_their_rounding(write, precision, bound):  
 
 
 def environment_of(backend):
-    from test_fused import environment
-
     return environment(MOECALC_BACKEND=backend)
 
 
@@ -236,6 +234,17 @@ def test_same_input_gives_the_same_bits(write):  # noqa: F811
         assert np.array_equal(first[key], again[key])
 
 
+@pytest.mark.parametrize("name", ["mlp", "two heads, res_incr", "res_avg, static, unsmooth", "configuration"])
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(write, name):  # noqa: F811
+    path = write(**OPTIONS[name])
+    first = evaluate(evaluator(path, backend=EMULATED), STRUCTURES["bulk"], atom_virial=True)
+    with environment(MOECALC_BACKEND=EMULATED, MOECALC_EMULATION_REVERSED="1"):
+        model = _lib.load().Evaluator(str(path), "cpu", "float64")
+    again = evaluate(model, STRUCTURES["bulk"], atom_virial=True)
+    for key in ("energy", "energies", "forces", "virial", "atom_virial"):
+        assert np.array_equal(first[key], again[key]), key
+
+
 def test_results_do_not_depend_on_what_was_evaluated_before(write):  # noqa: F811
     model = evaluator(write(**OPTIONS["configuration"]), backend=EMULATED)
     first = evaluate(model, STRUCTURES["molecule"])
@@ -307,8 +316,6 @@ def test_memory_is_estimated_before_it_is_allocated(write):  # noqa: F811
 
 
 def test_a_system_that_does_not_fit_is_refused_with_one_that_would(write):  # noqa: F811
-    from test_fused import environment
-
     path = write(**OPTIONS["wide"])
     free = evaluator(path, backend=EMULATED)
     evaluate(free, STRUCTURES["isolated"])
@@ -323,8 +330,6 @@ def test_a_system_that_does_not_fit_is_refused_with_one_that_would(write):  # no
 
 
 def test_a_memory_limit_that_is_no_number_is_refused(write):  # noqa: F811
-    from test_fused import environment
-
     with (
         environment(MOECALC_BACKEND=EMULATED, MOECALC_DEVICE_MEMORY="much"),
         pytest.raises(RuntimeError, match="expected MOECALC_DEVICE_MEMORY to be a number of MiB, got 'much'"),

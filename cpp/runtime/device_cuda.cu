@@ -11,8 +11,10 @@
 namespace moecalc::cuda {
 namespace {
 
+/// Three blocks of the kernels that multiply fit on a multiprocessor: 168 registers per thread suffice.
 template <class K>
-__global__ void __launch_bounds__(K::kThreads) run_kernel(const __grid_constant__ K kernel) {
+__global__ void __launch_bounds__(K::kThreads, K::kThreads == 128 ? 3 : 1)
+    run_kernel(const __grid_constant__ K kernel) {
   extern __shared__ __align__(16) char memory[];
   DeviceBlock block(memory);
   kernel(block);

@@ -16,7 +16,8 @@ class HostTarget {
   struct Scope {
     explicit Scope(const HostTarget&) {}
   };
-  explicit HostTarget(const DeviceOptions&) {}
+  explicit HostTarget(const DeviceOptions&)
+      : reversed_(std::getenv("MOECALC_EMULATION_REVERSED") != nullptr) {}
   at::Device device() const { return {at::kCPU}; }
   at::TensorOptions options() const { return at::TensorOptions().device(at::kCPU); }
   at::TensorOptions pinned_options() const { return options(); }
@@ -31,11 +32,13 @@ class HostTarget {
   void launch(const K& kernel) {
     const auto bytes = static_cast<size_t>(kernel.shared_bytes());
     shared_.resize(bytes / sizeof(Line) + 1);
-    for (int64_t index = 0; index < kernel.blocks(); ++index) {
+    const int64_t blocks = kernel.blocks();
+    for (int64_t x = 0; x < blocks; ++x) {
+      const int64_t index = reversed_ ? blocks - 1 - x : x;
       // what a kernel does not write is not a number
       std::memset(shared_.data(), 0xff, shared_.size() * sizeof(Line));
       HostBlock block(index, K::kThreads, reinterpret_cast<char*>(shared_.data()),
-                      static_cast<int64_t>(bytes));
+                      static_cast<int64_t>(bytes), reversed_);
       kernel(block);
     }
   }
@@ -45,6 +48,7 @@ class HostTarget {
     char bytes[64];
   };
   std::vector<Line> shared_;
+  bool reversed_;  // order of blocks and threads
 };
 
 }  // namespace

@@ -147,6 +147,7 @@ class Model final : public DeviceModel {
   torch::jit::Module embedding_;
   PackedWeights<T> packed_;
   ReadoutSource readout_;
+  at::Tensor composition_;  // for which the weights are routed, on the CPU
 
   // On the device: weights per layer and group, constants.
   at::Tensor weight_memory_, group_memory_, constant_memory_;
@@ -206,10 +207,15 @@ void Model<N, Target>::check_shared_memory() const {
 /// before.
 template <class N, class Target>
 void Model<N, Target>::set_features(const at::Tensor& composition) {
+  if (composition_.defined() && composition_.sizes() == composition.sizes() &&
+      at::equal(composition_, composition)) {
+    return;
+  }
   const at::NoGradGuard no_grad;
   const at::Tensor features =
       embedding_.get_method("group_features")({composition.to(target_.device(), kType)}).toTensor();
-  if (!packed_.set_groups(features.to(at::kCPU))) return;
+  composition_ = composition;
+  if (!packed_.set_groups(features)) return;
   upload_weights();
 }
 

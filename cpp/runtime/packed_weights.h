@@ -5,13 +5,12 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/jit/api/module.h>
 
-#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "../ops/cuda/host_device.h"
 #include "../ops/layer.h"
+#include "../ops/switch.h"
 
 namespace moecalc {
 
@@ -22,30 +21,8 @@ struct Unsupported {
 
 ops::Activation activation_of(const torch::jit::Module& phi);
 
-/// Switch function and its derivative (SPEC section 3).
-struct Switch {
-  bool exponential;
-  double start, stop;
-
-  MOECALC_BOTH void operator()(double r, double& s, double& ds) const {
-    if (exponential) {
-      if (r > stop) {
-        s = ds = 0.0;
-        return;
-      }
-      const double k = 20.0 / start, inner = exp(k * (r - start));
-      s = exp(-inner);
-      ds = -k * inner * s;
-      return;
-    }
-    const double width = stop - start, x = (r - start) / width, u = x < 0.0 ? 0.0 : x > 1.0 ? 1.0 : x;
-    s = 1.0 + u * u * u * (-10.0 + u * (15.0 - 6.0 * u));
-    ds = -30.0 * u * u * (1.0 - u) * (1.0 - u) / width;
-  }
-};
-
 struct GeometryRules {
-  Switch edge, angle;
+  ops::Switch edge, angle;
   bool use_dist;
   double protection;
   std::vector<double> mean, stddev;  // (n_types * 4)

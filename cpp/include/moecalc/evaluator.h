@@ -89,7 +89,7 @@ class MOECALC_API Evaluator {
  public:
   /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for
   /// the package's own. Geometry, sums and results are float64 in any case. precision: how products of a
-  /// float32 network are computed on a GPU, "fp32", "tf32" or "bf16x3" (docs/performance.md has the error of
+  /// float32 network are computed on a GPU, "fp32", "tf32" or "bf16x3" (docs/cuda.md has the error of
   /// each). deterministic: sums on a GPU in a fixed order, so that equal input gives bitwise equal output.
   /// Throws Error.
   explicit Evaluator(const std::string& path, const std::string& device = "cpu",

@@ -19,7 +19,7 @@ namespace moecalc::cuda {
 
 /// Bytes of `n` values in shared memory, as the blocks below place them.
 template <class T>
-constexpr int64_t shared_size(int64_t n) {
+MOECALC_BOTH constexpr int64_t shared_size(int64_t n) {
   return (n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
 }
 
@@ -65,12 +65,13 @@ struct Registers {
 
 class HostBlock {
  public:
-  HostBlock(int64_t index, int threads, char* memory, int64_t bytes)
-      : index_(index), threads_(threads), memory_(memory), end_(memory + bytes) {}
+  /// `reversed`: runs the threads of a phase from the last to the first. Nothing may depend on that.
+  HostBlock(int64_t index, int threads, char* memory, int64_t bytes, bool reversed)
+      : index_(index), threads_(threads), memory_(memory), end_(memory + bytes), reversed_(reversed) {}
   int64_t index() const { return index_; }
   template <class F>
   void each(const F& f) {
-    for (int thread = 0; thread < threads_; ++thread) f(thread);
+    for (int x = 0; x < threads_; ++x) f(reversed_ ? threads_ - 1 - x : x);
   }
   void sync() {}
   template <class T>
@@ -89,6 +90,7 @@ class HostBlock {
   int64_t index_;
   int threads_;
   char *memory_, *end_;
+  bool reversed_;
 };
 
 #endif

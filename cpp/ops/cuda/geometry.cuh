@@ -5,7 +5,7 @@
 // of a centre become contiguous, angle neighbours first. All sums have a fixed order; there are no atomics.
 #pragma once
 
-#include "../../runtime/packed_weights.h"
+#include "../switch.h"
 #include "product.cuh"
 
 namespace moecalc::cuda {
@@ -208,7 +208,7 @@ struct EdgeGeometry {
 
 /// Rules of the descriptor's geometry; mean and stddev (n_types, 4).
 struct Rules {
-  Switch edge, angle;
+  ops::Switch edge, angle;
   bool use_dist = true, with_angles = true;
   double protection = 0.0, norm = 1.0;  // norm: 1 / sqrt(edge normaliser)
   const double *mean = nullptr, *stddev = nullptr;

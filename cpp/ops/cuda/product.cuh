@@ -35,6 +35,18 @@ MOECALC_KERNEL void store(T* p, const Vec<T, V>& v) {
   *reinterpret_cast<Vec<T, V>*>(p) = v;
 }
 
+/// Reads of weights, which no kernel writes: they may stay in the read-only cache and overtake stores.
+template <class V, class T>
+MOECALC_KERNEL V load_weight(const T* p) {
+#if defined(__CUDACC__)
+  using Word = std::conditional_t<sizeof(V) == 16, uint4, uint2>;
+  const Word word = __ldg(reinterpret_cast<const Word*>(p));
+  return *reinterpret_cast<const V*>(&word);
+#else
+  return *reinterpret_cast<const V*>(p);
+#endif
+}
+
 // --- numbers: dtype of the network and how its products are rounded ---
 
 struct Float64 {
@@ -142,7 +154,7 @@ struct FmaTile {
     for (int x = 0; x < k; x += kVector) {
       Vec<T, kVector> weight[kVector];
       MOECALC_UNROLL
-      for (int y = 0; y < kVector; ++y) weight[y] = load<T, kVector>(w + (x + y) * ldw);
+      for (int y = 0; y < kVector; ++y) weight[y] = load_weight<Vec<T, kVector>>(w + (x + y) * ldw);
       MOECALC_UNROLL
       for (int g = 0; g < kGroups; ++g) {
         const Vec<T, kVector> factor = load<T, kVector>(a + g * kStride * lda + x);
@@ -216,8 +228,7 @@ struct MmaTile {
       uint2 b[kAcross];
       MOECALC_UNROLL
       for (int n = 0; n < kAcross; ++n) {
-        b[n] = column0 + n * 8 < width ? *reinterpret_cast<const uint2*>(w + x * ldw + n * 64)
-                                       : make_uint2(0u, 0u);
+        b[n] = column0 + n * 8 < width ? load_weight<uint2>(w + x * ldw + n * 64) : make_uint2(0u, 0u);
       }
       // accumulators: group (2 * m + half) * kAcross + n, elements c0 c1 (half 0), c2 c3 (half 1)
       if constexpr (std::is_same_v<N, Tf32>) {
@@ -333,7 +344,7 @@ MOECALC_KERNEL void chunks(int width, const F& f) {
 
 /// Row stride of a tile in shared memory: one vector of padding, so that rows start in different banks.
 template <class T>
-constexpr int padded_stride(int width) {
+MOECALC_BOTH constexpr int padded_stride(int width) {
   return width + static_cast<int>(16 / sizeof(T));
 }
 
