@@ -116,7 +116,12 @@ def _problem(atoms: Any, type_map: Sequence[str]) -> str | None:
     return None
 
 
-def _check(frames: Sequence[Any], type_map: Sequence[str]) -> None:
+def check_frames(frames: Sequence[Any], type_map: Sequence[str]) -> None:
+    """Refuse frames that cannot be trained on.
+
+    Raises:
+        DatasetError: names the frames without energy or forces, not periodic, with other elements or with values that are not finite.
+    """
     problems = [(i, problem) for i, atoms in enumerate(frames) if (problem := _problem(atoms, type_map))]
     if not problems:
         return
@@ -247,7 +252,7 @@ def convert(
     unknown = [symbol for symbol in type_map if atomic_numbers.get(symbol, 0) == 0]
     if unknown or len(set(type_map)) != len(type_map):
         raise DatasetError(f"elements {', '.join(type_map)}, expected different chemical symbols")
-    _check(frames, type_map)
+    check_frames(frames, type_map)
     held_out = split_frames(frames, validation, seed)
     for path in written:
         if path.is_dir():

@@ -50,10 +50,27 @@ class Buffer {
   std::vector<T> memory_;
 };
 
+/// Gradients of a routing group's weights, laid out as these (`GroupWeights`). The `y_*` are sums over rows
+/// of an expert's activation times the gradient of its output: from them follow the gradients of the routing
+/// weights and of the coefficients of the update.
+template <class T>
+struct GroupGradients {
+  T *node = nullptr, *node_b = nullptr, *y_node = nullptr;  // y: k np
+  T *sym = nullptr, *sym_b = nullptr, *y_sym = nullptr;     // y: k np
+  T *edge_c = nullptr, *edge_b = nullptr, *edge_n = nullptr, *edge_e = nullptr;
+  T *y_message = nullptr, *y_edge = nullptr;  // k heads np, k ep
+  T *angle_c = nullptr, *angle_b = nullptr, *angle_j = nullptr, *angle_k = nullptr, *angle_a = nullptr;
+  T *y_angle1 = nullptr, *y_angle = nullptr;                      // k ep, k ap
+  T *angle2 = nullptr, *angle2_b = nullptr, *y_angle2 = nullptr;  // y: k ep
+  T* far = nullptr;       // (ep) gradient of angle2_far's share of the edge update
+  T* update_n = nullptr;  // (heads np) of the message's coefficients
+};
+
 /// Scratch memory of one thread.
 template <class T>
 struct Scratch {
   Buffer<T> z, y, p, q, dp, dq, s, t, u, w;
+  GroupGradients<T>* gradients = nullptr;  // (n_group) while training: the backward adds to them
   /// Seconds that this thread spent in the parts of a centre: forward angles, edges, symmetrisation; the same
   /// backward.
   double seconds[6] = {};

@@ -14,6 +14,8 @@
 
 namespace py = pybind11;
 
+void bind_training(py::module_& module);  // training_bindings.cpp
+
 namespace {
 
 /// A tensor that shares the array's memory; `array` must outlive it.
@@ -194,6 +196,7 @@ PYBIND11_MODULE(_C, module) {
   const py::handle error = py::register_exception<moecalc::Error>(module, "Error", PyExc_RuntimeError);
   py::register_exception<moecalc::OutOfMemoryError>(module, "OutOfMemoryError", error);
 
+  bind_training(module);
   module.def("build_info", &moecalc::build_info, "What the library was built with, as JSON text.");
   module.def("check_archive", &moecalc::check_archive, py::arg("path"),
              py::call_guard<py::gil_scoped_release>(),

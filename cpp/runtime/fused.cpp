@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -34,13 +35,17 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   Fused(const Module& geometry, const Module& embedding, const std::vector<Module>& layers)
       : PackedWeights<T>(geometry, embedding, layers, ops::kernels<T>(std::getenv("MOECALC_CPU"))) {
     for (auto* buffers : {&v_, &e_, &a_}) buffers->resize(layers_.size() + 1);
-    for (auto* buffers : {&m_, &big_h_, &zc_, &zn_, &zca_, &node_slope_}) buffers->resize(layers_.size());
+    for (auto* buffers : {&m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_})
+      buffers->resize(layers_.size());
   }
 
   at::Tensor forward(const PreparedGraph& graph, const at::Tensor& features,
                      const Exchange& with_ghosts) override;
   at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                       const Exchange& without_ghosts) override;
+  void set_weights(const TrainingWeights& weights) override;
+  at::Tensor forward_to_train(const PreparedGraph& graph) override { return run_forward(graph, {}, false); }
+  TrainingWeights backward_to_train(const PreparedGraph& graph, const at::Tensor& dv_local) override;
   LayerTensors one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
                          const LayerTensors& in) override;
   LayerTensors one_layer_backward(int64_t layer, const LayerTensors& in,
@@ -60,10 +65,11 @@ class Fused final : public FusedModel, private PackedWeights<T> {
  private:
   using Packed = PackedWeights<T>;
   using Packed::angle_direction_, Packed::edge_bias_, Packed::edge_matrix_, Packed::kernels_, Packed::layers_,
-      Packed::node_table_, Packed::phi_, Packed::rules_, Packed::set_groups, Packed::updates_,
-      Packed::use_dist_, Packed::weights_;
+      Packed::memory_, Packed::node_table_, Packed::phi_, Packed::rules_, Packed::set_groups,
+      Packed::updates_, Packed::use_dist_, Packed::weights_;
 
   // --- one evaluation ---
+  at::Tensor run_forward(const PreparedGraph& graph, const Exchange& with_ghosts, bool from_cosines);
   void view(const PreparedGraph& graph);
   void shape_geometry(const PreparedGraph& graph);
   at::Tensor geometry_backward(const PreparedGraph& graph);
@@ -110,9 +116,12 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   // Buffers; they grow and stay.
   std::vector<Scratch<T>> scratch_;
   std::vector<Buffer<T>> v_, e_, a_;  // inputs of every layer, and the last outputs
-  std::vector<Buffer<T>> m_, big_h_, zc_, zn_, zca_, node_slope_;  // of every layer, for its backward
-  Buffer<T> sw_, h_, asw_, cos_, message_, edge_input_;
+  std::vector<Buffer<T>> m_, big_h_, message_, zc_, zn_, zca_,
+      node_slope_;  // of every layer, for its backward
+  Buffer<T> sw_, h_, asw_, cos_, edge_input_;
   Buffer<T> dv_, dv_out_, de_, da_, dz_, dzc_, dzca_, dbig_h_, dmessage_, dasw_, dcos_, dzn_;
+  bool training_ = false;                   // weights are set from outside
+  std::vector<Buffer<T>> gradient_memory_;  // per thread
   Buffer<double> r_, dsw_, dh_, ds_edge_, angle_sw_, dangle_sw_, unit_;
 };
 
@@ -364,7 +373,7 @@ LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_cosines) {
   x.node_slope = node_slope_[layer].get(g_.n_local * (s.k_node + s.k_sym) * s.np);
   x.big_h = big_h_[layer].get(g_.n_local * 3 * s.sym_width());
   x.m = s.with_angles ? m_[layer].get(g_.n_edge * s.ep) : nullptr;
-  x.message = message_.get(g_.n_local * s.heads * s.np);
+  x.message = message_[layer].get(g_.n_local * s.heads * s.np);
   return x;
 }
 
@@ -493,7 +502,13 @@ void Fused<T>::start_backward() {
 template <class T>
 at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& features,
                              const Exchange& with_ghosts) {
-  set_groups(features);
+  if (!training_) set_groups(features);
+  return run_forward(graph, with_ghosts, true);
+}
+
+/// `from_cosines`: the first layer's angle features are not written out (see LayerArgs::cos).
+template <class T>
+at::Tensor Fused<T>::run_forward(const PreparedGraph& graph, const Exchange& with_ghosts, bool from_cosines) {
   view(graph);
   shape_geometry(graph);
   const size_t n_layer = layers_.size();
@@ -506,7 +521,8 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
       std::copy_n(node_table_.data() + type[i] * s.np, s.np, v + i * s.np);
     }
     T* e = e_[0].get(g_.n_edge * s.ep);
-    const T* input = edge_input_.get(0);
+    const T *input = edge_input_.get(0), *cos = cos_.get(0);
+    T* a = s.with_angles && !from_cosines ? a_[0].get(g_.n_angle * s.ap) : nullptr;
     parallel(g_.n_local, [&](int64_t i, Scratch<T>&) {
       const int64_t e0 = g_.first_edge[i], e1 = g_.first_edge[i + 1];
       for (int64_t k = e0; k < e1; ++k) {
@@ -516,6 +532,11 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
         }
       }
       if (!use_dist_) kernels_.activate(phi_, e + e0 * s.ep, (e1 - e0) * s.ep);
+      if (a == nullptr) return;
+      for (int64_t k = g_.first_angle[i]; k < g_.first_angle[i + 1]; ++k) {
+        for (int64_t d = 0; d < s.ap; ++d)
+          a[k * s.ap + d] = cos[k] * angle_direction_[static_cast<size_t>(d)];
+      }
     });
   }
 
@@ -525,7 +546,7 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
       T* v = v_[l].get(g_.n_node * s.np);
       expand<T>(with_ghosts(compact(v, g_.n_local, s.n, s.np)), g_.n_local, g_.n_node - g_.n_local, s.np, v);
     }
-    layer_forward(l, /*from_cosines=*/l == 0);
+    layer_forward(l, from_cosines && l == 0);
   }
   const LayerShape& s = layers_.back().shape;
   return compact(v_[n_layer].get(0), g_.n_local, s.n, s.np);
@@ -601,14 +622,301 @@ LayerTensors Fused<T>::one_layer_backward(int64_t layer, const LayerTensors& in,
   return out;
 }
 
+// --- training ---
+
+/// Tensors of a group in the order of TrainingWeights::kGroupTensors, their shapes, and where they go.
+template <class T, class Pointer>
+std::vector<std::pair<Pointer*, std::array<int64_t, 2>>> group_layout(
+    const LayerShape& s, std::array<Pointer*, TrainingWeights::kGroupSize> to) {
+  const int64_t ce = s.edge_columns(), ca = s.angle_columns(), k_edge = s.live_edge ? s.k_edge : 0,
+                k_angle1 = s.with_angles ? s.k_angle1 : 0, k_angle2 = s.with_angles ? s.k_angle2 : 0,
+                k_angle = s.live_angle ? s.k_angle : 0;
+  const std::array<std::array<int64_t, 2>, TrainingWeights::kGroupSize> shapes{{{s.n, s.k_node * s.n},
+                                                                                {1, s.k_node * s.n},
+                                                                                {1, s.k_node},
+                                                                                {s.sym_in(), s.k_sym * s.n},
+                                                                                {1, s.k_sym * s.n},
+                                                                                {1, s.k_sym},
+                                                                                {s.n, ce},
+                                                                                {1, ce},
+                                                                                {s.n, ce},
+                                                                                {s.e, ce},
+                                                                                {1, s.k_message},
+                                                                                {1, k_edge},
+                                                                                {s.n, ca},
+                                                                                {1, ca},
+                                                                                {s.e, ca},
+                                                                                {s.e, ca},
+                                                                                {s.a, ca},
+                                                                                {1, k_angle1},
+                                                                                {1, k_angle},
+                                                                                {s.e, k_angle2 * s.e},
+                                                                                {1, k_angle2 * s.e},
+                                                                                {1, k_angle2}}};
+  std::vector<std::pair<Pointer*, std::array<int64_t, 2>>> layout;
+  for (size_t k = 0; k < TrainingWeights::kGroupSize; ++k) layout.emplace_back(to[k], shapes[k]);
+  return layout;
+}
+
+template <class T>
+void Fused<T>::set_weights(const TrainingWeights& weights) {
+  if (weights.layers.size() != layers_.size()) {
+    throw Error("expected weights of " + std::to_string(layers_.size()) + " layers, got " +
+                std::to_string(weights.layers.size()));
+  }
+  training_ = true;
+  memory_.clear();
+  weights_.clear();
+  updates_.clear();
+  const auto row = [](const at::Tensor& values) {
+    const auto* data = values.const_data_ptr<T>();
+    return std::vector<T>(data, data + values.numel());
+  };
+  edge_matrix_ = row(weights.edge_matrix), edge_bias_ = row(weights.edge_bias);
+  if (layers_[0].shape.with_angles) angle_direction_ = row(weights.direction);
+  node_table_ = row(weights.node_table);
+  const auto hold = [&](const at::Tensor& values) {
+    memory_.push_back(values);
+    return values.const_data_ptr<T>();
+  };
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    LayerShape& s = layers_[l].shape;
+    if (s.np != s.n || s.ep != s.e || (s.with_angles && (s.ap != s.a || s.edge_in != s.e))) {
+      throw Error("training needs widths that are multiples of " + std::to_string(kRowBytes / sizeof(T)) +
+                  " and uncompressed angles, got n_dim " + std::to_string(s.n) + ", e_dim " +
+                  std::to_string(s.e) + ", a_dim " + std::to_string(s.a));
+    }
+    const TrainingWeights::Layer& layer = weights.layers[l];
+    UpdateVectors<T> update;
+    update.n = hold(layer.update_n);
+    if (s.live_edge) update.e = hold(layer.update_e);
+    if (s.live_angle) update.a = hold(layer.update_a);
+    updates_.push_back(update);
+    std::vector<GroupWeights<T>> groups(layer.groups.size());
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const std::vector<at::Tensor>& from = layer.groups[g];
+      if (from.empty()) continue;
+      GroupWeights<T>& w = groups[g];
+      s.k_node = from[2].numel(), s.k_sym = from[5].numel(), s.k_message = from[10].numel();
+      s.k_edge = from[11].numel();
+      if (s.with_angles) s.k_angle1 = from[17].numel(), s.k_angle2 = from[21].numel();
+      s.k_angle = from[18].numel();
+      const auto layout = group_layout<T, const T*>(
+          s,
+          {&w.node,    &w.node_b,   &w.p_node,    &w.sym,    &w.sym_b,    &w.p_sym,   &w.edge_c,  &w.edge_b,
+           &w.edge_n,  &w.edge_e,   &w.p_message, &w.p_edge, &w.angle_c,  &w.angle_b, &w.angle_j, &w.angle_k,
+           &w.angle_a, &w.p_angle1, &w.p_angle,   &w.angle2, &w.angle2_b, &w.p_angle2});
+      for (size_t k = 0; k < layout.size(); ++k) {
+        const auto& [to, shape] = layout[k];
+        if (from[k].numel() != shape[0] * shape[1]) {
+          throw Error(std::string("expected ") + TrainingWeights::kGroupTensors[k] + " of layer " +
+                      std::to_string(l) + " with " + std::to_string(shape[0]) + " x " +
+                      std::to_string(shape[1]) + " elements, got " + std::to_string(from[k].numel()));
+        }
+        *to = hold(from[k]);
+      }
+      const auto transposed = [&](size_t k) {
+        const auto& shape = layout[k].second;
+        return hold(from[k].reshape({shape[0], shape[1]}).t().contiguous());
+      };
+      w.node_t = transposed(0), w.sym_t = transposed(3), w.edge_c_t = transposed(6),
+      w.edge_n_t = transposed(8), w.edge_e_t = transposed(9);
+      if (!s.with_angles) continue;
+      w.angle_c_t = transposed(12), w.angle_j_t = transposed(14), w.angle_k_t = transposed(15),
+      w.angle_a_t = transposed(16), w.angle2_t = transposed(19);
+      if (l == 0) {
+        w.angle_cos =
+            hold(weights.direction.reshape({1, s.a}).matmul(from[16].reshape({s.a, s.angle_columns()})));
+      }
+      at::Tensor far = from[20].clone();
+      kernels_.activate(s.phi, far.template mutable_data_ptr<T>(), far.numel());
+      w.angle2_far = hold(from[21].reshape({1, -1}).matmul(far.reshape({s.k_angle2, s.e})));
+    }
+    weights_.push_back(std::move(groups));
+  }
+}
+
+template <class T>
+TrainingWeights Fused<T>::backward_to_train(const PreparedGraph& graph, const at::Tensor& dv_local) {
+  const auto n_thread = static_cast<size_t>(at::get_num_threads());
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  if (scratch_.size() < n_thread) scratch_.resize(n_thread);
+  gradient_memory_.resize(scratch_.size());
+  TrainingWeights out;
+  out.layers.resize(layers_.size());
+  start_backward();
+  expand<T>(dv_local, 0, g_.n_local, layers_.back().shape.np,
+            dv_out_.get(g_.n_local * layers_.back().shape.np));
+  for (size_t l = layers_.size(); l-- > 0;) {
+    const LayerShape& s = layers_[l].shape;
+    TrainingWeights::Layer& layer = out.layers[l];
+    const size_t n_group = weights_[l].size();
+    layer.groups.resize(n_group);
+    // one array of gradients per thread: first the tensors of TrainingWeights, then the sums that only serve
+    // here
+    std::vector<std::vector<GroupGradients<T>>> gradients(scratch_.size(),
+                                                          std::vector<GroupGradients<T>>(n_group));
+    T* unused = nullptr;
+    int64_t size = 0;
+    std::vector<int64_t> begin(n_group, -1);
+    const int64_t ye = s.live_edge ? s.k_edge * s.e : 0, yh = s.k_message * s.heads * s.n,
+                  y1 = s.with_angles ? s.k_angle1 * s.e : 0, y2 = s.with_angles ? s.k_angle2 * s.e : 0,
+                  ya = s.live_angle ? s.k_angle * s.a : 0;
+    const auto place = [&](T* memory, GroupGradients<T>& g) {
+      T* at = memory;
+      for (const auto& [to, shape] : group_layout<T, T*>(
+               s, {&g.node,    &g.node_b, &unused, &g.sym,    &g.sym_b,    &unused,    &g.edge_c,  &g.edge_b,
+                   &g.edge_n,  &g.edge_e, &unused, &unused,   &g.angle_c,  &g.angle_b, &g.angle_j, &g.angle_k,
+                   &g.angle_a, &unused,   &unused, &g.angle2, &g.angle2_b, &unused})) {
+        if (to == &unused) continue;
+        *to = at;
+        at += shape[0] * shape[1];
+      }
+      for (auto [to, n] :
+           {std::pair{&g.y_node, s.k_node * s.n}, std::pair{&g.y_sym, s.k_sym * s.n},
+            std::pair{&g.y_message, yh}, std::pair{&g.y_edge, ye}, std::pair{&g.y_angle1, y1},
+            std::pair{&g.y_angle, ya}, std::pair{&g.y_angle2, y2}, std::pair{&g.far, s.with_angles ? s.e : 0},
+            std::pair{&g.update_n, s.heads * s.n}}) {
+        *to = at;
+        at += n;
+      }
+      return at - memory;
+    };
+    GroupGradients<T> probe;
+    T none[1];
+    const int64_t per_group = place(none, probe);
+    for (size_t g = 0; g < n_group; ++g) {
+      if (weights_[l][g].node == nullptr) continue;
+      begin[g] = size;
+      size += per_group;
+    }
+    for (size_t thread = 0; thread < scratch_.size(); ++thread) {
+      T* memory = gradient_memory_[thread].get(size);
+      std::fill_n(memory, size, T(0));
+      for (size_t g = 0; g < n_group; ++g) {
+        if (begin[g] >= 0) place(memory + begin[g], gradients[thread][g]);
+      }
+      scratch_[thread].gradients = gradients[thread].data();
+    }
+    layer_backward(l, /*nodes=*/true, /*from_cosines=*/false);
+    for (Scratch<T>& scratch : scratch_) scratch.gradients = nullptr;
+    for (size_t thread = 1; thread < scratch_.size(); ++thread) {
+      T* sum = gradient_memory_[0].get(size);
+      const T* part = gradient_memory_[thread].get(size);
+      for (int64_t k = 0; k < size; ++k) sum[k] += part[k];
+    }
+    layer.update_n = at::zeros({2 + s.heads, s.n}, options);
+    layer.update_e = at::zeros({s.live_edge ? 2 : 0, s.e}, options);
+    layer.update_a = at::zeros({s.live_angle ? 1 : 0, s.a}, options);
+    for (size_t g = 0; g < n_group; ++g) {
+      if (begin[g] < 0) continue;
+      const GroupGradients<T>& from = gradients[0][g];
+      const GroupWeights<T>& w = weights_[l][g];
+      const UpdateVectors<T>& u = updates_[l];
+      std::vector<at::Tensor>& group = layer.groups[g];
+      const std::array<T*, TrainingWeights::kGroupSize> pointers{
+          from.node,    from.node_b,  nullptr,       from.sym,     from.sym_b,   nullptr,
+          from.edge_c,  from.edge_b,  from.edge_n,   from.edge_e,  nullptr,      nullptr,
+          from.angle_c, from.angle_b, from.angle_j,  from.angle_k, from.angle_a, nullptr,
+          nullptr,      from.angle2,  from.angle2_b, nullptr};
+      std::array<const T*, TrainingWeights::kGroupSize> dummy{};
+      std::array<const T**, TrainingWeights::kGroupSize> slots{};
+      for (size_t k = 0; k < slots.size(); ++k) slots[k] = &dummy[k];
+      const auto layout = group_layout<T, const T*>(s, slots);
+      for (size_t k = 0; k < layout.size(); ++k) {
+        const auto& shape = layout[k].second;
+        at::Tensor values = at::zeros({shape[0], shape[1]}, options);
+        if (pointers[k] != nullptr) {
+          std::copy_n(pointers[k], values.numel(), values.template mutable_data_ptr<T>());
+        }
+        group.push_back(values);
+      }
+      // y: sums over rows of activation times gradient of the output, per expert and column
+      const auto split = [&](const T* y, int64_t k, int64_t width, const T* p, const T* coefficients,
+                             at::Tensor& dp, T* d_coefficients) {
+        T* to = dp.mutable_data_ptr<T>();
+        for (int64_t e = 0; e < k; ++e) {
+          double total = 0.0;
+          for (int64_t d = 0; d < width; ++d) {
+            const T value = y[e * width + d];
+            total += coefficients == nullptr ? double(value) : double(coefficients[d]) * double(value);
+            if (d_coefficients != nullptr) d_coefficients[d] += p[e] * value;
+          }
+          to[e] = T(total);
+        }
+      };
+      T *dn = layer.update_n.mutable_data_ptr<T>(), *de = layer.update_e.mutable_data_ptr<T>(),
+        *da = layer.update_a.mutable_data_ptr<T>();
+      split(from.y_node, s.k_node, s.n, w.p_node, u.n, group[2], dn);
+      split(from.y_sym, s.k_sym, s.n, w.p_sym, u.n + s.n, group[5], dn + s.n);
+      split(from.y_message, s.k_message, s.heads * s.n, w.p_message, nullptr, group[10], nullptr);
+      for (int64_t d = 0; d < s.heads * s.n; ++d) dn[2 * s.n + d] += from.update_n[d];
+      if (s.live_edge) split(from.y_edge, s.k_edge, s.e, w.p_edge, u.e, group[11], de);
+      if (s.with_angles) {
+        split(from.y_angle1, s.k_angle1, s.e, w.p_angle1, nullptr, group[17], nullptr);
+        // an edge without message: the update is a constant, sum_k p_k phi(b_k)
+        std::vector<T> y(static_cast<size_t>(y2)), slope(static_cast<size_t>(y2));
+        std::copy_n(w.angle2_b, y2, y.data());
+        kernels_.activate_with_slope(s.phi, y.data(), slope.data(), y2);
+        T* db = group[20].mutable_data_ptr<T>();
+        for (int64_t k = 0; k < s.k_angle2; ++k) {
+          for (int64_t d = 0; d < s.e; ++d) {
+            const int64_t at = k * s.e + d;
+            from.y_angle2[at] += y[static_cast<size_t>(at)] * from.far[d];
+            db[at] += w.p_angle2[k] * slope[static_cast<size_t>(at)] * u.e[s.e + d] * from.far[d];
+          }
+        }
+        split(from.y_angle2, s.k_angle2, s.e, w.p_angle2, u.e + s.e, group[21], de + s.e);
+      }
+      if (s.live_angle) split(from.y_angle, s.k_angle, s.a, w.p_angle, u.a, group[18], da);
+    }
+    if (l > 0) std::copy_n(dv_.get(0), g_.n_local * s.np, dv_out_.get(0));
+  }
+  // embedding
+  const LayerShape& s = layers_[0].shape;
+  out.edge_matrix = at::zeros({s.e}, options), out.edge_bias = at::zeros({s.e}, options);
+  out.direction = at::zeros({s.with_angles ? s.a : 0}, options);
+  out.node_table = at::zeros({static_cast<int64_t>(node_table_.size()) / s.n, s.n}, options);
+  T *dw = out.edge_matrix.template mutable_data_ptr<T>(), *db = out.edge_bias.template mutable_data_ptr<T>();
+  const T *input = edge_input_.get(0), *de = de_.get(0), *dv = dv_.get(0);
+  std::vector<T> z(static_cast<size_t>(s.e)), slope(static_cast<size_t>(s.e), T(1));
+  for (int64_t edge = 0; edge < g_.n_edge; ++edge) {
+    if (!use_dist_) {
+      for (int64_t d = 0; d < s.e; ++d) {
+        const auto at = static_cast<size_t>(d);
+        z[at] = input[edge] * edge_matrix_[at] + edge_bias_[at];
+      }
+      kernels_.activate_with_slope(phi_, z.data(), slope.data(), s.e);
+    }
+    for (int64_t d = 0; d < s.e; ++d) {
+      const T dz = de[edge * s.e + d] * slope[static_cast<size_t>(d)];
+      dw[d] += input[edge] * dz;
+      db[d] += dz;
+    }
+  }
+  if (s.with_angles) {
+    T* to = out.direction.template mutable_data_ptr<T>();
+    const T *cos = cos_.get(0), *da = da_.get(0);
+    for (int64_t k = 0; k < g_.n_angle; ++k) {
+      for (int64_t d = 0; d < s.a; ++d) to[d] += cos[k] * da[k * s.a + d];
+    }
+  }
+  T* table = out.node_table.template mutable_data_ptr<T>();
+  const int64_t* type = graph.types.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < g_.n_local; ++i) {
+    for (int64_t d = 0; d < s.n; ++d) table[type[i] * s.n + d] += dv[i * s.n + d];
+  }
+  return out;
+}
+
 template <class T>
 int64_t Fused<T>::bytes() const {
   int64_t total = 0;
-  for (const auto* group : {&v_, &e_, &a_, &m_, &big_h_, &zc_, &zn_, &zca_, &node_slope_}) {
+  for (const auto* group : {&v_, &e_, &a_, &m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_}) {
     for (const Buffer<T>& buffer : *group) total += buffer.bytes();
   }
-  for (const Buffer<T>* buffer : {&sw_, &h_, &asw_, &cos_, &message_, &edge_input_, &dv_, &dv_out_, &de_,
-                                  &da_, &dz_, &dzc_, &dzca_, &dbig_h_, &dmessage_, &dasw_, &dcos_, &dzn_}) {
+  for (const Buffer<T>* buffer : {&sw_, &h_, &asw_, &cos_, &edge_input_, &dv_, &dv_out_, &de_, &da_, &dz_,
+                                  &dzc_, &dzca_, &dbig_h_, &dmessage_, &dasw_, &dcos_, &dzn_}) {
     total += buffer->bytes();
   }
   return total;

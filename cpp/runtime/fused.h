@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "graph.h"
+#include "moecalc/trainer.h"
 
 namespace moecalc {
 
@@ -35,6 +36,12 @@ class FusedModel {
   /// Gradient of the energy with respect to the edge vectors of the last forward, (n_edge, 3) float64.
   virtual at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                               const Exchange& without_ghosts) = 0;
+  /// Weights for the evaluations from now on. Throws Error where a shape does not fit.
+  virtual void set_weights(const TrainingWeights& weights) = 0;
+  /// The same as forward, but keeps what backward_to_train needs.
+  virtual at::Tensor forward_to_train(const PreparedGraph& graph) = 0;
+  /// Gradients of sum(dv_local * v) with respect to the weights that were set.
+  virtual TrainingWeights backward_to_train(const PreparedGraph& graph, const at::Tensor& dv_local) = 0;
   /// One layer alone and its gradients (for tests of the kernels): v, e, a out; then all six.
   virtual LayerTensors one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
                                  const LayerTensors& in) = 0;

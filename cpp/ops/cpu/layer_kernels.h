@@ -113,6 +113,67 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, 
   }
 }
 
+/// MR rows by NV vectors of C += A^T B, A (K x M), B (K x N).
+template <class T, int MR, int NV>
+inline void outer_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < NV; ++s) acc[r][s] = load(c + r * ldc + s * L);
+  }
+  for (int64_t x = 0; x < k; ++x) {
+    Vec<T> row[NV];
+#pragma GCC unroll 8
+    for (int s = 0; s < NV; ++s) row[s] = load(b + x * ldb + s * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const Vec<T> factor = splat(a[x * lda + r]);
+#pragma GCC unroll 8
+      for (int s = 0; s < NV; ++s) acc[r][s] += factor * row[s];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int s = 0; s < NV; ++s) store(c + r * ldc + s * L, acc[r][s]);
+  }
+}
+
+/// Gradient of a matrix: C (M x N) += A^T B over K rows, M a multiple of 8, N of whole vectors.
+template <class T>
+void add_outer(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+               int64_t ldc) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t row = 0; row < m; row += 4) {
+    int64_t at = 0;
+    for (; at + 3 * L <= n; at += 3 * L)
+      outer_tile<T, 4, 3>(k, a + row, lda, b + at, ldb, c + row * ldc + at, ldc);
+    for (; at < n; at += L) outer_tile<T, 4, 1>(k, a + row, lda, b + at, ldb, c + row * ldc + at, ldc);
+  }
+}
+
+/// C (n) += sum over rows of B (rows x n).
+template <class T>
+void add_rows(int64_t rows, int64_t n, const T* b, int64_t ldb, T* c) {
+  for (int64_t d = 0; d < n; d += kLanes<T>) {
+    Vec<T> total = load(c + d);
+    for (int64_t r = 0; r < rows; ++r) total += load(b + r * ldb + d);
+    store(c + d, total);
+  }
+}
+
+/// C (n) += sum over rows of X * Y (rows x n).
+template <class T>
+void add_products(int64_t rows, int64_t n, const T* x, int64_t ldx, const T* y, int64_t ldy, T* c) {
+  for (int64_t d = 0; d < n; d += kLanes<T>) {
+    Vec<T> total = load(c + d);
+    for (int64_t r = 0; r < rows; ++r) total += load(x + r * ldx + d) * load(y + r * ldy + d);
+    store(c + d, total);
+  }
+}
+
 /// C = row (to every row) + Q + A B.
 template <class T>
 void gemm_onto(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
@@ -312,14 +373,31 @@ void slots_backward(const LayerArgs<T>& x, int64_t group, int64_t begin, int64_t
     }
   }
   gemm(end - begin, s.np, ce, x.dzn + begin * ce, ce, x.weights[group].edge_n_t, s.np, dv, s.np, true);
+  if (scratch.gradients != nullptr) {
+    T* rows = scratch.s.get((end - begin) * s.np);
+    for (int64_t k = begin; k < end; ++k)
+      copy_row(rows + (k - begin) * s.np, x.v + g.slot_node[k] * s.np, s.np);
+    add_outer(s.n, ce, end - begin, rows, s.np, x.dzn + begin * ce, ce, scratch.gradients[group].edge_n, ce);
+  }
   for (int64_t k = begin; k < end; ++k) add_row(x.dv + g.slot_node[k] * s.np, dv + (k - begin) * s.np, s.np);
 }
 
 template <class T>
-void centres_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>&) {
+void centres_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T>& scratch) {
   const LayerShape& s = *x.shape;
   const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
   const int64_t ce = s.edge_columns(), ca = s.angle_columns();
+  if (scratch.gradients != nullptr) {
+    const GroupGradients<T>& g = scratch.gradients[x.graph->group[begin]];
+    const int64_t rows = end - begin;
+    const T* v = x.v + begin * s.np;
+    add_outer(s.n, ce, rows, v, s.np, x.dzc + begin * ce, ce, g.edge_c, ce);
+    add_rows(rows, ce, x.dzc + begin * ce, ce, g.edge_b);
+    if (ca > 0) {
+      add_outer(s.n, ca, rows, v, s.np, x.dzca + begin * ca, ca, g.angle_c, ca);
+      add_rows(rows, ca, x.dzca + begin * ca, ca, g.angle_b);
+    }
+  }
   gemm(end - begin, s.np, ce, x.dzc + begin * ce, ce, w.edge_c_t, s.np, x.dv + begin * s.np, s.np, true);
   if (ca > 0) {
     gemm(end - begin, s.np, ca, x.dzca + begin * ca, ca, w.angle_c_t, s.np, x.dv + begin * s.np, s.np, true);
@@ -650,6 +728,11 @@ void messages_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, T* dm,
     for (int64_t r = 0; r < rows; ++r) copy_row(z + r * c2, w.angle2_b, c2);
     gemm(rows, c2, s.e, message_rows(x, e0, begin, m), s.ep, w.angle2, c2, z, c2, true);
     mixture_slopes(s.phi, z, dz, w.p_angle2, rows, s.k_angle2, s.ep, c2);
+    if (scratch.gradients != nullptr) {
+      for (int64_t k = 0; k < s.k_angle2; ++k)
+        add_products(rows, s.ep, z + k * s.ep, c2, de_out + begin * s.ep, s.ep,
+                     scratch.gradients[g.group[i]].y_angle2 + k * s.ep);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < s.ep; d += kLanes<T>) {
         const Vec<T> du = load(residual + d) * load(de_out + (begin + r) * s.ep + d);
@@ -660,7 +743,15 @@ void messages_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, T* dm,
       }
     }
     gemm(rows, s.ep, c2, dz, c2, w.angle2_t, s.ep, dm + begin * s.ep, s.ep, false);
+    if (scratch.gradients != nullptr) {
+      const GroupGradients<T>& into = scratch.gradients[g.group[i]];
+      add_outer(s.e, c2, rows, message_rows(x, e0, begin, m), s.ep, dz, c2, into.angle2, c2);
+      add_rows(rows, c2, dz, c2, into.angle2_b);
+    }
     begin += rows;
+  }
+  if (scratch.gradients != nullptr && computed < n) {
+    add_rows(n - computed, s.ep, de_out + computed * s.ep, s.ep, scratch.gradients[g.group[i]].far);
   }
 }
 
@@ -719,6 +810,18 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
       const T* asw = x.asw + first + j * m;
       T* dasw = x.dasw + first + j * m;
       T* da_row = da + j * m * s.ap;
+      if (scratch.gradients != nullptr) {
+        const GroupGradients<T>& into = scratch.gradients[g.group[i]];
+        for (int64_t d = 0; d < pass.message; d += L) {
+          Vec<T> total = Vec<T>{};
+          for (int64_t k = 0; k < m; ++k) total += asw[k] * load(z + k * cz + d);
+          T* sums = into.y_angle1 + y * s.ep + d;
+          store(sums, load(sums) + (norm * total) * load(dm + j * s.ep + d));
+        }
+        if (own_gradient && pass.own > 0) {
+          add_products(m, s.ap, z + pass.message, cz, da_out + j * m * s.ap, s.ap, into.y_angle + y * s.ap);
+        }
+      }
       for (int64_t d = 0; d < pass.message; d += L) store(dm_row + d, p_message * load(dm + j * s.ep + d));
       for (int64_t k = 0; k < m; ++k) {
         const T* zk = z + k * cz;
@@ -750,6 +853,10 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
         if (x.cos == nullptr) {
           gemm(m, s.ap, width, from, cz, w.angle_a_t + at * s.ap, s.ap, da_row, s.ap, true);
         }
+        if (scratch.gradients != nullptr) {
+          add_outer(s.a, width, m, x.a + (first + j * m) * s.ap, s.ap, from, cz,
+                    scratch.gradients[g.group[i]].angle_a + at, ca);
+        }
         T *dpj = dp + j * ca + at, *dqk = dq + at, *dc = dzca + at;
         for (int64_t d = 0; d < width; d += L) {
           Vec<T> total = Vec<T>{};
@@ -778,6 +885,11 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
   }
   gemm(m, s.ep, ca, dp, ca, w.angle_j_t, s.ep, x.de + e0 * s.ep, s.ep, true);
   gemm(m, s.ep, ca, dq, ca, w.angle_k_t, s.ep, x.de + e0 * s.ep, s.ep, true);
+  if (scratch.gradients != nullptr) {
+    const GroupGradients<T>& into = scratch.gradients[g.group[i]];
+    add_outer(s.edge_in, ca, m, x.e + e0 * s.ep, s.ep, dp, ca, into.angle_j, ca);
+    add_outer(s.edge_in, ca, m, x.e + e0 * s.ep, s.ep, dq, ca, into.angle_k, ca);
+  }
 }
 
 // All experts at once: the rows of dz, which leave the cache, are then written in one go.
@@ -801,6 +913,18 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
     edge_rows(x, w, {0, ce, 0, 0, 0}, i, e0 + begin, rows, z);
     T* dz = x.dz == nullptr ? spare : x.dz + (e0 + begin - x.dz_first) * ce;
     activate_with_slope(s.phi, z, dz, rows * ce);
+    if (scratch.gradients != nullptr) {
+      const GroupGradients<T>& into = scratch.gradients[g.group[i]];
+      const T* sw = x.sw + e0 + begin;
+      for (int64_t d = 0; d < s.message(); d += L) {
+        Vec<T> total = Vec<T>{};
+        for (int64_t r = 0; r < rows; ++r) total += sw[r] * load(z + r * ce + d);
+        store(into.y_message + d, load(into.y_message + d) + total * load(dmessage + d % width));
+      }
+      for (int64_t k = 0; s.live_edge && k < s.k_edge; ++k)
+        add_products(rows, s.ep, z + s.message() + k * s.ep, ce, de_out + begin * s.ep, s.ep,
+                     into.y_edge + k * s.ep);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const T sw = x.sw[e0 + begin + r];
       T* dzr = dz + r * ce;
@@ -831,6 +955,10 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
       }
     }
     gemm(rows, s.ep, ce, dz, ce, w.edge_e_t, s.ep, x.de + (e0 + begin) * s.ep, s.ep, true);
+    if (scratch.gradients != nullptr) {
+      add_outer(s.e, ce, rows, x.e + (e0 + begin) * s.ep, s.ep, dz, ce, scratch.gradients[g.group[i]].edge_e,
+                ce);
+    }
   }
 }
 
@@ -968,6 +1096,26 @@ void nodes_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T
       }
     }
   }
+  T* sym = scratch.s.get(rows * s.sym_in());
+  if (scratch.gradients != nullptr) {
+    const GroupGradients<T>& into = scratch.gradients[x.graph->group[begin]];
+    for (int64_t head = 0; head < s.heads; ++head)
+      add_products(rows, s.np, gradient, s.np, x.message + begin * width + head * s.np, width,
+                   into.update_n + head * s.np);
+    for (int64_t r = 0; r < rows; ++r)
+      invariants(s, x.big_h + (begin + r) * 3 * s.sym_width(), sym + r * s.sym_in());
+    const auto values = [&](int64_t k, int64_t in, const T* a, const T* b, const T* bias, T* sums) {
+      const int64_t c = k * s.np;
+      T* z = scratch.z.get(rows * c);
+      for (int64_t r = 0; r < rows; ++r) copy_row(z + r * c, bias, c);
+      gemm(rows, c, in, a, in, b, c, z, c, true);
+      activate(s.phi, z, rows * c);
+      for (int64_t y = 0; y < k; ++y)
+        add_products(rows, s.np, z + y * s.np, c, gradient, s.np, sums + y * s.np);
+    };
+    values(s.k_node, s.np, x.v + begin * s.np, w.node, w.node_b, into.y_node);
+    values(s.k_sym, s.sym_in(), sym, w.sym, w.sym_b, into.y_sym);
+  }
   // slopes become gradients in place
   const auto scale = [&](T* slope, int64_t k, const T* p, const T* update) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -982,7 +1130,13 @@ void nodes_backward(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<T
   scale(dz1, s.k_node, w.p_node, x.update.n);
   scale(dz2, s.k_sym, w.p_sym, x.update.n + s.np);
   gemm(rows, s.np, c1, dz1, c1, w.node_t, s.np, dv, s.np, true);
-  T* sym = scratch.s.get(rows * s.sym_in());
+  if (scratch.gradients != nullptr) {
+    const GroupGradients<T>& into = scratch.gradients[x.graph->group[begin]];
+    add_outer(s.n, c1, rows, x.v + begin * s.np, s.np, dz1, c1, into.node, c1);
+    add_rows(rows, c1, dz1, c1, into.node_b);
+    add_outer(s.sym_in(), c2, rows, sym, s.sym_in(), dz2, c2, into.sym, c2);
+    add_rows(rows, c2, dz2, c2, into.sym_b);
+  }
   gemm(rows, s.sym_in(), c2, dz2, c2, w.sym_t, s.sym_in(), sym, s.sym_in(), false);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (begin + r) * 3 * s.sym_width();

@@ -1,0 +1,369 @@
+"""Fit a potential to energies, forces and stresses with the fused kernels.
+
+The gradient of a loss on forces needs second derivatives: d/dw of v . dE/dx, with v = dL/d(dE/dx). Here they are central differences of
+first derivatives,
+
+    d/dw (v . dE/dx) = [dE/dw (x + h v) - dE/dw (x - h v)] / (2 h) + O(h^2),
+
+so that a step is one evaluation of forces and two of weight gradients, all by the kernels that also run the dynamics.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from moecalc._jit import jit_save, jit_script
+from moecalc._lib import load
+from moecalc.errors import MoecalcError
+from moecalc.nn import ModelConfig, MoEPotential
+from moecalc.training.data import Batch, Frame, collate
+from moecalc.training.packing import Packed, pack
+
+
+class Options(BaseModel):
+    """Settings of a fit.
+
+    The loss of a batch is the mean of Huber functions of errors over their scales: of the energy per atom (eV), of force components
+    (eV/A), of virials per atom (eV); below `huber` scales they are squares, above linear. The weights of energies and virials against
+    forces grow from the first value to the second over the steps, the learning rate falls along a cosine.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(default=200_000, gt=0)
+    batch_atoms: int = Field(
+        default=96, gt=0, description="frames are added to a batch until it has as many atoms"
+    )
+    learning_rate: float = Field(default=2e-3, gt=0)
+    last_learning_rate: float = Field(default=1e-5, gt=0)
+    warm_up: int = Field(
+        default=500, gt=0, description="steps over which the learning rate rises at the start"
+    )
+    energy_scale: float = Field(default=0.004, gt=0)
+    force_scale: float = Field(default=0.06, gt=0)
+    virial_scale: float = Field(default=0.02, gt=0)
+    energy_weight: tuple[float, float] = (0.05, 1.0)
+    virial_weight: tuple[float, float] = (0.02, 0.1)
+    huber: float = Field(default=2.0, gt=0)
+    displacement: float = Field(
+        default=0.01, gt=0, description="largest displacement h v of the differences, Angstrom"
+    )
+    average: float = Field(
+        default=0.999, ge=0, lt=1, description="decay of the running average of the weights"
+    )
+    clip: float = Field(default=10.0, gt=0, description="largest norm of the gradient")
+    seed: int = 1
+    group_weights: dict[str, float] = Field(
+        default_factory=dict, description="how often the frames of a group come in an epoch, against 1"
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _between(ends: tuple[float, float], progress: float) -> float:
+    """From the first value to the second, in equal factors (in equal steps where one is 0)."""
+    first, last = ends
+    return first * (last / first) ** progress if min(ends) > 0 else first + (last - first) * progress
+
+
+def _huber(x: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """Value and derivative of the Huber function of x."""
+    size = x.abs()
+    inside = size <= delta
+    return torch.where(inside, 0.5 * x * x, delta * (size - 0.5 * delta)), x.clamp(-delta, delta)
+
+
+class Fit:
+    """A model, its kernels and its optimiser.
+
+    Args:
+        config: architecture: routing by element, uncompressed angles, widths that are multiples of 16 (float32) or 8 (float64), one
+            precision everywhere.
+        options: see `Options`.
+
+    Raises:
+        MoecalcError, RuntimeError: an option of the architecture that the kernels do not cover, by name.
+    """
+
+    def __init__(self, config: ModelConfig, options: Options) -> None:
+        self.config, self.options = config, options
+        if config.descriptor.a_compress_rate:
+            raise MoecalcError(
+                f"a_compress_rate = {config.descriptor.a_compress_rate}: training with the fused kernels needs uncompressed angles (0); "
+                "train with the DeePMD-kit plugin instead"
+            )
+        torch.manual_seed(options.seed)
+        self.dtype = getattr(torch, config.descriptor.precision)
+        self.model = MoEPotential(config)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        self.model.dtype_probe = self.model.dtype_probe.to(self.dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "model.pt")
+            jit_save(jit_script(self.model), Path(path), {})
+            self.kernels: Any = load().Trainer(path, config.descriptor.precision)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
+        self.averaged = [
+            p.detach().clone() for p in self.parameters
+        ]  # running average, which is what is validated and packaged
+        self.step_number = 0
+        self.rng = np.random.default_rng(options.seed)
+
+    # --- what the kernels compute ---
+
+    def _graph(self, batch: Batch) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+        row = self.kernels.set_graph(
+            batch.types, batch.edge_index, batch.edge_vec, batch.system, len(batch.sizes)
+        )
+        types, edges, vectors = self.kernels.graph()
+        return _tensor(types), _tensor(edges), vectors, row
+
+    def _readout(self, types: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        v = _tensor(self.kernels.forward(keep)).requires_grad_(True)
+        return v, self.model.readout(v, types)
+
+    def predict(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Energies (S,), forces (n, 3) and virials (S, 3, 3) of a batch, with the weights that are set."""
+        self.kernels.set_weights(*pack(self.model, sorted(set(batch.types.tolist()))).arrays())
+        types, edges, vectors, row = self._graph(batch)
+        v, energies = self._readout(types, False)
+        (dv,) = torch.autograd.grad(energies.sum(), v)
+        g = _tensor(self.kernels.backward(dv.numpy()))
+        system = _tensor(batch.system)[_tensor(row)]
+        energy = torch.zeros(len(batch.sizes), dtype=torch.float64).index_add(0, system, energies.detach())
+        forces = _forces(g, edges, len(batch.types))
+        virial = _virial(g, _tensor(vectors), system[edges[0]], len(batch.sizes))
+        out = np.empty_like(batch.forces)
+        out[row] = forces.numpy()
+        return energy.numpy(), out, virial.numpy()
+
+    def gradients(self, batch: Batch, energy_weight: float, virial_weight: float) -> dict[str, float]:
+        """Set `grad` of the parameters to the gradient of the batch's loss.
+
+        Returns:
+            The loss and the mean absolute errors of energies (eV/atom), forces (eV/A) and virials (eV/atom).
+        """
+        o = self.options
+        packed = pack(self.model, sorted(set(batch.types.tolist())))
+        self.kernels.set_weights(*packed.arrays())
+        types, edges, vectors_np, row_np = self._graph(batch)
+        vectors, row = _tensor(vectors_np), _tensor(row_np)
+        n, n_system = len(batch.types), len(batch.sizes)
+        system = _tensor(batch.system)[row]
+        sizes = _tensor(batch.sizes).double()
+
+        v, energies = self._readout(types, False)
+        (dv,) = torch.autograd.grad(energies.sum(), v)
+        g = _tensor(self.kernels.backward(dv.numpy()))
+        energy = torch.zeros(n_system, dtype=torch.float64).index_add(0, system, energies.detach())
+        d_energy = (energy - _tensor(batch.energy)) / sizes
+        d_force = _forces(g, edges, n) - _tensor(batch.forces)[row]
+        edge_system = system[edges[0]]
+        d_virial = (_virial(g, vectors, edge_system, n_system) - _tensor(batch.virial)) / sizes[:, None, None]
+        d_virial = d_virial * _tensor(batch.has_virial).double()[:, None, None]
+
+        loss_e, slope_e = _huber(d_energy / o.energy_scale, o.huber)
+        loss_f, slope_f = _huber(d_force / o.force_scale, o.huber)
+        loss_v, slope_v = _huber(d_virial / o.virial_scale, o.huber)
+        loss = energy_weight * loss_e.mean() + loss_f.mean() + virial_weight * loss_v.mean()
+        to_energy = energy_weight / (n_system * o.energy_scale) * slope_e / sizes  # (S,)
+        to_force = slope_f / (3 * n * o.force_scale)  # (n, 3)
+        to_virial = (
+            virial_weight / (9 * n_system * o.virial_scale) * slope_v / sizes[:, None, None]
+        )  # (S, 3, 3)
+        # F_i = sum of g over edges of i - sum over edges to i; virial = -sum vec (x) g
+        direction = to_force[edges[0]] - to_force[edges[1]]
+        direction = direction - (vectors.unsqueeze(2) * to_virial[edge_system]).sum(1)
+        largest = float(direction.abs().max()) if len(direction) else 0.0
+        h = o.displacement / largest if largest > 0 else 0.0
+
+        for parameter in self.parameters:
+            parameter.grad = None
+        sums: list[np.ndarray] = []
+        for sign in (1.0, -1.0):
+            self.kernels.set_edge_vec((vectors + sign * h * direction).numpy())
+            v, energies = self._readout(types, True)
+            # half of the energies' share at either side: their mean is that in the middle, to O(h^2)
+            weights = 0.5 * to_energy[system] + (sign / (2.0 * h) if h > 0 else 0.0)
+            (weights * energies).sum().backward()
+            assert v.grad is not None  # the energies depend on v
+            part = _flat(self.kernels.backward_to_weights(v.grad.numpy()), packed)
+            sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else part
+        pairs = [
+            (t, _tensor(a).reshape(t.shape))
+            for t, a in zip(packed.tensors(), sums, strict=True)
+            if t.requires_grad
+            and a.size  # a map that the model has but the energy does not need has no gradient
+        ]
+        torch.autograd.backward([t for t, _ in pairs], [a for _, a in pairs])
+        return {
+            "loss": float(loss),
+            "energy": float(d_energy.abs().mean()),
+            "force": float(d_force.abs().mean()),
+            "virial": float(d_virial.abs().mean()),
+        }
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One step of the optimiser; returns what `gradients` does, the norm of the gradient and the learning rate."""
+        o = self.options
+        progress = min(1.0, self.step_number / o.steps)
+        fall = 0.5 * (1.0 + math.cos(math.pi * progress))
+        rate = o.last_learning_rate + (o.learning_rate - o.last_learning_rate) * fall
+        rate *= min(1.0, (self.step_number + 1) / o.warm_up)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = self.gradients(
+            batch, _between(o.energy_weight, progress), _between(o.virial_weight, progress)
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.clip)
+        self.optimizer.step()
+        self.step_number += 1
+        keep = min(o.average, (1 + self.step_number) / (10 + self.step_number))
+        for average, parameter in zip(self.averaged, self.parameters, strict=True):
+            average.lerp_(parameter.detach(), 1.0 - keep)
+        return {**result, "norm": float(norm), "rate": rate}
+
+    # --- the loop ---
+
+    def batches(self, frames: list[Frame]) -> Iterator[Batch]:
+        """Endless batches of about `batch_atoms` atoms; every frame comes equally often, but for `group_weights`."""
+        weights = np.array([self.options.group_weights.get(f.group, 1.0) for f in frames])
+        queue: list[int] = []
+        while True:
+            chosen: list[Frame] = []
+            atoms = 0
+            while atoms < self.options.batch_atoms:
+                if not queue:
+                    counts = np.floor(weights + self.rng.random(len(frames))).astype(int)
+                    queue = self.rng.permutation(np.repeat(np.arange(len(frames)), counts)).tolist()
+                frame = frames[queue.pop()]
+                chosen.append(frame)
+                atoms += len(frame.types)
+            yield collate(chosen)
+
+    def swap_average(self) -> None:
+        """Exchange the weights with their running average (twice: as before)."""
+        for parameter, average in zip(self.parameters, self.averaged, strict=True):
+            value = parameter.detach().clone()
+            parameter.data.copy_(average)
+            average.copy_(value)
+
+    def validate(self, frames: list[Frame]) -> dict[str, dict[str, float]]:
+        """Mean absolute errors per group, with averaged weights: energy (eV/atom), force (eV/A)."""
+        self.swap_average()
+        sums: dict[str, list[list[float]]] = {}
+        for frame in frames:
+            energy, forces, _ = self.predict(collate([frame]))
+            entry = sums.setdefault(frame.group, [[], [], []])
+            entry[0].append(abs(float(energy[0]) - frame.energy) / len(frame.types))
+            entry[1].append(float(np.abs(forces - frame.forces).sum()))
+            entry[2].append(float(frame.forces.size))
+        self.swap_average()
+        return {
+            group: {"energy": float(np.mean(e)), "force": sum(f) / sum(n), "frames": len(e)}
+            for group, (e, f, n) in sorted(sums.items())
+        }
+
+    def save(self, path: Path) -> None:
+        """Everything that `restore` needs, and moecalc's checkpoint form of the averaged weights beside it."""
+        from moecalc.package.importers.native import save_checkpoint
+
+        state = {
+            "step": self.step_number,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "config": self.config.model_dump(mode="json"),
+            "options": self.options.model_dump(mode="json"),
+        }
+        temporary = path.with_suffix(".new")
+        torch.save(state, temporary)
+        temporary.replace(path)
+        self.swap_average()
+        save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
+        self.swap_average()
+
+    def restore(self, path: Path) -> None:
+        """Continue from a file of `save`."""
+        state = torch.load(path, weights_only=False)
+        self.model.load_state_dict(state["model"])
+        for average, value in zip(self.averaged, state["averaged"], strict=True):
+            average.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.bit_generator.state = state["rng"]
+        self.step_number = state["step"]
+
+    def run(
+        self,
+        train: list[Frame],
+        valid: list[Frame],
+        folder: Path,
+        every: int = 2000,
+        until: float | None = None,
+    ) -> None:
+        """Train to the last step, or to a time (`time.time()`); writes `log.jsonl`, `state.pt` and `state.averaged.pt`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        batches = self.batches(train)
+        recent: list[dict[str, float]] = []
+        start, first = time.time(), self.step_number
+        while self.step_number < self.options.steps and (until is None or time.time() < until):
+            recent.append(self.step(next(batches)))
+            if self.step_number % every == 0 or self.step_number == self.options.steps:
+                entry: dict[str, Any] = {k: float(np.mean([r[k] for r in recent])) for k in recent[0]}
+                entry["step"] = self.step_number
+                entry["seconds_per_step"] = (time.time() - start) / (self.step_number - first)
+                entry["validation"] = self.validate(valid)
+                recent = []
+                with (folder / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                self.save(folder / "state.pt")
+        self.save(folder / "state.pt")
+
+
+def _forces(g: Tensor, edges: Tensor, n: int) -> Tensor:
+    return torch.zeros((n, 3), dtype=torch.float64).index_add(0, edges[0], g).index_add(0, edges[1], -g)
+
+
+def _virial(g: Tensor, vectors: Tensor, edge_system: Tensor, n_system: int) -> Tensor:
+    outer = -(vectors.unsqueeze(2) * g.unsqueeze(1)).reshape(-1, 9)
+    return (
+        torch.zeros((n_system, 9), dtype=torch.float64)
+        .index_add(0, edge_system, outer)
+        .reshape(n_system, 3, 3)
+    )
+
+
+def _flat(gradients: Any, packed: Packed) -> list[np.ndarray]:
+    """Gradients of the kernels in the order of `Packed.tensors`."""
+    embedding, layers = gradients
+    out = list(embedding)
+    for (updates, groups), layer in zip(layers, packed.layers, strict=True):
+        out += [np.ascontiguousarray(u[: len(t)]) for u, t in zip(updates, layer.updates, strict=True)]
+        for arrays, tensors in zip(groups, layer.groups, strict=True):
+            out += arrays[: len(tensors)]
+    return out
+
+
+def element_energies(frames: list[Frame], n_types: int) -> np.ndarray:
+    """Least-squares energy of an atom of every type (T,), eV; types without frames get 0."""
+    counts = np.stack([np.bincount(f.types, minlength=n_types) for f in frames]).astype(float)
+    weights = 1.0 / counts.sum(1)
+    solution, *_ = np.linalg.lstsq(
+        counts * weights[:, None], np.array([f.energy for f in frames]) * weights, rcond=None
+    )
+    return np.asarray(solution)

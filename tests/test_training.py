@@ -1,0 +1,177 @@
+"""Training with the fused kernels: gradients against autograd, the optimiser's loop, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from moecalc._lib import load
+from moecalc.errors import MoecalcError
+from moecalc.nn import POSITIONS, ModelConfig
+from moecalc.nn.model import evaluate
+from moecalc.training.data import Frame, collate, to_frame
+from moecalc.training.fit import Fit, Options, element_energies
+from moecalc.training.packing import GROUP_TENSORS
+
+ELEMENTS = ["Cu", "Ni", "Al"]
+
+
+def config(kind: str = "mlp", precision: str = "float64", **descriptor: Any) -> ModelConfig:
+    """A small model; `kind` "dense" has no experts."""
+    widths = {"n_dim": 16, "e_dim": 16, "a_dim": 16, "nlayers": 3}
+    shells = {"e_rcut": 4.5, "e_rcut_smth": 3.5, "e_sel": 20, "a_rcut": 3.2, "a_rcut_smth": 2.6, "a_sel": 10}
+    routers = {"r": {"n_routed_experts": 4, "top_k": 2, "n_shared_experts": 1}}
+    positions = {name: {"router": "r", "kind": kind} for name in POSITIONS}
+    return ModelConfig.model_validate(
+        {
+            "type_map": ELEMENTS,
+            "descriptor": {**widths, **shells, "precision": precision, **descriptor},
+            "fitting": {"neuron": [16, 16], "precision": precision},
+            "moe": {} if kind == "dense" else {"routers": routers, "positions": positions},
+        }
+    )
+
+
+def frames(n: int = 4) -> list[Frame]:
+    """Rattled Cu-Ni crystals with the results of ASE's EMT."""
+    made = []
+    for k in range(n):
+        atoms = bulk("Cu", cubic=True) * (2, 1, 1)
+        atoms.symbols[k % 3 :: 3] = "Ni"
+        atoms.rattle(0.15, seed=k)
+        atoms.calc = EMT()
+        results = {
+            "energy": atoms.get_potential_energy(),
+            "forces": atoms.get_forces(),
+            "stress": atoms.get_stress(),
+        }
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        made.append(to_frame(atoms, ELEMENTS, 4.5))
+    return made
+
+
+def exact_loss(fit: Fit, batch: Any, energy_weight: float, virial_weight: float) -> torch.Tensor:
+    """The loss of `Fit.gradients`, by autograd alone."""
+    o = fit.options
+    n_system = len(batch.sizes)
+    arrays = (batch.types, batch.edge_index, batch.edge_vec, batch.system)
+    types, edges, vectors, system = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
+    out = evaluate(fit.model, types, edges, vectors, system, n_system, create_graph=True)
+    sizes = torch.from_numpy(batch.sizes).double()
+
+    def huber(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.huber_loss(x, torch.zeros_like(x), delta=o.huber)
+
+    energy = (out.energy - torch.from_numpy(batch.energy)) / sizes
+    force = out.forces - torch.from_numpy(batch.forces)
+    virial = (out.virial - torch.from_numpy(batch.virial)) / sizes[:, None, None]
+    return (
+        energy_weight * huber(energy / o.energy_scale)
+        + huber(force / o.force_scale)
+        + virial_weight * huber(virial / o.virial_scale)
+    )
+
+
+def test_tensors_are_in_the_order_of_the_kernels() -> None:
+    assert tuple(load().TRAINING_TENSORS) == GROUP_TENSORS
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dense", {}),
+        ("mlp", {}),
+        ("linear", {}),
+        ("mlp", {"update_style": "res_avg"}),
+        ("mlp", {"n_multi_edge_message": 2, "use_exp_switch": True, "edge_init_use_dist": True}),
+        ("linear", {"smooth_edge_update": True, "nlayers": 4, "activation_function": "tanh"}),
+        ("mlp", {"update_angle": False}),
+    ],
+)
+def test_gradient_of_the_loss_equals_double_backward(kind: str, options: dict[str, Any]) -> None:
+    fit = Fit(config(kind, **options), Options(displacement=1e-4, energy_scale=1.0, force_scale=1.0))
+    batch = collate(frames(2))
+    fit.gradients(batch, 0.7, 0.4)
+    ours = {name: p.grad.clone() for name, p in fit.model.named_parameters() if p.grad is not None}
+    fit.model.zero_grad()
+    exact_loss(fit, batch, 0.7, 0.4).backward()
+    for name, parameter in fit.model.named_parameters():
+        if parameter.grad is None:
+            assert name not in ours or not ours[name].any()
+            continue
+        scale = parameter.grad.abs().max()
+        # what is left is O(h^2), of the differences
+        torch.testing.assert_close(
+            ours.get(name, torch.zeros_like(parameter)), parameter.grad, rtol=1e-4, atol=1e-5 * scale
+        )
+
+
+@pytest.mark.parametrize("kind", ["dense", "mlp", "linear"])
+def test_predictions_equal_the_reference_model(kind: str) -> None:
+    fit = Fit(config(kind), Options())
+    batch = collate(frames(3))
+    energy, forces, virial = fit.predict(batch)
+    arrays = (batch.types, batch.edge_index, batch.edge_vec, batch.system)
+    types, edges, vectors, system = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
+    expected = evaluate(fit.model, types, edges, vectors, system, 3)
+    np.testing.assert_allclose(energy, expected.energy, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(forces, expected.forces, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(virial, expected.virial, rtol=0, atol=1e-11)
+
+
+def test_training_lowers_the_loss() -> None:
+    data = frames(6)
+    scales = {"energy_scale": 0.1, "force_scale": 0.3, "virial_scale": 0.3}
+    options = Options(steps=100, warm_up=5, learning_rate=1e-2, batch_atoms=16, **scales)
+    fit = Fit(config("mlp", "float32"), options)
+    fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(data, len(ELEMENTS))))
+    batches = fit.batches(data)
+    losses = [fit.step(next(batches))["loss"] for _ in range(100)]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+
+
+def test_a_restarted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    data, settings = frames(4), Options(steps=6, batch_atoms=8, warm_up=2)
+    whole = Fit(config("mlp", "float32"), settings)
+    whole.run(data, data[:1], tmp_path / "whole", every=3)
+    first = Fit(config("mlp", "float32"), settings)
+    batches = first.batches(data)
+    for _ in range(4):
+        first.step(next(batches))
+    first.save(tmp_path / "part.pt")
+    second = Fit(config("mlp", "float32"), settings)
+    second.restore(tmp_path / "part.pt")
+    batches = second.batches(data)
+    for _ in range(2):
+        second.step(next(batches))
+    for one, two in zip(whole.parameters, second.parameters, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_the_averaged_weights_can_be_packaged(tmp_path: Path) -> None:
+    from moecalc.package import package_checkpoint
+
+    fit = Fit(config("linear", "float32"), Options(steps=2, batch_atoms=8))
+    fit.run(frames(2), frames(1), tmp_path, every=2)
+    report = package_checkpoint(tmp_path / "state.averaged.pt", tmp_path / "m.moe.pt")
+    assert report.verification.passed
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "message"),
+    [
+        ({"a_dim": 12}, "multiples of"),
+        ({"sequential_update": True}, "sequential_update"),
+        ({"a_compress_rate": 2}, "uncompressed"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_refused(descriptor: dict[str, Any], message: str) -> None:
+    with pytest.raises((RuntimeError, MoecalcError), match=message):
+        Fit(config("dense", **descriptor), Options()).gradients(collate(frames(1)), 1.0, 1.0)
