@@ -1,1 +1,1 @@
-"""Training on CPUs with the fused kernels: energies and forces of small batches in milliseconds (docs/training.md)."""
+"""Training on CPUs with the fused kernels: a step with forces in tens of milliseconds (`moecalc.training.fit`)."""
