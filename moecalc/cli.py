@@ -416,6 +416,60 @@ def upcycle(
 
 
 @app.command()
+def fit(
+    source: Annotated[
+        Path, typer.Argument(metavar="FRAMES", help="Frames with energy and forces: train.extxyz, also .gz.")
+    ],
+    input_file: Annotated[
+        Path, typer.Option("--input", help="JSON with the model and the settings of the fit.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results; an earlier fit in it goes on.")
+    ],
+    validation: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of every group to hold out.")
+    ] = 0.05,
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop after so long. Default: at the last step.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: those of torch.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 2000,
+) -> None:
+    """Fit a potential on CPUs with the fused kernels; the result is a checkpoint for `moecalc package`."""
+    console = _console()
+
+    def show(entry: dict[str, Any]) -> None:
+        groups = entry["validation"].values()
+        frames = sum(g["frames"] for g in groups)
+        energy = sum(g["energy"] * g["frames"] for g in groups) / max(1, frames)
+        worst = max((g["force"] for g in groups), default=0.0)
+        console.print(
+            f"step {entry['step']:>8,}  {1e3 * entry['seconds']:.0f} ms  batches {1e3 * entry['energy']:.1f} meV/atom "
+            f"{entry['force']:.3f} eV/A  held out {1e3 * energy:.1f} meV/atom, worst group {worst:.3f} eV/A",
+            soft_wrap=True,
+        )
+
+    with _progress("fitting") as say:
+        say("reading frames")
+        from moecalc.training.fit import fit_frames
+
+        say("training")
+        result = fit_frames(
+            source,
+            input_file,
+            out,
+            validation=validation,
+            hours=hours,
+            threads=threads,
+            every=every,
+            progress=show,
+        )
+    checkpoint = out / "state.averaged.pt"
+    console.print(f"stopped at step {result.step_number:,} of {result.options.steps:,}", soft_wrap=True)
+    console.print(f"next: moecalc package {checkpoint} -o model.moe.pt", soft_wrap=True, markup=False)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the findings as JSON, nothing else.")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from typer.testing import CliRunner
 
 from moecalc._lib import load
+from moecalc.cli import app
 from moecalc.errors import MoecalcError
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.nn.model import evaluate
 from moecalc.training.data import Frame, collate, to_frame
-from moecalc.training.fit import Fit, Options, element_energies
+from moecalc.training.fit import Fit, Options, element_energies, fit_frames
 from moecalc.training.packing import GROUP_TENSORS
 
 ELEMENTS = ["Cu", "Ni", "Al"]
@@ -39,7 +44,7 @@ def config(kind: str = "mlp", precision: str = "float64", **descriptor: Any) -> 
     )
 
 
-def frames(n: int = 4) -> list[Frame]:
+def structures(n: int) -> list[Atoms]:
     """Rattled Cu-Ni crystals with the results of ASE's EMT."""
     made = []
     for k in range(n):
@@ -53,8 +58,22 @@ def frames(n: int = 4) -> list[Frame]:
             "stress": atoms.get_stress(),
         }
         atoms.calc = SinglePointCalculator(atoms, **results)
-        made.append(to_frame(atoms, ELEMENTS, 4.5))
+        made.append(atoms)
     return made
+
+
+def frames(n: int = 4) -> list[Frame]:
+    """The same as frames of training."""
+    return [to_frame(atoms, ELEMENTS, 4.5) for atoms in structures(n)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """Frames, and an input for them."""
+    write(tmp_path / "train.extxyz", structures(5))
+    model = config("linear", "float32").model_dump(mode="json", exclude={"type_map"})
+    (tmp_path / "fit.json").write_text(json.dumps({"model": model, "fit": {"steps": 4, "batch_atoms": 8}}))
+    return tmp_path / "train.extxyz", tmp_path / "fit.json"
 
 
 def exact_loss(fit: Fit, batch: Any, energy_weight: float, virial_weight: float) -> torch.Tensor:
@@ -143,13 +162,13 @@ def test_a_restarted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole.run(data, data[:1], tmp_path / "whole", every=3)
     first = Fit(config("mlp", "float32"), settings)
     batches = first.batches(data)
-    for _ in range(4):
+    for _ in range(3):  # in the middle of an epoch
         first.step(next(batches))
     first.save(tmp_path / "part.pt")
     second = Fit(config("mlp", "float32"), settings)
     second.restore(tmp_path / "part.pt")
     batches = second.batches(data)
-    for _ in range(2):
+    for _ in range(3):
         second.step(next(batches))
     for one, two in zip(whole.parameters, second.parameters, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
@@ -175,3 +194,47 @@ def test_the_averaged_weights_can_be_packaged(tmp_path: Path) -> None:
 def test_what_the_kernels_do_not_cover_is_refused(descriptor: dict[str, Any], message: str) -> None:
     with pytest.raises((RuntimeError, MoecalcError), match=message):
         Fit(config("dense", **descriptor), Options()).gradients(collate(frames(1)), 1.0, 1.0)
+
+
+def test_the_command_fits_goes_on_and_names_the_next_step(files: tuple[Path, Path], tmp_path: Path) -> None:
+    source, input_file = files
+    command = ["fit", str(source), "--input", str(input_file), "-o", str(tmp_path / "out"), "--every", "2"]
+    first = CliRunner().invoke(app, [*command, "--hours", "0", "--validation", "0.2"])
+    assert first.exit_code == 0, first.output
+    assert "stopped at step 0 of 4" in first.output
+    second = CliRunner().invoke(app, [*command, "--validation", "0.2"])
+    assert second.exit_code == 0, second.output
+    assert "stopped at step 4 of 4" in second.output
+    assert "moecalc package" in second.output
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON"),
+        ('{"fit": {}}', "expected JSON with `model` and `fit`"),
+        ('{"model": {}, "fit": {"stepz": 1}}', "stepz"),
+        ('{"model": {"descriptor": {}}}', "model: "),
+    ],
+)
+def test_an_input_that_is_not_valid_is_refused(
+    files: tuple[Path, Path], tmp_path: Path, text: str, message: str
+) -> None:
+    files[1].write_text(text)
+    with pytest.raises(MoecalcError, match=message):
+        fit_frames(files[0], files[1], tmp_path / "out")
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
+    Fit(config("dense"), Options()).save(tmp_path / "state.pt")
+    with pytest.raises(MoecalcError, match="belongs to another model"):
+        Fit(config("mlp"), Options()).restore(tmp_path / "state.pt")
+
+
+def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path) -> None:
+    example = json.loads((Path(__file__).parents[1] / "examples/train/fit.json").read_text())
+    example["fit"]["steps"] = 1
+    (tmp_path / "example.json").write_text(json.dumps(example))
+    fit = fit_frames(files[0], tmp_path / "example.json", tmp_path / "out", validation=0.0)
+    assert fit.step_number == 1

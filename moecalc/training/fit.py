@@ -14,20 +14,24 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from ase.data import chemical_symbols
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from moecalc._jit import jit_save, jit_script
 from moecalc._lib import load
+from moecalc.dataset import check_frames, read_frames, split_frames
 from moecalc.errors import MoecalcError
 from moecalc.nn import ModelConfig, MoEPotential
-from moecalc.training.data import Batch, Frame, collate
+from moecalc.package.importers.common import first_error
+from moecalc.package.importers.native import save_checkpoint
+from moecalc.training.data import Batch, Frame, collate, to_frame
 from moecalc.training.packing import Packed, pack
 
 
@@ -122,6 +126,7 @@ class Fit:
         ]  # running average, which is what is validated and packaged
         self.step_number = 0
         self.rng = np.random.default_rng(options.seed)
+        self.queue: list[int] = []  # frames that are left of this epoch
 
     # --- what the kernels compute ---
 
@@ -242,15 +247,14 @@ class Fit:
     def batches(self, frames: list[Frame]) -> Iterator[Batch]:
         """Endless batches of about `batch_atoms` atoms; every frame comes equally often, but for `group_weights`."""
         weights = np.array([self.options.group_weights.get(f.group, 1.0) for f in frames])
-        queue: list[int] = []
         while True:
             chosen: list[Frame] = []
             atoms = 0
             while atoms < self.options.batch_atoms:
-                if not queue:
+                while not self.queue:
                     counts = np.floor(weights + self.rng.random(len(frames))).astype(int)
-                    queue = self.rng.permutation(np.repeat(np.arange(len(frames)), counts)).tolist()
-                frame = frames[queue.pop()]
+                    self.queue = self.rng.permutation(np.repeat(np.arange(len(frames)), counts)).tolist()
+                frame = frames[self.queue.pop()]
                 chosen.append(frame)
                 atoms += len(frame.types)
             yield collate(chosen)
@@ -280,14 +284,13 @@ class Fit:
 
     def save(self, path: Path) -> None:
         """Everything that `restore` needs, and moecalc's checkpoint form of the averaged weights beside it."""
-        from moecalc.package.importers.native import save_checkpoint
-
         state = {
             "step": self.step_number,
             "model": self.model.state_dict(),
             "averaged": self.averaged,
             "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.bit_generator.state,
+            "queue": self.queue,
             "config": self.config.model_dump(mode="json"),
             "options": self.options.model_dump(mode="json"),
         }
@@ -299,13 +302,22 @@ class Fit:
         self.swap_average()
 
     def restore(self, path: Path) -> None:
-        """Continue from a file of `save`."""
+        """Continue from a file of `save`.
+
+        Raises:
+            MoecalcError: it is of another architecture.
+        """
         state = torch.load(path, weights_only=False)
+        if state["config"] != self.config.model_dump(mode="json"):
+            raise MoecalcError(
+                f"{path} belongs to another model: choose another folder, or the input that it was begun with"
+            )
         self.model.load_state_dict(state["model"])
         for average, value in zip(self.averaged, state["averaged"], strict=True):
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
+        self.queue = list(state["queue"])
         self.step_number = state["step"]
 
     def run(
@@ -315,24 +327,91 @@ class Fit:
         folder: Path,
         every: int = 2000,
         until: float | None = None,
+        progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Train to the last step, or to a time (`time.time()`); writes `log.jsonl`, `state.pt` and `state.averaged.pt`."""
+        """Train to the last step, or to a time.
+
+        Writes to `folder`: `log.jsonl`, a line of errors every `every` steps; `state.pt`, to go on from; `state.averaged.pt`, a
+        checkpoint for `moecalc package`.
+
+        Args:
+            train, valid: frames.
+            folder: made where it does not exist.
+            every: steps between validations.
+            until: `time.time()` at which to stop, or None.
+            progress: called with every line of the log.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         batches = self.batches(train)
         recent: list[dict[str, float]] = []
-        start, first = time.time(), self.step_number
         while self.step_number < self.options.steps and (until is None or time.time() < until):
-            recent.append(self.step(next(batches)))
+            start = time.perf_counter()
+            recent.append({**self.step(next(batches)), "seconds": time.perf_counter() - start})
             if self.step_number % every == 0 or self.step_number == self.options.steps:
-                entry: dict[str, Any] = {k: float(np.mean([r[k] for r in recent])) for k in recent[0]}
-                entry["step"] = self.step_number
-                entry["seconds_per_step"] = (time.time() - start) / (self.step_number - first)
+                entry: dict[str, Any] = {"step": self.step_number}
+                entry |= {k: float(np.mean([r[k] for r in recent])) for k in recent[0]}
                 entry["validation"] = self.validate(valid)
                 recent = []
-                with (folder / "log.jsonl").open("a") as file:
+                with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
                 self.save(folder / "state.pt")
+                if progress is not None:
+                    progress(entry)
         self.save(folder / "state.pt")
+
+
+def fit_frames(
+    source: str | Path,
+    input_file: str | Path,
+    folder: str | Path,
+    *,
+    validation: float = 0.05,
+    hours: float | None = None,
+    threads: int | None = None,
+    every: int = 2000,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Fit:
+    """Fit a model to the frames of a file; goes on where an earlier call with the same folder stopped.
+
+    Args:
+        source: frames as for `moecalc.dataset.read_frames`.
+        input_file: JSON with `model` (a `ModelConfig` without `type_map`) and `fit` (`Options`).
+        folder: for the results, see `Fit.run`.
+        validation: share of every group that is held out, drawn with the seed of the fit.
+        hours: stop after so long; None: at the last step.
+        threads: of the kernels; None: torch's number.
+        every, progress: as in `Fit.run`.
+
+    Raises:
+        MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be used.
+    """
+    path, folder = Path(input_file), Path(folder)
+    started = time.time()
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        model, options = given["model"], Options.model_validate(given.get("fit", {}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MoecalcError(f"{path}: expected JSON with `model` and `fit` ({error})") from None
+    atoms = read_frames(source)
+    numbers = sorted({int(z) for a in atoms for z in set(a.numbers)})
+    elements = [chemical_symbols[z] for z in numbers]
+    check_frames(atoms, elements)
+    try:
+        config = ModelConfig.model_validate({**model, "type_map": elements})
+    except ValidationError as error:
+        raise MoecalcError(f"{path}: model: {first_error(error)}") from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    held_out = set(split_frames(atoms, validation, options.seed))
+    frames = [to_frame(a, elements, config.descriptor.e_rcut) for a in atoms]
+    train = [f for k, f in enumerate(frames) if k not in held_out]
+    fit = Fit(config, options)
+    fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(elements))))
+    if (folder / "state.pt").exists():
+        fit.restore(folder / "state.pt")
+    until = None if hours is None else started + 3600.0 * hours
+    fit.run(train, [frames[k] for k in sorted(held_out)], folder, every, until, progress)
+    return fit
 
 
 def _forces(g: Tensor, edges: Tensor, n: int) -> Tensor:
