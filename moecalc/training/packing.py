@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moecalc.nn import MoEPotential
-from moecalc.nn.moe import ExpertLinear
 from moecalc.nn.repflow import RepFlowLayer
 
 GROUP_TENSORS = (
@@ -106,33 +105,26 @@ def _updates(layer: RepFlowLayer, like: Tensor) -> list[Tensor]:
     ]
 
 
-def _experts(
-    position: ExpertLinear, group: int, routes: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    matrix, bias, p = position.group_weights(group, routes)
-    return matrix, bias, p
-
-
 def _group(layer: RepFlowLayer, group: int, routes: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
     n = layer.n_dim
-    node, node_b, p_node = _experts(layer.node_self_mlp, group, routes)
-    sym, sym_b, p_sym = _experts(layer.node_sym_linear, group, routes)
-    edge, edge_b, p_message = _experts(layer.node_edge_linear, group, routes)
+    node, node_b, p_node = layer.node_self_mlp.group_weights(group, routes)
+    sym, sym_b, p_sym = layer.node_sym_linear.group_weights(group, routes)
+    edge, edge_b, p_message = layer.node_edge_linear.group_weights(group, routes)
     empty = edge.new_zeros((0,))
     p_edge = p_angle1 = p_angle = p_angle2 = angle2 = angle2_b = empty
     if layer.live_edge:
-        own, own_b, p_edge = _experts(layer.edge_self_linear, group, routes)
+        own, own_b, p_edge = layer.edge_self_linear.group_weights(group, routes)
         edge, edge_b = torch.cat([edge, own], 1), torch.cat([edge_b, own_b])
     angle = [empty] * 5
     if layer.with_angles:
         first = layer.edge_angle_linear1
-        matrix, bias, p_angle1 = _experts(first, group, routes)
+        matrix, bias, p_angle1 = first.group_weights(group, routes)
         if layer.live_angle:
-            own, own_b, p_angle = _experts(layer.angle_self_linear, group, routes)
+            own, own_b, p_angle = layer.angle_self_linear.group_weights(group, routes)
             matrix, bias = torch.cat([matrix, own], 1), torch.cat([bias, own_b])
         a, vc, k, j = matrix.split([first.a_dim, first.n_dim, first.e_dim, first.e_dim])
         angle = [vc, bias, j, k, a]
-        angle2, angle2_b, p_angle2 = _experts(layer.edge_angle_linear2, group, routes)
+        angle2, angle2_b, p_angle2 = layer.edge_angle_linear2.group_weights(group, routes)
     return [
         node, node_b, p_node, sym, sym_b, p_sym, edge[:n], edge_b, edge[n : 2 * n], edge[2 * n :], p_message, p_edge,
         *angle, p_angle1, p_angle, angle2, angle2_b, p_angle2,
