@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -68,29 +69,37 @@ def read_frames(source: str | Path) -> list[Any]:
     Raises:
         DatasetError: missing, empty or unreadable file.
     """
-    from ase.io import read
-
     path = Path(source)
     if not path.is_file():
         raise DatasetError(
             f"{path}: no such file, expected structures with energies and forces (extended XYZ)"
         )
-    extended = path.name.removesuffix(".gz").endswith((".xyz", ".extxyz"))
     try:
-        if extended:
-            # from memory: ASE jumps between frames, and every jump back in a compressed file would read it from its beginning
-            opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")  # noqa: SIM115 # closed by the next line
-            with opened as file:
-                frames = read(io.StringIO(file.read()), index=":", format="extxyz")
-        else:
-            frames = read(path, index=":")
+        frames = parse_frames(path)
     except Exception as error:  # noqa: BLE001 # ASE's readers raise whatever they meet
         raise DatasetError(
             f"{path}: not readable ({type(error).__name__}: {error}), expected extended XYZ"
         ) from None
     if not frames:
         raise DatasetError(f"{path}: no frames in it")
-    return list(frames)
+    return frames
+
+
+def parse_frames(path: Path) -> list[Any]:
+    """Frames of a file as ASE `Atoms`; raises whatever ASE's readers raise.
+
+    Extended XYZ, also compressed (`.gz`, `.xz`), is read from memory: ASE jumps between frames, and every jump back in a compressed
+    file would read it from its beginning.
+    """
+    from ase.io import read
+
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix)
+    name = path.stem if unpack is not None else path.name
+    if not name.endswith((".xyz", ".extxyz")):
+        return list(read(path, index=":"))
+    content = path.read_bytes()
+    text = (content if unpack is None else unpack(content)).decode("utf-8")
+    return list(read(io.StringIO(text), index=":", format="extxyz"))
 
 
 def _problem(atoms: Any, type_map: Sequence[str]) -> str | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import lzma
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.io import read
 from numpy.typing import NDArray
 
 from moecalc.calculator import MoECalculator
+from moecalc.dataset import parse_frames
 from moecalc.errors import ElementError, MoecalcError, StructureError
 from moecalc.report.elastic import (
     EquationOfStateResult,
@@ -131,21 +128,14 @@ class Evaluation:
 def read_frames(path: str | Path) -> list[Atoms]:
     """All frames of a file that ASE reads.
 
-    Compressed extxyz is unpacked into memory first: ASE seeks in it, and each seek would unpack it from the start.
-
     Raises:
         MoecalcError: the file is missing, is not readable as structures, or has none.
     """
     path = Path(path)
     if not path.is_file():
         raise MoecalcError(f"{path}: no such file, expected reference data such as an extxyz file")
-    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix)
     try:
-        if unpack is not None and path.stem.endswith((".xyz", ".extxyz")):
-            text = unpack(path.read_bytes()).decode("utf-8")
-            frames = read(io.StringIO(text), ":", format="extxyz")
-        else:
-            frames = read(path, ":")
+        frames = parse_frames(path)
     except Exception as error:
         # ASE's readers raise whatever their parsers meet
         reason = str(error) or type(error).__name__
@@ -154,7 +144,7 @@ def read_frames(path: str | Path) -> list[Atoms]:
         ) from error
     if not frames:
         raise MoecalcError(f"{path}: expected structures, got an empty file")
-    return list(frames)
+    return frames
 
 
 def evaluate(
