@@ -2,7 +2,7 @@
 
 The same on the command line:
 
-    moecalc package examples/data/metals10_moe.pt -o nbmotaw.moe.pt --elements Nb,Mo,Ta,W
+    moecalc package examples/data/metals10.pt -o nbmotaw.moe.pt --elements Nb,Mo,Ta,W
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 
     output.mkdir(parents=True, exist_ok=True)
     out = output / "nbmotaw.moe.pt"
     report = package_checkpoint(
-        DATA / "metals10_moe.pt",
+        DATA / "metals10.pt",
         out,
         elements=ALLOY,
         note="DPA3-MoE trained for 12,000 steps on PBE data; see moecalc/models/metals10.md",

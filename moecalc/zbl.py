@@ -186,7 +186,7 @@ class ZBL(Calculator):
     def _switch(self) -> tuple[Floats, Floats, Floats]:
         """Coefficients of S(r) = A/3 (r - inner)^3 + B/4 (r - inner)^4 + C between the radii, C below."""
         t = self._outer - self._inner
-        e, e1, e2 = _coulomb(self._outer, self._charge, self._length)
+        e, e1, e2 = screened_coulomb(self._outer, self._charge, self._length)
         return (
             (-3 * e1 + t * e2) / t**2,
             (2 * e1 - t * e2) / t**3,
@@ -202,7 +202,7 @@ class ZBL(Calculator):
         return self._pairs(i, j, np.asarray(distance, dtype=float))
 
     def _pairs(self, i: NDArray[np.int64], j: NDArray[np.int64], r: Floats) -> tuple[Floats, Floats]:
-        energy, slope, _ = _coulomb(r, self._charge[i, j], self._length[i, j])
+        energy, slope, _ = screened_coulomb(r, self._charge[i, j], self._length[i, j])
         t = np.maximum(r - self._inner[i, j], 0.0)
         a, b, c = self._a[i, j], self._b[i, j], self._c[i, j]
         inside = r < self._outer[i, j]
@@ -265,7 +265,7 @@ def guarded(model: Any, shortest: Mapping[Pair, float] | None = None) -> SumCalc
     return SumCalculator([model, ZBL(guard_radii(model.elements, shortest))])
 
 
-def _coulomb(r: Floats, charge: Floats, length: Floats) -> tuple[Floats, Floats, Floats]:
+def screened_coulomb(r: Floats, charge: Floats, length: Floats) -> tuple[Floats, Floats, Floats]:
     """Screened repulsion and its first two derivatives with respect to the distance."""
     weight, rate = _SCREENING[:, 0], _SCREENING[:, 1] / length[..., None]
     terms = weight * np.exp(-rate * r[..., None])

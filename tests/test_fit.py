@@ -21,9 +21,10 @@ from moecalc.cli import app
 from moecalc.errors import MoecalcError
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.nn.model import evaluate
-from moecalc.training.data import Frame, collate, to_frame
+from moecalc.training.data import Frame, collate, smallest_cell, to_frame
 from moecalc.training.fit import Fit, Options, element_energies, fit_frames
 from moecalc.training.packing import GROUP_TENSORS
+from moecalc.training.repulsion import LARGEST, SHORTEST, Repulsion
 
 ELEMENTS = ["Cu", "Ni", "Al"]
 
@@ -161,17 +162,95 @@ def test_a_restarted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = Fit(config("mlp", "float32"), settings)
     whole.run(data, data[:1], tmp_path / "whole", every=3)
     first = Fit(config("mlp", "float32"), settings)
+    first.repulsion = Repulsion(ELEMENTS, data, 4.5)
     batches = first.batches(data)
     for _ in range(3):  # in the middle of an epoch
         first.step(next(batches))
     first.save(tmp_path / "part.pt")
     second = Fit(config("mlp", "float32"), settings)
     second.restore(tmp_path / "part.pt")
+    second.repulsion = first.repulsion
     batches = second.batches(data)
     for _ in range(3):
         second.step(next(batches))
     for one, two in zip(whole.parameters, second.parameters, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def crystal_with_results(repeat: tuple[int, int, int]) -> Atoms:
+    """A strained, ordered Cu3Ni crystal, repeated, with the results of ASE's EMT."""
+    cell = bulk("Cu", cubic=True)
+    cell.symbols[0] = "Ni"
+    cell.set_cell(cell.cell.array @ np.array([[1.03, 0.01, 0], [0, 1, 0], [0, 0, 0.98]]), scale_atoms=True)
+    atoms = cell * repeat
+    atoms.info["dataset"] = "strained"
+    atoms.calc = EMT()
+    results = {name: atoms.calc.get_property(name, atoms) for name in ("energy", "forces", "stress")}
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def test_a_supercell_is_reduced_to_its_repeated_part() -> None:
+    whole, part = crystal_with_results((3, 2, 1)), smallest_cell(crystal_with_results((3, 2, 1)))
+    assert len(part) == 4
+    assert part.info["dataset"] == "strained_cell"
+    part_results = dict(part.calc.results)
+    part.calc = EMT()
+    assert part.get_potential_energy() == pytest.approx(part_results["energy"], abs=1e-9)
+    np.testing.assert_allclose(part.get_stress(), whole.get_stress(), atol=1e-9)
+    np.testing.assert_allclose(part_results["stress"], whole.get_stress())
+    np.testing.assert_allclose(part_results["forces"], whole.get_forces()[:4], atol=1e-9)
+
+
+def test_a_cell_that_does_not_repeat_is_left_alone() -> None:
+    atoms = structures(1)[0]
+    assert smallest_cell(atoms) is atoms
+    vacancy = crystal_with_results((2, 1, 1))
+    vacancy.calc.results["forces"] = vacancy.get_forces() + np.eye(8, 3)  # the same places, other forces
+    assert smallest_cell(vacancy) is vacancy
+
+
+def test_radii_of_the_repulsion_leave_the_data_alone() -> None:
+    data = frames(4)
+    repulsion = Repulsion([*ELEMENTS, "W"], data, 4.5)
+    close = [(f.types[f.edge_index], np.linalg.norm(f.edge_vec, axis=1)) for f in data]
+    for pair, distance in close:
+        assert (distance > repulsion.radius[pair[0], pair[1]]).all()
+    assert repulsion.radius[3, 3] == pytest.approx(0.7 * 2 * 1.62)  # no data: the covalent rule
+
+
+def test_structures_of_the_repulsion_have_close_pairs_that_moecalc_accepts() -> None:
+    repulsion = Repulsion(ELEMENTS, frames(2), 4.5)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        distance = np.linalg.norm(repulsion.batch(rng).edge_vec, axis=1)
+        assert SHORTEST <= distance.min() < 1.8
+
+
+def test_loss_of_the_repulsion_is_zero_where_pairs_repel_enough_and_has_the_right_slope() -> None:
+    repulsion = Repulsion(ELEMENTS, frames(2), 4.5)
+    batch = repulsion.batch(np.random.default_rng(1))
+    types, edges, vectors = (torch.from_numpy(x) for x in (batch.types, batch.edge_index, batch.edge_vec))
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    value, slope = repulsion.loss(types, edges, vectors, -LARGEST * unit, 2.0)
+    assert value == 0.0
+    assert not slope.any()
+    g = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, slope = repulsion.loss(types, edges, vectors, g, 2.0)
+    step = 1e-5 * torch.randn(g.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ends = [repulsion.loss(types, edges, vectors, g + sign * step, 2.0)[0] for sign in (1, -1)]
+    assert (ends[0] - ends[1]) / 2 == pytest.approx(float((slope * step).sum()), rel=1e-5)
+
+
+def test_training_makes_close_pairs_repel() -> None:
+    data = frames(4)
+    fit = Fit(
+        config("linear", "float32"), Options(steps=120, warm_up=5, learning_rate=5e-3, repulsion_every=1)
+    )
+    fit.repulsion = Repulsion(ELEMENTS, data, 4.5)
+    batches = fit.batches(data)
+    losses = [fit.step(next(batches))["repulsion"] for _ in range(120)]
+    assert np.median(losses[-30:]) < 0.5 * np.median(losses[:30])
 
 
 def test_the_averaged_weights_can_be_packaged(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_merged_experts_leave_one_matrix_per_element(make):
 
 
 def test_pruned_default_model_gives_the_same_answers_and_is_smaller(tmp_path):
-    source = DATA.parent.parent / "examples" / "data" / "metals10_moe.pt"
+    source = DATA.parent.parent / "examples" / "data" / "metals10.pt"
     report = package_checkpoint(source, tmp_path / "refractory.moe.pt", elements=ELEMENTS)
     atoms = testing.bulk_alloy(ELEMENTS)
     full, pruned = (
@@ -324,7 +324,7 @@ def test_untrained_elements_are_marked_and_refused(tmp_path):
 
 def test_shipped_package_is_the_example_checkpoint():
     metadata = read_metadata(default_model_path())
-    source = DATA.parent.parent / "examples" / "data" / "metals10_moe.pt"
+    source = DATA.parent.parent / "examples" / "data" / "metals10.pt"
     imported = load_checkpoint(source)
     assert metadata.elements == imported.config.type_map
     atoms = testing.bulk_alloy(ELEMENTS)

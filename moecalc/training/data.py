@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from matscipy.neighbours import neighbour_list
 
 
@@ -47,6 +48,58 @@ def to_frame(atoms: Atoms, elements: list[str], cutoff: float) -> Frame:
         virial,
         str(atoms.info.get("dataset", "all")),
     )
+
+
+def repetitions(atoms: Atoms, tolerance: float = 0.02) -> list[int]:
+    """How often the contents of a periodic cell repeat along each of its axes (3,), at most six times.
+
+    Args:
+        atoms: with forces.
+        tolerance: largest difference of positions (Angstrom) and of force components (eV/Angstrom).
+    """
+    scaled, numbers, forces = atoms.get_scaled_positions(), atoms.numbers, atoms.get_forces()
+    found = []
+    for axis in range(3):
+
+        def repeats(n: int, axis: int = axis) -> bool:
+            shifted = scaled.copy()
+            shifted[:, axis] += 1.0 / n
+            difference = shifted[:, None, :] - scaled[None, :, :]
+            distance = np.linalg.norm((difference - np.round(difference)) @ atoms.cell.array, axis=2)
+            image = distance.argmin(axis=1)
+            return bool(
+                distance.min(axis=1).max() < tolerance
+                and (numbers[image] == numbers).all()
+                and np.abs(forces[image] - forces).max() < tolerance
+            )
+
+        candidates = [n for n in range(6, 1, -1) if len(atoms) % n == 0]
+        found.append(next((n for n in candidates if repeats(n)), 1))
+    return found
+
+
+def smallest_cell(atoms: Atoms) -> Atoms:
+    """The repeated part of a frame that is a supercell, with its share of the energy; the frame itself if it is none.
+
+    A strained crystal of 108 atoms says no more than its unit cell of 4, and takes 27 times as long. The group gets `_cell` appended.
+    """
+    n = np.array(repetitions(atoms))
+    if n.prod() == 1:
+        return atoms
+    cell, scaled = atoms.cell.array / n[:, None], (atoms.get_scaled_positions() * n) % 1.0
+    difference = scaled[:, None, :] - scaled[None, :, :]
+    same = np.linalg.norm((difference - np.round(difference)) @ cell, axis=2) < 0.1
+    kept = np.flatnonzero(same.argmax(axis=1) == np.arange(len(atoms)))
+    if len(kept) * n.prod() != len(atoms):
+        return atoms
+    part = Atoms(atoms.numbers[kept], scaled_positions=scaled[kept], cell=cell, pbc=True)
+    part.info = {**atoms.info, "dataset": f"{atoms.info.get('dataset', 'all')}_cell"}
+    results = atoms.calc.results
+    kept_results = {"energy": results["energy"] / n.prod(), "forces": results["forces"][kept]}
+    if "stress" in results:
+        kept_results["stress"] = results["stress"]
+    part.calc = SinglePointCalculator(part, **kept_results)
+    return part
 
 
 @dataclass

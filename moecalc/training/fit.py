@@ -31,8 +31,9 @@ from moecalc.errors import MoecalcError
 from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.common import first_error
 from moecalc.package.importers.native import save_checkpoint
-from moecalc.training.data import Batch, Frame, collate, to_frame
+from moecalc.training.data import Batch, Frame, collate, smallest_cell, to_frame
 from moecalc.training.packing import Packed, pack
+from moecalc.training.repulsion import Repulsion
 
 
 class Options(BaseModel):
@@ -66,7 +67,15 @@ class Options(BaseModel):
     average: float = Field(
         default=0.999, ge=0, lt=1, description="decay of the running average of the weights"
     )
-    clip: float = Field(default=10.0, gt=0, description="largest norm of the gradient")
+    clip: float = Field(default=100.0, gt=0, description="largest norm of the gradient")
+    repulsion: float = Field(
+        default=0.3,
+        ge=0,
+        description="weight of the repulsion of close pairs, see `moecalc.training.repulsion`",
+    )
+    repulsion_every: int = Field(
+        default=4, gt=0, description="steps from one batch of close pairs to the next"
+    )
     seed: int = 1
     group_weights: dict[str, float] = Field(
         default_factory=dict, description="how often the frames of a group come in an epoch, against 1"
@@ -126,6 +135,8 @@ class Fit:
         ]  # running average, which is what is validated and packaged
         self.step_number = 0
         self.rng = np.random.default_rng(options.seed)
+        self.repulsion: Repulsion | None = None  # set by `run`, which has the frames
+        self.repulsion_loss = 0.0
         self.queue: list[int] = []  # frames that are left of this epoch
 
     # --- what the kernels compute ---
@@ -157,7 +168,7 @@ class Fit:
         return energy.numpy(), out, virial.numpy()
 
     def gradients(self, batch: Batch, energy_weight: float, virial_weight: float) -> dict[str, float]:
-        """Set `grad` of the parameters to the gradient of the batch's loss.
+        """Add the gradient of the batch's loss to `grad` of the parameters.
 
         Returns:
             The loss and the mean absolute errors of energies (eV/atom), forces (eV/A) and virials (eV/atom).
@@ -193,17 +204,33 @@ class Fit:
         # F_i = sum of g over edges of i - sum over edges to i; virial = -sum vec (x) g
         direction = to_force[edges[0]] - to_force[edges[1]]
         direction = direction - (vectors.unsqueeze(2) * to_virial[edge_system]).sum(1)
-        largest = float(direction.abs().max()) if len(direction) else 0.0
-        h = o.displacement / largest if largest > 0 else 0.0
+        self._add_gradients(packed, types, vectors, to_energy[system], direction)
+        return {
+            "loss": float(loss),
+            "energy": float(d_energy.abs().mean()),
+            "force": float(d_force.abs().mean()),
+            "virial": float(d_virial.abs().mean()),
+        }
 
-        for parameter in self.parameters:
-            parameter.grad = None
+    def _add_gradients(
+        self, packed: Packed, types: Tensor, vectors: Tensor, to_energy: Tensor, direction: Tensor
+    ) -> None:
+        """Add to `grad` of the parameters, for the graph that is set.
+
+        Args:
+            packed: the weights that are set.
+            types, vectors: of the graph.
+            to_energy: (n,) derivative of the loss with respect to the energies of atoms.
+            direction: (E, 3) derivative of the loss with respect to dE/d(edge vector).
+        """
+        largest = float(direction.abs().max()) if len(direction) else 0.0
+        h = self.options.displacement / largest if largest > 0 else 0.0
         sums: list[np.ndarray] = []
         for sign in (1.0, -1.0):
             self.kernels.set_edge_vec((vectors + sign * h * direction).numpy())
             v, energies = self._readout(types, True)
             # half of the energies' share at either side: their mean is that in the middle, to O(h^2)
-            weights = 0.5 * to_energy[system] + (sign / (2.0 * h) if h > 0 else 0.0)
+            weights = 0.5 * to_energy + (sign / (2.0 * h) if h > 0 else 0.0)
             (weights * energies).sum().backward()
             assert v.grad is not None  # the energies depend on v
             part = _flat(self.kernels.backward_to_weights(v.grad.numpy()), packed)
@@ -215,12 +242,22 @@ class Fit:
             and a.size  # a map that the model has but the energy does not need has no gradient
         ]
         torch.autograd.backward([t for t, _ in pairs], [a for _, a in pairs])
-        return {
-            "loss": float(loss),
-            "energy": float(d_energy.abs().mean()),
-            "force": float(d_force.abs().mean()),
-            "virial": float(d_virial.abs().mean()),
-        }
+
+    def repulsion_gradients(self, repulsion: Repulsion) -> float:
+        """Add the gradient for a batch of close pairs to `grad` of the parameters; returns the loss."""
+        batch = repulsion.batch(self.rng)
+        packed = pack(self.model, sorted(set(batch.types.tolist())))
+        self.kernels.set_weights(*packed.arrays())
+        types, edges, vectors_np, _ = self._graph(batch)
+        vectors = _tensor(vectors_np)
+        v, energies = self._readout(types, False)
+        (dv,) = torch.autograd.grad(energies.sum(), v)
+        g = _tensor(self.kernels.backward(dv.numpy()))
+        loss, direction = repulsion.loss(types, edges, vectors, g, self.options.huber)
+        if loss > 0.0:
+            zero = torch.zeros(len(types), dtype=torch.float64)
+            self._add_gradients(packed, types, vectors, zero, self.options.repulsion * direction)
+        return loss
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimiser; returns what `gradients` does, the norm of the gradient and the learning rate."""
@@ -231,6 +268,11 @@ class Fit:
         rate *= min(1.0, (self.step_number + 1) / o.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.optimizer.zero_grad()
+        if o.repulsion > 0 and self.repulsion is not None and self.step_number % o.repulsion_every == 0:
+            self.repulsion_loss = self.repulsion_gradients(self.repulsion)
+            # forces in a hole may be anything
+            torch.nn.utils.clip_grad_norm_(self.parameters, o.clip)
         result = self.gradients(
             batch, _between(o.energy_weight, progress), _between(o.virial_weight, progress)
         )
@@ -240,7 +282,7 @@ class Fit:
         keep = min(o.average, (1 + self.step_number) / (10 + self.step_number))
         for average, parameter in zip(self.averaged, self.parameters, strict=True):
             average.lerp_(parameter.detach(), 1.0 - keep)
-        return {**result, "norm": float(norm), "rate": rate}
+        return {**result, "repulsion": self.repulsion_loss, "norm": float(norm), "rate": rate}
 
     # --- the loop ---
 
@@ -343,6 +385,7 @@ class Fit:
         """
         folder.mkdir(parents=True, exist_ok=True)
         batches = self.batches(train)
+        self.repulsion = Repulsion(self.config.type_map, train, self.config.descriptor.e_rcut)
         recent: list[dict[str, float]] = []
         while self.step_number < self.options.steps and (until is None or time.time() < until):
             start = time.perf_counter()
@@ -403,14 +446,15 @@ def fit_frames(
     if threads is not None:
         torch.set_num_threads(threads)
     held_out = set(split_frames(atoms, validation, options.seed))
-    frames = [to_frame(a, elements, config.descriptor.e_rcut) for a in atoms]
-    train = [f for k, f in enumerate(frames) if k not in held_out]
+    cutoff = config.descriptor.e_rcut
+    train = [to_frame(smallest_cell(a), elements, cutoff) for k, a in enumerate(atoms) if k not in held_out]
+    valid = [to_frame(atoms[k], elements, cutoff) for k in sorted(held_out)]
     fit = Fit(config, options)
     fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(elements))))
     if (folder / "state.pt").exists():
         fit.restore(folder / "state.pt")
     until = None if hours is None else started + 3600.0 * hours
-    fit.run(train, [frames[k] for k in sorted(held_out)], folder, every, until, progress)
+    fit.run(train, valid, folder, every, until, progress)
     return fit
 
 
