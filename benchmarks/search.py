@@ -3,7 +3,7 @@
     python benchmarks/search.py train.extxyz.gz --steps 3000 --folder search
 
 Every variant is trained as by `moecalc fit` and packaged. Its cost is the arithmetic of one evaluation of the package on a hot 128-atom
-alloy, relative to the first variant. A variant that is finished is read, one that was interrupted goes on: give the same command again.
+alloy, of the last four elements, relative to the first variant. A variant that is finished is read, one that was interrupted goes on: give the same command again.
 Results: a table, and `search.json` in the folder.
 """
 
@@ -103,7 +103,7 @@ def family_errors(validation: dict[str, dict[str, float]]) -> dict[str, tuple[fl
 def gflop(package: Path, cutoffs: tuple[float, float], elements: list[str]) -> float:
     """Arithmetic (10^9 operations) of one evaluation of a package on the alloy."""
     architecture = read_architecture(package)
-    atoms = bulk_alloy(repeat=4, amplitude=0.15)
+    atoms = bulk_alloy(elements[-4:], repeat=4, amplitude=0.15)
     types = np.array([elements.index(s) for s in atoms.symbols])
     graph = SkinNeighborList(cutoffs[0], 0.0).graph(atoms, types)
     counts = count_graph(architecture, types, graph.edge_index, graph.edge_vec, *cutoffs)
