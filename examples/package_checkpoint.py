@@ -13,9 +13,9 @@ from common import ALLOY, DATA, alloy, options
 from rich.console import Console
 
 from moecalc import MoECalculator
-from moecalc.cli import _show_checks, _show_package
 from moecalc.package import package_checkpoint
 from moecalc.plots import save_routing
+from moecalc.tables import show_checks, show_package
 
 
 def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 - short as it is
@@ -33,8 +33,8 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 
         note="DPA3-MoE trained for 12,000 steps on PBE data; see moecalc/models/metals10.md",
     )
     console = Console(highlight=False)
-    _show_package(console, report, selected=True)
-    _show_checks(console, report.verification)
+    show_package(console, report, selected=True)
+    show_checks(console, report.verification)
     save_routing(report.metadata, output / "nbmotaw_routing.png")
     print(f"wrote {output / 'nbmotaw_routing.png'}")
 
