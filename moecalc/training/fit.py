@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,23 @@ def _huber(x: Tensor, delta: float) -> tuple[Tensor, Tensor]:
     return torch.where(inside, 0.5 * x * x, delta * (size - 0.5 * delta)), x.clamp(-delta, delta)
 
 
+@dataclass
+class Evaluated:
+    """A batch with the weights that are set, in the order of the kernels' graph.
+
+    types (n,), edges (2, E), vectors (E, 3) in Angstrom; row (n,): the batch's atom of every node; energies (n,) of atoms in eV;
+    g (E, 3): derivatives of their sum with respect to the edge vectors, eV/Angstrom.
+    """
+
+    packed: Packed
+    types: Tensor
+    edges: Tensor
+    vectors: Tensor
+    row: Tensor
+    energies: Tensor
+    g: Tensor
+
+
 class Fit:
     """A model, its kernels and its optimiser.
 
@@ -141,30 +159,30 @@ class Fit:
 
     # --- what the kernels compute ---
 
-    def _graph(self, batch: Batch) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-        row = self.kernels.set_graph(
-            batch.types, batch.edge_index, batch.edge_vec, batch.system, len(batch.sizes)
-        )
-        types, edges, vectors = self.kernels.graph()
-        return _tensor(types), _tensor(edges), vectors, row
-
     def _readout(self, types: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         v = _tensor(self.kernels.forward(keep)).requires_grad_(True)
         return v, self.model.readout(v, types)
 
-    def predict(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Energies (S,), forces (n, 3) and virials (S, 3, 3) of a batch, with the weights that are set."""
-        self.kernels.set_weights(*pack(self.model, sorted(set(batch.types.tolist()))).arrays())
-        types, edges, vectors, row = self._graph(batch)
+    def _evaluate(self, batch: Batch) -> Evaluated:
+        packed = pack(self.model, sorted(set(batch.types.tolist())))
+        self.kernels.set_weights(*packed.arrays())
+        row = self.kernels.set_graph(
+            batch.types, batch.edge_index, batch.edge_vec, batch.system, len(batch.sizes)
+        )
+        types, edges, vectors = map(_tensor, self.kernels.graph())
         v, energies = self._readout(types, False)
         (dv,) = torch.autograd.grad(energies.sum(), v)
         g = _tensor(self.kernels.backward(dv.numpy()))
-        system = _tensor(batch.system)[_tensor(row)]
-        energy = torch.zeros(len(batch.sizes), dtype=torch.float64).index_add(0, system, energies.detach())
-        forces = _forces(g, edges, len(batch.types))
-        virial = _virial(g, _tensor(vectors), system[edges[0]], len(batch.sizes))
+        return Evaluated(packed, types, edges, vectors, _tensor(row), energies.detach(), g)
+
+    def predict(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Energies (S,), forces (n, 3) and virials (S, 3, 3) of a batch, with the weights that are set."""
+        x = self._evaluate(batch)
+        system = _tensor(batch.system)[x.row]
+        energy = torch.zeros(len(batch.sizes), dtype=torch.float64).index_add(0, system, x.energies)
         out = np.empty_like(batch.forces)
-        out[row] = forces.numpy()
+        out[x.row.numpy()] = _forces(x.g, x.edges, len(batch.types)).numpy()
+        virial = _virial(x.g, x.vectors, system[x.edges[0]], len(batch.sizes))
         return energy.numpy(), out, virial.numpy()
 
     def gradients(self, batch: Batch, energy_weight: float, virial_weight: float) -> dict[str, float]:
@@ -174,23 +192,16 @@ class Fit:
             The loss and the mean absolute errors of energies (eV/atom), forces (eV/A) and virials (eV/atom).
         """
         o = self.options
-        packed = pack(self.model, sorted(set(batch.types.tolist())))
-        self.kernels.set_weights(*packed.arrays())
-        types, edges, vectors_np, row_np = self._graph(batch)
-        vectors, row = _tensor(vectors_np), _tensor(row_np)
+        x = self._evaluate(batch)
         n, n_system = len(batch.types), len(batch.sizes)
-        system = _tensor(batch.system)[row]
+        system = _tensor(batch.system)[x.row]
         sizes = _tensor(batch.sizes).double()
-
-        v, energies = self._readout(types, False)
-        (dv,) = torch.autograd.grad(energies.sum(), v)
-        g = _tensor(self.kernels.backward(dv.numpy()))
-        energy = torch.zeros(n_system, dtype=torch.float64).index_add(0, system, energies.detach())
+        energy = torch.zeros(n_system, dtype=torch.float64).index_add(0, system, x.energies)
         d_energy = (energy - _tensor(batch.energy)) / sizes
-        d_force = _forces(g, edges, n) - _tensor(batch.forces)[row]
-        edge_system = system[edges[0]]
-        d_virial = (_virial(g, vectors, edge_system, n_system) - _tensor(batch.virial)) / sizes[:, None, None]
-        d_virial = d_virial * _tensor(batch.has_virial).double()[:, None, None]
+        d_force = _forces(x.g, x.edges, n) - _tensor(batch.forces)[x.row]
+        edge_system = system[x.edges[0]]
+        d_virial = _virial(x.g, x.vectors, edge_system, n_system) - _tensor(batch.virial)
+        d_virial = d_virial * (_tensor(batch.has_virial).double() / sizes)[:, None, None]
 
         loss_e, slope_e = _huber(d_energy / o.energy_scale, o.huber)
         loss_f, slope_f = _huber(d_force / o.force_scale, o.huber)
@@ -202,9 +213,9 @@ class Fit:
             virial_weight / (9 * n_system * o.virial_scale) * slope_v / sizes[:, None, None]
         )  # (S, 3, 3)
         # F_i = sum of g over edges of i - sum over edges to i; virial = -sum vec (x) g
-        direction = to_force[edges[0]] - to_force[edges[1]]
-        direction = direction - (vectors.unsqueeze(2) * to_virial[edge_system]).sum(1)
-        self._add_gradients(packed, types, vectors, to_energy[system], direction)
+        direction = to_force[x.edges[0]] - to_force[x.edges[1]]
+        direction = direction - (x.vectors.unsqueeze(2) * to_virial[edge_system]).sum(1)
+        self._add_gradients(x, to_energy[system], direction)
         return {
             "loss": float(loss),
             "energy": float(d_energy.abs().mean()),
@@ -212,32 +223,29 @@ class Fit:
             "virial": float(d_virial.abs().mean()),
         }
 
-    def _add_gradients(
-        self, packed: Packed, types: Tensor, vectors: Tensor, to_energy: Tensor, direction: Tensor
-    ) -> None:
-        """Add to `grad` of the parameters, for the graph that is set.
+    def _add_gradients(self, x: Evaluated, to_energy: Tensor, direction: Tensor) -> None:
+        """Add to `grad` of the parameters.
 
         Args:
-            packed: the weights that are set.
-            types, vectors: of the graph.
+            x: what was evaluated last.
             to_energy: (n,) derivative of the loss with respect to the energies of atoms.
-            direction: (E, 3) derivative of the loss with respect to dE/d(edge vector).
+            direction: (E, 3) derivative of the loss with respect to g.
         """
         largest = float(direction.abs().max()) if len(direction) else 0.0
         h = self.options.displacement / largest if largest > 0 else 0.0
         sums: list[np.ndarray] = []
         for sign in (1.0, -1.0):
-            self.kernels.set_edge_vec((vectors + sign * h * direction).numpy())
-            v, energies = self._readout(types, True)
+            self.kernels.set_edge_vec((x.vectors + sign * h * direction).numpy())
+            v, energies = self._readout(x.types, True)
             # half of the energies' share at either side: their mean is that in the middle, to O(h^2)
             weights = 0.5 * to_energy + (sign / (2.0 * h) if h > 0 else 0.0)
             (weights * energies).sum().backward()
             assert v.grad is not None  # the energies depend on v
-            part = _flat(self.kernels.backward_to_weights(v.grad.numpy()), packed)
+            part = _flat(self.kernels.backward_to_weights(v.grad.numpy()), x.packed)
             sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else part
         pairs = [
             (t, _tensor(a).reshape(t.shape))
-            for t, a in zip(packed.tensors(), sums, strict=True)
+            for t, a in zip(x.packed.tensors(), sums, strict=True)
             if t.requires_grad
             and a.size  # a map that the model has but the energy does not need has no gradient
         ]
@@ -245,18 +253,10 @@ class Fit:
 
     def repulsion_gradients(self, repulsion: Repulsion) -> float:
         """Add the gradient for a batch of close pairs to `grad` of the parameters; returns the loss."""
-        batch = repulsion.batch(self.rng)
-        packed = pack(self.model, sorted(set(batch.types.tolist())))
-        self.kernels.set_weights(*packed.arrays())
-        types, edges, vectors_np, _ = self._graph(batch)
-        vectors = _tensor(vectors_np)
-        v, energies = self._readout(types, False)
-        (dv,) = torch.autograd.grad(energies.sum(), v)
-        g = _tensor(self.kernels.backward(dv.numpy()))
-        loss, direction = repulsion.loss(types, edges, vectors, g, self.options.huber)
+        x = self._evaluate(repulsion.batch(self.rng))
+        loss, direction = repulsion.loss(x.types, x.edges, x.vectors, x.g, self.options.huber)
         if loss > 0.0:
-            zero = torch.zeros(len(types), dtype=torch.float64)
-            self._add_gradients(packed, types, vectors, zero, self.options.repulsion * direction)
+            self._add_gradients(x, torch.zeros_like(x.energies), self.options.repulsion * direction)
         return loss
 
     def step(self, batch: Batch) -> dict[str, float]:
