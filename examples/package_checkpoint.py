@@ -30,7 +30,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 
         DATA / "metals10.pt",
         out,
         elements=ALLOY,
-        note="DPA3-MoE trained for 12,000 steps on PBE data; see moecalc/models/metals10.md",
+        note="DPA3-MoLE trained on PBE data; see moecalc/models/metals10.md",
     )
     console = Console(highlight=False)
     show_package(console, report, selected=True)

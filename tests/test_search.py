@@ -1,4 +1,4 @@
-"""benchmarks/search.py on a few frames and steps."""
+"""benchmarks/search.py and expert_roles.py on a few frames and steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "search.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "search.py"
 
 
 def test_variants_are_trained_packaged_and_tabulated(tmp_path: Path) -> None:
@@ -37,3 +38,22 @@ def test_variants_are_trained_packaged_and_tabulated(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "search" / "search.json").read_text())
     assert results["MoLE, narrow"]["gflop"] < results["dense"]["gflop"]
     assert results["dense"]["validation"]["mlearn_Cu"]["frames"] > 0
+
+
+def test_roles_of_experts_are_tabulated_per_layer(tmp_path: Path) -> None:
+    atoms = bulk("W", cubic=True)
+    atoms.rattle(0.1, seed=0)
+    atoms.calc = SinglePointCalculator(atoms, energy=-25.0, forces=[[0.5, 0, 0], [-0.5, 0, 0]])
+    write(tmp_path / "frames.extxyz", atoms)
+    script, checkpoint = ROOT / "benchmarks" / "expert_roles.py", ROOT / "examples" / "data" / "metals10.pt"
+    done = subprocess.run(
+        [sys.executable, str(script), str(checkpoint), "frames.extxyz"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    layers = [block.splitlines() for block in done.stdout.strip().split("\n\n")]
+    assert [layer[0] for layer in layers] == [f"| layer {k} | W |" for k in (1, 2, 3)]
+    for layer in layers:
+        changes = [float(row.split("|")[2]) for row in layer[2:]]
+        assert len(changes) == 7
+        assert sum(c > 0 for c in changes) <= 3  # two routed experts and the shared one
+        assert max(changes) > 0.01

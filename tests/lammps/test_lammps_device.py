@@ -96,7 +96,7 @@ def test_grand_canonical(device, ranks, shared_calculator, tmp_path):
     pair_style moe dtype float64 device cpu
     pair_coeff * * default Nb Li
     group lithium type 2
-    fix 1 lithium gcmc 1 8 0 2 29494 3000.0 -3.0 0.1
+    fix 1 lithium gcmc 1 8 0 2 29494 6000.0 -9.0 0.1
     thermo_style custom step atoms pe f_1[4] f_1[6]
     thermo_modify format float %.17g
     thermo 1
