@@ -133,7 +133,9 @@ def package(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Package, *.moe.pt.")],
+    package: Annotated[
+        str, typer.Argument(metavar="PACKAGE|default", help="Package, *.moe.pt, or the default model.")
+    ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the metadata as JSON, nothing else.")
     ] = False,
@@ -147,6 +149,7 @@ def inspect(
     """Show what a package says of itself, without loading the model."""
     from moecalc.package.archive import read_metadata, read_verification
 
+    path = _path_of(package)
     metadata = read_metadata(path)
     if plot is not None:
         with _progress("drawing") as say:
@@ -173,7 +176,9 @@ def inspect(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Package, *.moe.pt.")],
+    package: Annotated[
+        str, typer.Argument(metavar="PACKAGE|default", help="Package, *.moe.pt, or the default model.")
+    ],
     device: Annotated[str, typer.Option(help="Where the evaluator runs: cpu, cuda, cuda:N.")] = "cpu",
 ) -> None:
     """Check a package against its reference frames, finite differences and symmetries; exit code 1 if one fails."""
@@ -181,7 +186,7 @@ def verify(
         say("starting torch")
         from moecalc.package import verify_package
 
-        report = verify_package(path, say, device)
+        report = verify_package(_path_of(package), say, device)
     console = _console()
     show_checks(console, report)
     if not report.passed:
@@ -312,11 +317,10 @@ def zbl(
 ) -> None:
     """Print the lines of LAMMPS that add a short-range guard (ZBL) to a package."""
     from moecalc.errors import ElementError
-    from moecalc.models import default_model_path
     from moecalc.package.archive import read_metadata
     from moecalc.zbl import guard_radii, lammps_commands, shortest_distances
 
-    path = default_model_path() if package == "default" else Path(package)
+    path = _path_of(package)
     known = read_metadata(path).elements
     chosen = known if elements is None else [symbol.strip() for symbol in elements.split(",")]
     if unknown := [e for e in chosen if e not in known]:
@@ -503,6 +507,13 @@ def doctor(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _path_of(package: str) -> Path:
+    """Path of a package that was named, or of the default model."""
+    from moecalc.models import default_model_path
+
+    return default_model_path() if package == "default" else Path(package)
 
 
 # --- output ------------------------------------------------------------------------------------

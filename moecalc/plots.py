@@ -55,8 +55,9 @@ class RoutingUnit:
 
     @property
     def label(self) -> str:
-        """Short names of the positions."""
-        return ", ".join(short_name(p) for p in self.positions)
+        """Short names of the positions, or their number where there are too many for a panel."""
+        names = [short_name(p) for p in self.positions]
+        return ", ".join(names) if len(names) <= 4 else f"{len(names)} positions"
 
     @property
     def dominant(self) -> NDArray[np.int64]:

@@ -207,6 +207,9 @@ class TestInspect:
         path = altered("untrained", **{"metadata.json": metadata.model_dump_json()})
         assert "1: Cl (using them needs allow_untrained=True)" in run("inspect", path).stdout
 
+    def test_the_default_model_has_a_name(self):
+        assert json.loads(run("inspect", "default", "--json").stdout)["name"] == "metals10"
+
     def test_dense_model(self, dense):
         text = run("inspect", dense).stdout
         assert "none, a dense model" in text
