@@ -27,7 +27,7 @@ from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.package import package_checkpoint
 from moecalc.testing import bulk_alloy
 from moecalc.training.data import to_frame
-from moecalc.training.fit import Fit, Options, element_energies
+from moecalc.training.fit import Options, begin
 
 BASE: dict[str, Any] = {
     "n_dim": 64,
@@ -139,10 +139,7 @@ def main() -> int:
         options = Options(
             steps=arguments.steps, energy_weight=(0.2, 1.0), average=0.99, clip=10.0, repulsion=0.0
         )
-        fit = Fit(config, options)
-        fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(elements))))
-        if (folder / "state.pt").exists():
-            fit.restore(folder / "state.pt")
+        fit = begin(config, options, train, folder)
         start = time.time()
         fit.run(train, valid, folder, every=arguments.steps)
         package = folder / "model.moe.pt"

@@ -175,8 +175,7 @@ class ZBL(Calculator):
                     continue
                 self._known[i, j] = True
                 self._inner[i, j], self._outer[i, j] = self.radii[pair_of(a, b)]
-                self._charge[i, j] = COULOMB * _number(a) * _number(b)
-                self._length[i, j] = 0.46850 / (_number(a) ** 0.23 + _number(b) ** 0.23)
+                self._charge[i, j], self._length[i, j] = charge_and_length(_number(a), _number(b))
         self._a, self._b, self._c = self._switch()
         self.neighbor_list = SkinNeighborList(max(outer for _, outer in self.radii.values()), skin)
 
@@ -263,6 +262,11 @@ def guarded(model: Any, shortest: Mapping[Pair, float] | None = None) -> SumCalc
         shortest: shortest distances in the training data, from `shortest_distances`.
     """
     return SumCalculator([model, ZBL(guard_radii(model.elements, shortest))])
+
+
+def charge_and_length(a: Any, b: Any) -> tuple[Any, Any]:
+    """Prefactor (eV A) and screening length (A) of pairs of atomic numbers: numbers, or arrays that are broadcast."""
+    return COULOMB * a * b, 0.46850 / (a**0.23 + b**0.23)
 
 
 def screened_coulomb(r: Floats, charge: Floats, length: Floats) -> tuple[Floats, Floats, Floats]:

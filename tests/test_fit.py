@@ -19,12 +19,13 @@ from typer.testing import CliRunner
 from moecalc._lib import load
 from moecalc.cli import app
 from moecalc.errors import MoecalcError
+from moecalc.keys import MIN_DISTANCE
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.nn.model import evaluate
 from moecalc.training.data import Frame, collate, smallest_cell, to_frame
 from moecalc.training.fit import Fit, Options, element_energies, fit_frames
 from moecalc.training.packing import GROUP_TENSORS
-from moecalc.training.repulsion import LARGEST, SHORTEST, Repulsion
+from moecalc.training.repulsion import LARGEST, Repulsion
 
 ELEMENTS = ["Cu", "Ni", "Al"]
 
@@ -224,7 +225,7 @@ def test_structures_of_the_repulsion_have_close_pairs_that_moecalc_accepts() -> 
     rng = np.random.default_rng(0)
     for _ in range(5):
         distance = np.linalg.norm(repulsion.batch(rng).edge_vec, axis=1)
-        assert SHORTEST <= distance.min() < 1.8
+        assert MIN_DISTANCE <= distance.min() < 1.8
 
 
 def test_loss_of_the_repulsion_is_zero_where_pairs_repel_enough_and_has_the_right_slope() -> None:

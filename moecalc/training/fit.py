@@ -33,6 +33,7 @@ from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.common import first_error
 from moecalc.package.importers.native import save_checkpoint
 from moecalc.training.data import Batch, Frame, collate, smallest_cell, to_frame
+from moecalc.training.losses import huber
 from moecalc.training.packing import Packed, pack
 from moecalc.training.repulsion import Repulsion
 
@@ -91,13 +92,6 @@ def _between(ends: tuple[float, float], progress: float) -> float:
     """From the first value to the second, in equal factors (in equal steps where one is 0)."""
     first, last = ends
     return first * (last / first) ** progress if min(ends) > 0 else first + (last - first) * progress
-
-
-def _huber(x: Tensor, delta: float) -> tuple[Tensor, Tensor]:
-    """Value and derivative of the Huber function of x."""
-    size = x.abs()
-    inside = size <= delta
-    return torch.where(inside, 0.5 * x * x, delta * (size - 0.5 * delta)), x.clamp(-delta, delta)
 
 
 @dataclass
@@ -203,9 +197,9 @@ class Fit:
         d_virial = _virial(x.g, x.vectors, edge_system, n_system) - _tensor(batch.virial)
         d_virial = d_virial * (_tensor(batch.has_virial).double() / sizes)[:, None, None]
 
-        loss_e, slope_e = _huber(d_energy / o.energy_scale, o.huber)
-        loss_f, slope_f = _huber(d_force / o.force_scale, o.huber)
-        loss_v, slope_v = _huber(d_virial / o.virial_scale, o.huber)
+        loss_e, slope_e = huber(d_energy / o.energy_scale, o.huber)
+        loss_f, slope_f = huber(d_force / o.force_scale, o.huber)
+        loss_v, slope_v = huber(d_virial / o.virial_scale, o.huber)
         loss = energy_weight * loss_e.mean() + loss_f.mean() + virial_weight * loss_v.mean()
         to_energy = energy_weight / (n_system * o.energy_scale) * slope_e / sizes  # (S,)
         to_force = slope_f / (3 * n * o.force_scale)  # (n, 3)
@@ -403,6 +397,19 @@ class Fit:
         self.save(folder / "state.pt")
 
 
+def begin(config: ModelConfig, options: Options, train: list[Frame], folder: Path) -> Fit:
+    """The fit that was saved in a folder, or else a new one, with the elements' energies from the frames.
+
+    Raises:
+        MoecalcError: as `Fit` and `Fit.restore`.
+    """
+    fit = Fit(config, options)
+    fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(config.type_map))))
+    if (folder / "state.pt").exists():
+        fit.restore(folder / "state.pt")
+    return fit
+
+
 def fit_frames(
     source: str | Path,
     input_file: str | Path,
@@ -449,10 +456,7 @@ def fit_frames(
     cutoff = config.descriptor.e_rcut
     train = [to_frame(smallest_cell(a), elements, cutoff) for k, a in enumerate(atoms) if k not in held_out]
     valid = [to_frame(atoms[k], elements, cutoff) for k in sorted(held_out)]
-    fit = Fit(config, options)
-    fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(elements))))
-    if (folder / "state.pt").exists():
-        fit.restore(folder / "state.pt")
+    fit = begin(config, options, train, folder)
     until = None if hours is None else started + 3600.0 * hours
     fit.run(train, valid, folder, every, until, progress)
     return fit

@@ -15,8 +15,10 @@ from ase.data import atomic_numbers, covalent_radii
 from matscipy.neighbours import neighbour_list
 from torch import Tensor
 
+from moecalc.keys import MIN_DISTANCE
 from moecalc.training.data import Batch, Frame, collate
-from moecalc.zbl import COULOMB, screened_coulomb
+from moecalc.training.losses import huber
+from moecalc.zbl import charge_and_length, screened_coulomb
 
 OF_COVALENT = 0.7
 """Radius of a pair over the sum of the covalent radii (Cordero et al., Dalton Trans. 2832 (2008)), if the data leave so much."""
@@ -29,9 +31,6 @@ SHARE = 0.3
 
 LARGEST = 30.0
 """Force (eV/A) that is asked for at most: below some distance, how strong the repulsion is makes no difference."""
-
-SHORTEST = 0.5
-"""Distance (A) below which moecalc refuses structures."""
 
 SCALE = 1.0
 """Missing force (eV/A) that counts as one."""
@@ -50,8 +49,7 @@ class Repulsion:
         self.elements, self.cutoff = elements, cutoff
         z = np.array([atomic_numbers[e] for e in elements])
         self.covalent = covalent_radii[z]
-        self.charge = COULOMB * np.outer(z, z)
-        self.length = 0.46850 / np.add.outer(z**0.23, z**0.23)
+        self.charge, self.length = charge_and_length(z[:, None], z[None, :])
         shortest = np.full((len(z), len(z)), np.inf)
         for frame in frames:
             pair = frame.types[frame.edge_index]
@@ -71,13 +69,13 @@ class Repulsion:
         wanted = rng.uniform(0.55, 1.0) * 2.0 * float(self.covalent[types].mean())
         crystal.set_cell(crystal.cell * (wanted / nearest), scale_atoms=True)
         sites, frame = crystal.positions.copy(), None
-        while frame is None or np.linalg.norm(frame.edge_vec, axis=1).min() < SHORTEST:
+        while frame is None or np.linalg.norm(frame.edge_vec, axis=1).min() < MIN_DISTANCE:
             crystal.positions = sites + rng.normal(0.0, rng.uniform(0.0, 0.3), sites.shape)
             frame = self._frame(crystal, types)
         frames = [frame]
         for _ in range(8):
             types = rng.integers(n, size=2)
-            distance = rng.uniform(SHORTEST, self.radius[types[0], types[1]])
+            distance = rng.uniform(MIN_DISTANCE, self.radius[types[0], types[1]])
             frames.append(self._frame(Atoms("H2", [[0.0, 0.0, 0.0], [distance, 0.0, 0.0]]), types))
         return collate(frames)
 
@@ -97,14 +95,14 @@ class Repulsion:
         )
 
     def loss(
-        self, types: Tensor, edges: Tensor, vectors: Tensor, g: Tensor, huber: float
+        self, types: Tensor, edges: Tensor, vectors: Tensor, g: Tensor, delta: float
     ) -> tuple[float, Tensor]:
         """Mean over close directed edges of the Huber function of the missing force over `SCALE`.
 
         Args:
             types: (n,); edges: (2, E); vectors: (E, 3), of the kernels' graph.
             g: (E, 3) derivatives of the energy with respect to the edge vectors.
-            huber: above so many scales the function is linear.
+            delta: above so many scales the function is linear.
 
         Returns:
             The loss and its gradient with respect to g (E, 3).
@@ -121,7 +119,6 @@ class Repulsion:
         chosen = torch.from_numpy(close)
         unit = vectors[chosen] / distance[chosen, None]
         missing = ((wanted + (g[chosen] * unit).sum(1)) / SCALE).clamp(min=0.0)
-        slopes = missing.clamp(max=huber)
-        value = torch.where(missing <= huber, 0.5 * missing * missing, huber * (missing - 0.5 * huber))
+        value, slopes = huber(missing, delta)
         direction[chosen] = (slopes / (SCALE * len(missing)))[:, None] * unit
         return float(value.mean()), direction
