@@ -20,6 +20,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,10 @@ def _group(atoms: Any) -> str:
 def split_frames(frames: Sequence[Any], validation: float, seed: int) -> list[int]:
     """Indices of the held-out frames: of each group (`info["dataset"]`) a share of `validation`, drawn with `seed`.
 
-    A group with two frames or more keeps at least one for training and gives at least one, unless `validation` is 0.
+    The draw is stratified: a group's frames are put in the order of their mean absolute force and cut into as many parts of equal size
+    as frames are wanted, and each part gives one at random. A few frames then stand for their group; drawn freely, they may happen to be
+    all near a crystal, or all from a melt. A group with two frames or more keeps at least one for training and gives at least one,
+    unless `validation` is 0.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, atoms in enumerate(frames):
@@ -160,7 +164,9 @@ def split_frames(frames: Sequence[Any], validation: float, seed: int) -> list[in
         if validation > 0 and len(members) > 1:
             n = min(max(1, round(validation * len(members))), len(members) - 1)
         random = np.random.default_rng([seed, number])
-        held_out += [members[k] for k in random.permutation(len(members))[:n]]
+        members.sort(key=lambda i: float(np.abs(frames[i].calc.results["forces"]).mean()))
+        edges = np.linspace(0, len(members), n + 1).round().astype(int)
+        held_out += [members[random.integers(a, b)] for a, b in pairwise(edges)]
     return sorted(held_out)
 
 

@@ -94,6 +94,16 @@ def test_every_group_gives_its_share_to_validation():
     assert held_out != split_frames(frames, 0.2, seed=1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_frames_have_weak_and_strong_forces_like_their_group(seed):
+    frames = [frame(seed=i) for i in range(20)]
+    for strength, i in enumerate(np.random.default_rng(seed).permutation(20)):
+        frames[i].calc.results["forces"] = np.full((2, 3), -0.1 * strength)
+    held_out = split_frames(frames, 0.2, seed)
+    strengths = sorted(round(-frames[i].calc.results["forces"][0, 0] / 0.1) for i in held_out)
+    assert [strength // 5 for strength in strengths] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(("n", "expected"), [(1, 0), (2, 1), (3, 1)])
 def test_small_groups_keep_a_frame_for_training(n, expected):
     assert len(split_frames([frame(seed=i) for i in range(n)], 0.1, seed=0)) == expected
