@@ -190,16 +190,16 @@ struct Value {
 };
 
 template <class T, ActivationKind kind, bool with_slope>
-inline Value<T> apply(Vec<T> x, T threshold, T tail_slope, T offset) {
+inline Value<T> apply(const Exponential<T>& exponential, Vec<T> x, T threshold, T tail_slope, T offset) {
   Value<T> out;
   out.slope = Vec<T>{};
   if constexpr (kind == ActivationKind::silu || kind == ActivationKind::silut) {
-    const Vec<T> s = logistic<T>(x);
+    const Vec<T> s = reciprocal(T(1) + exponential.of_minus(x));
     out.y = x * s;
     if constexpr (with_slope) out.slope = s + out.y * (T(1) - s);
     if constexpr (kind == ActivationKind::silut) {
-      const auto above = x >= splat(threshold);
-      if (__builtin_expect(any(above), 0)) {
+      if (__builtin_expect(any_at_least(x, threshold), 0)) {
+        const auto above = x >= splat(threshold);
         const Vec<T> w = T(1) - T(2) * reciprocal(exponential(T(2) * tail_slope * (x - threshold)) + T(1));
         out.y = above ? w + offset : out.y;
         if constexpr (with_slope) out.slope = above ? tail_slope * (T(1) - w * w) : out.slope;
@@ -209,7 +209,7 @@ inline Value<T> apply(Vec<T> x, T threshold, T tail_slope, T offset) {
     out.y = T(1) - T(2) * reciprocal(exponential(T(2) * x) + T(1));
     if constexpr (with_slope) out.slope = T(1) - out.y * out.y;
   } else if constexpr (kind == ActivationKind::sigmoid) {
-    out.y = logistic<T>(x);
+    out.y = reciprocal(T(1) + exponential.of_minus(x));
     if constexpr (with_slope) out.slope = out.y * (T(1) - out.y);
   } else if constexpr (kind == ActivationKind::relu || kind == ActivationKind::relu6) {
     const Vec<T> zero = Vec<T>{}, one = splat(T(1)), six = splat(T(6));
@@ -233,11 +233,13 @@ inline Value<T> apply(Vec<T> x, T threshold, T tail_slope, T offset) {
   return out;
 }
 
+// Not inlined: the caller's loops would take registers from the constants.
 template <class T, ActivationKind kind, bool with_slope>
-void map(const Activation& phi, T* x, T* slope, int64_t n) {
+[[gnu::noinline]] void map(const Activation& phi, T* x, T* slope, int64_t n) {
   const T threshold = T(phi.threshold), tail = T(phi.slope), offset = T(phi.offset);
+  const Exponential<T> exponential;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const Value<T> out = apply<T, kind, with_slope>(load(x + i), threshold, tail, offset);
+    const Value<T> out = apply<T, kind, with_slope>(exponential, load(x + i), threshold, tail, offset);
     store(x + i, out.y);
     if constexpr (with_slope) store(slope + i, out.slope);
   }

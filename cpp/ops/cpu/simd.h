@@ -60,14 +60,25 @@ inline T sum(Vec<T> x) {
   return lanes[0];
 #endif
 }
-template <class I>
-inline bool any(I mask) {
-  uint64_t words[sizeof(I) / 8];
-  std::memcpy(words, &mask, sizeof(I));
+/// Whether any lane is at least `limit`.
+#ifdef __AVX512F__
+inline bool any_at_least(Vec<float> x, float limit) {
+  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ) != 0;
+}
+inline bool any_at_least(Vec<double> x, double limit) {
+  return _mm512_cmp_pd_mask(x, _mm512_set1_pd(limit), _CMP_GE_OQ) != 0;
+}
+#else
+template <class V, class T>
+inline bool any_at_least(V x, T limit) {
+  const auto mask = x >= splat(limit);
+  uint64_t words[sizeof(mask) / 8];
+  std::memcpy(words, &mask, sizeof(mask));
   uint64_t all = 0;
   for (uint64_t word : words) all |= word;
   return all != 0;
 }
+#endif
 
 #ifdef __AVX512F__
 
@@ -75,33 +86,75 @@ inline bool any(I mask) {
 // the instructions: 2^n by vscalef, 2^f on [-1/2, 1/2] by a polynomial (Chebyshev interpolation of degree 6
 // and 11, relative errors 3e-9 and 4e-18), the quotient by an approximate reciprocal (14 bits) and Newton
 // steps. About 1 ulp. In _mm512_min and _mm512_max a NaN in the second operand stays.
-inline Vec<float> exponential(Vec<float> x) {
-  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
-  const __m512 log2e = _mm512_set1_ps(1.44269504f);
-  const __m512 n = _mm512_roundscale_ps(y * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_fmsub_ps(y, log2e, n);
-  __m512 z = _mm512_set1_ps(1.54614446985691e-4f);
-  for (const float c : {1.34004281776158e-3f, 9.61805667852464e-3f, 5.55032723026670e-2f,
-                        2.40226509222888e-1f, 6.93147206702833e-1f, 1.0f}) {
-    z = _mm512_fmadd_ps(z, f, _mm512_set1_ps(c));
-  }
-  return _mm512_scalef_ps(z, n);
+
+/// A constant that the compiler keeps in a register: as operands in memory, every one costs a load, and the
+/// loads took longer than the arithmetic.
+template <class T>
+inline Vec<T> in_register(T value) {
+  Vec<T> x = splat(value);
+  asm("" : "+v"(x));
+  return x;
 }
 
-inline Vec<double> exponential(Vec<double> x) {
-  const __m512d y = _mm512_max_pd(_mm512_set1_pd(-708.0), _mm512_min_pd(_mm512_set1_pd(708.0), x));
-  const __m512d log2e = _mm512_set1_pd(1.4426950408889634), rest = _mm512_set1_pd(2.0355273740931033e-17);
-  const __m512d n = _mm512_roundscale_pd(y * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512d f = _mm512_fmadd_pd(y, rest, _mm512_fmsub_pd(y, log2e, n));
-  __m512d z = _mm512_set1_pd(4.45581790833606449e-10);
-  for (const double c :
-       {7.07419429728852101e-9, 1.01780570877339411e-7, 1.32154325359123762e-6, 1.52527338415567726e-5,
-        1.54035304637243542e-4, 1.33335581464064707e-3, 9.61812910758725667e-3, 5.5504108664821627e-2,
-        2.40226506959101596e-1, 6.93147180559945309e-1, 1.0}) {
-    z = _mm512_fmadd_pd(z, f, _mm512_set1_pd(c));
+/// exp(x), and exp(-x) for x that is not infinite, where it is 0 far below the smallest number; an object
+/// because of its constants.
+template <class T>
+struct Exponential;
+
+template <>
+struct Exponential<float> {
+  Vec<float> low = in_register(-87.0f), high = in_register(88.0f), log2e = in_register(1.44269504f);
+  Vec<float> c0 = in_register(1.54614446985691e-4f), c1 = in_register(1.34004281776158e-3f),
+             c2 = in_register(9.61805667852464e-3f), c3 = in_register(5.55032723026670e-2f),
+             c4 = in_register(2.40226509222888e-1f), c5 = in_register(6.93147206702833e-1f),
+             one = in_register(1.0f);
+
+  Vec<float> operator()(Vec<float> x) const {
+    return power(_mm512_max_ps(low, _mm512_min_ps(high, x)), log2e);
   }
-  return _mm512_scalef_pd(z, n);
-}
+  Vec<float> of_minus(Vec<float> x) const { return power(_mm512_max_ps(-high, x), -log2e); }
+
+ private:
+  Vec<float> power(Vec<float> x, Vec<float> factor) const {
+    const __m512 n = _mm512_roundscale_ps(x * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_fmsub_ps(x, factor, n);
+    const __m512 z = (((((c0 * f + c1) * f + c2) * f + c3) * f + c4) * f + c5) * f + one;
+    return _mm512_scalef_ps(z, n);
+  }
+};
+
+template <>
+struct Exponential<double> {
+  static constexpr int kTerms = 11;
+  Vec<double> low = in_register(-708.0), high = in_register(708.0), log2e = in_register(1.4426950408889634),
+              rest = in_register(2.0355273740931033e-17), first = in_register(4.45581790833606449e-10);
+  Vec<double> c[kTerms] = {in_register(7.07419429728852101e-9),
+                           in_register(1.01780570877339411e-7),
+                           in_register(1.32154325359123762e-6),
+                           in_register(1.52527338415567726e-5),
+                           in_register(1.54035304637243542e-4),
+                           in_register(1.33335581464064707e-3),
+                           in_register(9.61812910758725667e-3),
+                           in_register(5.5504108664821627e-2),
+                           in_register(2.40226506959101596e-1),
+                           in_register(6.93147180559945309e-1),
+                           in_register(1.0)};
+
+  Vec<double> operator()(Vec<double> x) const {
+    return power(_mm512_max_pd(low, _mm512_min_pd(high, x)), log2e, rest);
+  }
+  Vec<double> of_minus(Vec<double> x) const { return power(_mm512_max_pd(-high, x), -log2e, -rest); }
+
+ private:
+  Vec<double> power(Vec<double> x, Vec<double> factor, Vec<double> remainder) const {
+    const __m512d n = _mm512_roundscale_pd(x * factor, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512d f = _mm512_fmadd_pd(x, remainder, _mm512_fmsub_pd(x, factor, n));
+    __m512d z = first;
+#pragma GCC unroll 16
+    for (int i = 0; i < kTerms; ++i) z = z * f + c[i];
+    return _mm512_scalef_pd(z, n);
+  }
+};
 
 /// 1 / x for 1 <= x.
 inline Vec<float> reciprocal(Vec<float> x) {
@@ -162,11 +215,12 @@ inline V reciprocal(V x) {
   return 1 / x;
 }
 
-#endif
-
 template <class T>
-inline Vec<T> logistic(Vec<T> x) {
-  return reciprocal(T(1) + exponential(-x));
-}
+struct Exponential {
+  Vec<T> operator()(Vec<T> x) const { return exponential(x); }
+  Vec<T> of_minus(Vec<T> x) const { return exponential(-x); }
+};
+
+#endif
 
 }  // namespace moecalc::ops::MOECALC_ISA
