@@ -194,7 +194,7 @@ inline Value<T> apply(const Exponential<T>& exponential, Vec<T> x, T threshold, 
   Value<T> out;
   out.slope = Vec<T>{};
   if constexpr (kind == ActivationKind::silu || kind == ActivationKind::silut) {
-    const Vec<T> s = reciprocal(T(1) + exponential.of_minus(x));
+    const Vec<T> s = logistic(exponential, x);
     out.y = x * s;
     if constexpr (with_slope) out.slope = s + out.y * (T(1) - s);
     if constexpr (kind == ActivationKind::silut) {
@@ -209,7 +209,7 @@ inline Value<T> apply(const Exponential<T>& exponential, Vec<T> x, T threshold, 
     out.y = T(1) - T(2) * reciprocal(exponential(T(2) * x) + T(1));
     if constexpr (with_slope) out.slope = T(1) - out.y * out.y;
   } else if constexpr (kind == ActivationKind::sigmoid) {
-    out.y = reciprocal(T(1) + exponential.of_minus(x));
+    out.y = logistic(exponential, x);
     if constexpr (with_slope) out.slope = out.y * (T(1) - out.y);
   } else if constexpr (kind == ActivationKind::relu || kind == ActivationKind::relu6) {
     const Vec<T> zero = Vec<T>{}, one = splat(T(1)), six = splat(T(6));

@@ -223,4 +223,9 @@ struct Exponential {
 
 #endif
 
+template <class T>
+inline Vec<T> logistic(const Exponential<T>& exponential, Vec<T> x) {
+  return reciprocal(T(1) + exponential.of_minus(x));
+}
+
 }  // namespace moecalc::ops::MOECALC_ISA
