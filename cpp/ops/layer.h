@@ -110,7 +110,11 @@ struct GroupWeights {
   const T *angle_k = nullptr, *angle_k_t = nullptr;                      // ep x columns: edge ik
   const T *angle_a = nullptr, *angle_a_t = nullptr;                      // ap x columns: angle part
   const T* angle_cos = nullptr;  // (columns) first layer: what a cosine of 1 gives there
-  const T *angle2 = nullptr, *angle2_t = nullptr, *angle2_b = nullptr;  // ep x k ep
+  // First layer, where the edge features are distance x slope + offset: what a distance of 1 gives, and the
+  // biases with what the offset gives.
+  const T *edge_r = nullptr, *edge_r_b = nullptr;                            // (edge columns)
+  const T *angle_j_r = nullptr, *angle_k_r = nullptr, *angle_r_b = nullptr;  // (angle columns)
+  const T *angle2 = nullptr, *angle2_t = nullptr, *angle2_b = nullptr;       // ep x k ep
   const T* angle2_far = nullptr;  // (ep,) answer for an edge without message
   const T *p_node = nullptr, *p_sym = nullptr, *p_message = nullptr, *p_edge = nullptr;  // routing weights
   const T *p_angle1 = nullptr, *p_angle2 = nullptr, *p_angle = nullptr;
@@ -156,6 +160,10 @@ struct LayerArgs {
   // `cos` (n_angle) and `direction` (ap) stand for `a`, and `dcos` for `da` as an output.
   const T *cos = nullptr, *direction = nullptr;
   T* dcos = nullptr;
+  // The same of e in distances: `r` (n_edge) stands for it where it meets weights, and `dr` takes what they
+  // would add to `de`.
+  const T* r = nullptr;
+  double* dr = nullptr;
   const T *sw = nullptr, *h = nullptr,
           *asw = nullptr;  // (n_edge), (n_edge x 4: sw h_c / sqrt(edge_norm)), (n_angle)
   T *zc = nullptr, *zn = nullptr,

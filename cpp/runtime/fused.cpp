@@ -69,13 +69,13 @@ class Fused final : public FusedModel, private PackedWeights<T> {
       Packed::updates_, Packed::use_dist_, Packed::weights_;
 
   // --- one evaluation ---
-  at::Tensor run_forward(const PreparedGraph& graph, const Exchange& with_ghosts, bool from_cosines);
+  at::Tensor run_forward(const PreparedGraph& graph, const Exchange& with_ghosts, bool from_geometry);
   void view(const PreparedGraph& graph);
   void shape_geometry(const PreparedGraph& graph);
   at::Tensor geometry_backward(const PreparedGraph& graph);
-  LayerArgs<T> arguments(size_t layer, bool from_cosines);
-  void layer_forward(size_t l, bool from_cosines);
-  void layer_backward(size_t l, bool nodes, bool from_cosines);
+  LayerArgs<T> arguments(size_t layer, bool from_geometry);
+  void layer_forward(size_t l, bool from_geometry);
+  void layer_backward(size_t l, bool nodes, bool from_geometry);
   void layer_backward_centres(LayerArgs<T>& x, bool nodes);
   void start_backward();
   void project(const LayerArgs<T>& x);
@@ -122,7 +122,7 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   Buffer<T> dv_, dv_out_, de_, da_, dz_, dzc_, dzca_, dbig_h_, dmessage_, dasw_, dcos_, dzn_;
   bool training_ = false;                   // weights are set from outside
   std::vector<Buffer<T>> gradient_memory_;  // per thread
-  Buffer<double> r_, dsw_, dh_, ds_edge_, angle_sw_, dangle_sw_, unit_;
+  Buffer<double> r_, dr_, dsw_, dh_, ds_edge_, angle_sw_, dangle_sw_, unit_;
 };
 
 // --- the graph
@@ -250,7 +250,7 @@ at::Tensor Fused<T>::geometry_backward(const PreparedGraph& graph) {
   at::Tensor gradient = at::empty({graph.n_edge, 3}, at::TensorOptions().dtype(at::kDouble));
   auto* g = gradient.mutable_data_ptr<double>();
   const double *r = r_.get(0), *ds = ds_edge_.get(0), *sa = angle_sw_.get(0), *unit = unit_.get(0);
-  const double *dsw_in = dsw_.get(0), *dh = dh_.get(0);
+  const double *dsw_in = dsw_.get(0), *dh = dh_.get(0), *dr_in = dr_.get(0);
   const T *dasw = dasw_.get(0), *dcos_in = dcos_.get(0), *de = de_.get(0), *input = edge_input_.get(0);
   double* work = dangle_sw_.get(4 * graph.n_edge);  // gradient of the angle switch and of the unit vector
   parallel(graph.n_local, [&](int64_t i, Scratch<T>& scratch) {
@@ -293,7 +293,7 @@ at::Tensor Fused<T>::geometry_backward(const PreparedGraph& graph) {
       } else {
         T total = 0;
         for (int64_t d = 0; d < s0.ep; ++d) total += de[e * s0.ep + d] * edge_matrix_[static_cast<size_t>(d)];
-        dinput = double(total);
+        dinput = dr_in[e] + double(total);
       }
       if (rules_.use_dist) {
         dr += dinput;
@@ -348,9 +348,9 @@ void expand(const at::Tensor& from, int64_t first, int64_t n, int64_t stride, T*
   }
 }
 
-/// `from_cosines`: the first layer, whose angle features are multiples of one vector.
+/// `from_geometry`: the first layer, whose edge and angle features are linear in distances and cosines.
 template <class T>
-LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_cosines) {
+LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_geometry) {
   LayerArgs<T> x;
   const LayerShape& s = layers_[layer].shape;
   x.shape = &s;
@@ -359,7 +359,11 @@ LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_cosines) {
   x.update = updates_[layer];
   x.v = v_[layer].get(g_.n_node * s.np);
   x.e = e_[layer].get(g_.n_edge * s.ep);
-  if (s.with_angles && from_cosines) {
+  if (from_geometry && use_dist_) {
+    x.r = edge_input_.get(0);
+    x.dr = dr_.get(g_.n_edge);
+  }
+  if (s.with_angles && from_geometry) {
     x.cos = cos_.get(0);
     x.direction = angle_direction_.data();
     x.dcos = dcos_.get(g_.n_angle);
@@ -389,9 +393,9 @@ void Fused<T>::project(const LayerArgs<T>& x) {
 }
 
 template <class T>
-void Fused<T>::layer_forward(size_t l, bool from_cosines) {
+void Fused<T>::layer_forward(size_t l, bool from_geometry) {
   const LayerShape& s = layers_[l].shape;
-  LayerArgs<T> x = arguments(l, from_cosines);
+  LayerArgs<T> x = arguments(l, from_geometry);
   x.v_out = v_[l + 1].get(g_.n_node * s.np);
   // outputs that no later layer reads do not exist
   if (s.live_edge) x.e_out = e_[l + 1].get(g_.n_edge * s.ep);
@@ -454,9 +458,9 @@ void Fused<T>::layer_backward_centres(LayerArgs<T>& x, bool nodes) {
 /// Gradients of layer l: dv_out_ in, dv_ out (left at the centre's own share where `nodes` is false); de_,
 /// da_ in place.
 template <class T>
-void Fused<T>::layer_backward(size_t l, bool nodes, bool from_cosines) {
+void Fused<T>::layer_backward(size_t l, bool nodes, bool from_geometry) {
   const LayerShape& s = layers_[l].shape;
-  LayerArgs<T> x = arguments(l, from_cosines);
+  LayerArgs<T> x = arguments(l, from_geometry);
   x.dv_out = dv_out_.get(g_.n_local * s.np);
   x.dv = dv_.get(g_.n_node * s.np);
   x.de = de_.get(g_.n_edge * s.ep);
@@ -468,6 +472,7 @@ void Fused<T>::layer_backward(size_t l, bool nodes, bool from_cosines) {
   x.dmessage = dmessage_.get(g_.n_local * s.heads * s.np);
   x.dsw = dsw_.get(0), x.dh = dh_.get(0), x.dasw = dasw_.get(0);
   std::fill_n(x.dv, g_.n_node * s.np, T(0));
+  if (x.dr != nullptr) std::fill_n(x.dr, g_.n_edge, 0.0);
   parallel_rows([&](int64_t begin, int64_t end, Scratch<T>& scratch) {
     kernels_.nodes_backward(x, begin, end, scratch);
   });
@@ -506,9 +511,11 @@ at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& featu
   return run_forward(graph, with_ghosts, true);
 }
 
-/// `from_cosines`: the first layer's angle features are not written out (see LayerArgs::cos).
+/// `from_geometry`: products with the first layer's edge and angle features are outer products (see
+/// LayerArgs::cos).
 template <class T>
-at::Tensor Fused<T>::run_forward(const PreparedGraph& graph, const Exchange& with_ghosts, bool from_cosines) {
+at::Tensor Fused<T>::run_forward(const PreparedGraph& graph, const Exchange& with_ghosts,
+                                 bool from_geometry) {
   view(graph);
   shape_geometry(graph);
   const size_t n_layer = layers_.size();
@@ -522,7 +529,7 @@ at::Tensor Fused<T>::run_forward(const PreparedGraph& graph, const Exchange& wit
     }
     T* e = e_[0].get(g_.n_edge * s.ep);
     const T *input = edge_input_.get(0), *cos = cos_.get(0);
-    T* a = s.with_angles && !from_cosines ? a_[0].get(g_.n_angle * s.ap) : nullptr;
+    T* a = s.with_angles && !from_geometry ? a_[0].get(g_.n_angle * s.ap) : nullptr;
     parallel(g_.n_local, [&](int64_t i, Scratch<T>&) {
       const int64_t e0 = g_.first_edge[i], e1 = g_.first_edge[i + 1];
       for (int64_t k = e0; k < e1; ++k) {
@@ -546,7 +553,7 @@ at::Tensor Fused<T>::run_forward(const PreparedGraph& graph, const Exchange& wit
       T* v = v_[l].get(g_.n_node * s.np);
       expand<T>(with_ghosts(compact(v, g_.n_local, s.n, s.np)), g_.n_local, g_.n_node - g_.n_local, s.np, v);
     }
-    layer_forward(l, from_cosines && l == 0);
+    layer_forward(l, from_geometry && l == 0);
   }
   const LayerShape& s = layers_.back().shape;
   return compact(v_[n_layer].get(0), g_.n_local, s.n, s.np);
@@ -561,7 +568,7 @@ at::Tensor Fused<T>::backward(const PreparedGraph& graph, const at::Tensor& dv_l
   for (size_t l = layers_.size(); l-- > 0;) {
     const LayerShape& s = layers_[l].shape;
     // the features of layer 0 come from the types alone
-    layer_backward(l, /*nodes=*/l > 0, /*from_cosines=*/l == 0);
+    layer_backward(l, /*nodes=*/l > 0, /*from_geometry=*/l == 0);
     if (l == 0) break;
     T *dv = dv_.get(0), *dv_out = dv_out_.get(0);
     if (without_ghosts) {
@@ -586,7 +593,7 @@ LayerTensors Fused<T>::one_layer(const PreparedGraph& graph, const at::Tensor& f
   expand<T>(in.sw.unsqueeze(1), 0, g_.n_edge, 1, sw_.get(g_.n_edge));
   expand<T>(in.asw.unsqueeze(1), 0, g_.n_angle, 1, asw_.get(g_.n_angle));
   expand<T>(in.h * in.sw.unsqueeze(1) / std::sqrt(s.edge_norm), 0, g_.n_edge, 4, h_.get(4 * g_.n_edge));
-  layer_forward(l, /*from_cosines=*/false);
+  layer_forward(l, /*from_geometry=*/false);
   LayerTensors out;
   out.v = compact(v_[l + 1].get(0), g_.n_local, s.n, s.np);
   out.e = s.live_edge ? compact(e_[l + 1].get(0), g_.n_edge, s.e, s.ep) : in.e;
@@ -607,7 +614,7 @@ LayerTensors Fused<T>::one_layer_backward(int64_t layer, const LayerTensors& in,
     expand<T>(gradients.a, 0, g_.n_angle, s.ap, da_.get(g_.n_angle * s.ap));
     da_live_ = true;
   }
-  layer_backward(l, /*nodes=*/true, /*from_cosines=*/false);
+  layer_backward(l, /*nodes=*/true, /*from_geometry=*/false);
   LayerTensors out;
   out.v = compact(dv_.get(0), g_.n_node, s.n, s.np);
   out.e = compact(de_.get(0), g_.n_edge, s.e, s.ep);
@@ -721,13 +728,10 @@ void Fused<T>::set_weights(const TrainingWeights& weights) {
       };
       w.node_t = transposed(0), w.sym_t = transposed(3), w.edge_c_t = transposed(6),
       w.edge_n_t = transposed(8), w.edge_e_t = transposed(9);
+      if (l == 0) this->pack_first_layer(s, w);
       if (!s.with_angles) continue;
       w.angle_c_t = transposed(12), w.angle_j_t = transposed(14), w.angle_k_t = transposed(15),
       w.angle_a_t = transposed(16), w.angle2_t = transposed(19);
-      if (l == 0) {
-        w.angle_cos =
-            hold(weights.direction.reshape({1, s.a}).matmul(from[16].reshape({s.a, s.angle_columns()})));
-      }
       at::Tensor far = from[20].clone();
       kernels_.activate(s.phi, far.template mutable_data_ptr<T>(), far.numel());
       w.angle2_far = hold(from[21].reshape({1, -1}).matmul(far.reshape({s.k_angle2, s.e})));
@@ -798,7 +802,7 @@ TrainingWeights Fused<T>::backward_to_train(const PreparedGraph& graph, const at
       }
       scratch_[thread].gradients = gradients[thread].data();
     }
-    layer_backward(l, /*nodes=*/true, /*from_cosines=*/false);
+    layer_backward(l, /*nodes=*/true, /*from_geometry=*/false);
     for (Scratch<T>& scratch : scratch_) scratch.gradients = nullptr;
     for (size_t thread = 1; thread < scratch_.size(); ++thread) {
       T* sum = gradient_memory_[0].get(size);

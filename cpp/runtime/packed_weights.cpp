@@ -281,11 +281,6 @@ void PackedWeights<T>::pack_layer(const LayerSource& source, const at::Tensor& f
         add(y.matrix[k], y.bias.narrow(0, k, 1), s.angle1() + k * s.ap, s.a, s.ap);
       }
       w.angle_a = keep(angle), w.angle_a_t = keep_transposed(angle);
-      if (&source == &layers_[0]) {
-        at::Tensor direction = zeros(1, s.ap);
-        std::copy(angle_direction_.begin(), angle_direction_.end(), direction.mutable_data_ptr<double>());
-        w.angle_cos = keep(direction.matmul(angle));
-      }
       w.angle_c = keep(centre), w.angle_c_t = keep_transposed(centre), w.angle_b = keep(b);
       w.angle_j = keep(ej), w.angle_j_t = keep_transposed(ej);
       w.angle_k = keep(ek), w.angle_k_t = keep_transposed(ek);
@@ -303,6 +298,7 @@ void PackedWeights<T>::pack_layer(const LayerSource& source, const at::Tensor& f
       kernels_.activate(s.phi, far.template mutable_data_ptr<T>(), far.numel());
       w.angle2_far = keep((far.reshape({s.k_angle2, s.ep}).to(at::kDouble) * z.p.unsqueeze(1)).sum(0));
     }
+    if (&source == &layers_[0]) pack_first_layer(s, w);
     groups.push_back(w);
     shape = s;
   }
@@ -322,6 +318,35 @@ void PackedWeights<T>::pack_layer(const LayerSource& source, const at::Tensor& f
   if (shape.live_edge) update.e = padded_update(source.update_e, shape.ep);
   if (shape.live_angle) update.a = padded_update(source.update_a, shape.ap);
   updates_.push_back(update);
+}
+
+template <class T>
+void PackedWeights<T>::pack_first_layer(const LayerShape& s, GroupWeights<T>& w) {
+  // Written out, because the order of the sums in a library's product depends on where the weights lie in
+  // memory, and training that is restarted shall go on to the last bit.
+  std::vector<double> sums;
+  const auto add = [&sums](const std::vector<T>& row, const T* matrix) {
+    for (size_t k = 0; k < row.size(); ++k) {
+      for (size_t c = 0; c < sums.size(); ++c)
+        sums[c] += double(row[k]) * double(matrix[k * sums.size() + c]);
+    }
+  };
+  const auto product = [&](int64_t columns, const std::vector<T>& row, const T* matrix) {
+    sums.assign(static_cast<size_t>(columns), 0.0);
+    add(row, matrix);
+    return keep(at::tensor(sums));
+  };
+  const int64_t ce = s.edge_columns(), ca = s.angle_columns();
+  w.edge_r = product(ce, edge_matrix_, w.edge_e);
+  sums.assign(w.edge_b, w.edge_b + ce);
+  add(edge_bias_, w.edge_e);
+  w.edge_r_b = keep(at::tensor(sums));
+  if (!s.with_angles) return;
+  w.angle_j_r = product(ca, edge_matrix_, w.angle_j), w.angle_k_r = product(ca, edge_matrix_, w.angle_k);
+  w.angle_cos = product(ca, angle_direction_, w.angle_a);
+  sums.assign(w.angle_b, w.angle_b + ca);
+  add(edge_bias_, w.angle_j), add(edge_bias_, w.angle_k);
+  w.angle_r_b = keep(at::tensor(sums));
 }
 
 template <class T>

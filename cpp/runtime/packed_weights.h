@@ -62,6 +62,9 @@ class PackedWeights {
 
   /// `features` (G, n_dim): router input of every group. Returns whether the weights changed.
   bool set_groups(const at::Tensor& features);
+  /// Sets what stands for the weights of edge, distance and angle features in the first layer; the others are
+  /// set.
+  void pack_first_layer(const ops::LayerShape& shape, ops::GroupWeights<T>& w);
 
   const ops::Kernels<T>& kernels_;
   GeometryRules rules_;

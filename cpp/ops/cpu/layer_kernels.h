@@ -304,6 +304,13 @@ inline void copy_row(T* to, const T* from, int64_t n) {
   for (int64_t d = 0; d < n; d += kLanes<T>) store(to + d, load(from + d));
 }
 
+template <class T>
+inline T dot_rows(const T* x, const T* y, int64_t n) {
+  Vec<T> total = Vec<T>{};
+  for (int64_t d = 0; d < n; d += kLanes<T>) total += load(x + d) * load(y + d);
+  return sum<T>(total);
+}
+
 /// Rows of edges are worked on in chunks whose activations stay in the first-level cache.
 constexpr int64_t kEdgeChunk = 16;
 /// Rows of nodes likewise.
@@ -317,10 +324,12 @@ void project_centres(const LayerArgs<T>& x, int64_t begin, int64_t end, Scratch<
   const LayerShape& s = *x.shape;
   const GroupWeights<T>& w = x.weights[x.graph->group[begin]];
   const int64_t ce = s.edge_columns(), ca = s.angle_columns();
-  for (int64_t i = begin; i < end; ++i) copy_row(x.zc + i * ce, w.edge_b, ce);
+  const T* edge_b = x.r == nullptr ? w.edge_b : w.edge_r_b;
+  for (int64_t i = begin; i < end; ++i) copy_row(x.zc + i * ce, edge_b, ce);
   gemm(end - begin, ce, s.n, x.v + begin * s.np, s.np, w.edge_c, ce, x.zc + begin * ce, ce, true);
   if (ca == 0) return;
-  for (int64_t i = begin; i < end; ++i) copy_row(x.zca + i * ca, w.angle_b, ca);
+  const T* angle_b = x.r == nullptr ? w.angle_b : w.angle_r_b;
+  for (int64_t i = begin; i < end; ++i) copy_row(x.zca + i * ca, angle_b, ca);
   gemm(end - begin, ca, s.n, x.v + begin * s.np, s.np, w.angle_c, ca, x.zca + begin * ca, ca, true);
 }
 
@@ -415,6 +424,17 @@ inline void angle_projections(const LayerArgs<T>& x, const GroupWeights<T>& w, i
                               int64_t m, T* p, T* q) {
   const LayerShape& s = *x.shape;
   const int64_t ca = s.angle_columns();
+  if (x.r != nullptr) {
+    const T* centre = x.zca + i * ca;
+    for (int64_t j = 0; j < m; ++j) {
+      const T r = x.r[e0 + j];
+      for (int64_t d = 0; d < ca; d += kLanes<T>) {
+        store(p + j * ca + d, load(centre + d) + r * load(w.angle_j_r + d));
+        store(q + j * ca + d, r * load(w.angle_k_r + d));
+      }
+    }
+    return;
+  }
   for (int64_t j = 0; j < m; ++j) copy_row(p + j * ca, x.zca + i * ca, ca);
   gemm(m, ca, s.edge_in, x.e + e0 * s.ep, s.ep, w.angle_j, ca, p, ca, true);
   gemm(m, ca, s.edge_in, x.e + e0 * s.ep, s.ep, w.angle_k, ca, q, ca, false);
@@ -535,8 +555,16 @@ inline void edge_rows(const LayerArgs<T>& x, const GroupWeights<T>& w, const Pas
     const T* zc = x.zc + i * ce + at;
     for (int64_t r = 0; r < rows; ++r) {
       const T* zn = x.zn + x.graph->slot[first + r] * ce + at;
-      for (int64_t d = 0; d < width; d += kLanes<T>) store(to + r * cz + d, load(zc + d) + load(zn + d));
+      if (x.r != nullptr) {
+        const T distance = x.r[first + r];
+        const T* slope = w.edge_r + at;
+        for (int64_t d = 0; d < width; d += kLanes<T>)
+          store(to + r * cz + d, (load(zc + d) + load(zn + d)) + distance * load(slope + d));
+      } else {
+        for (int64_t d = 0; d < width; d += kLanes<T>) store(to + r * cz + d, load(zc + d) + load(zn + d));
+      }
     }
+    if (x.r != nullptr) return;
     gemm(rows, width, s.e, x.e + first * s.ep, s.ep, w.edge_e + at, ce, to, cz, true);
   };
   part(pass.message, pass.message_at, z);
@@ -877,13 +905,16 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
         const T *slope = w.angle_cos + pass.message_at, *own_slope = w.angle_cos + pass.own_at;
         for (int64_t k = 0; k < m; ++k) {
           const T* row = dz + k * cz;
-          Vec<T> dot = Vec<T>{};
-          for (int64_t d = 0; d < pass.message; d += L) dot += load(row + d) * load(slope + d);
-          for (int64_t d = 0; d < pass.own; d += L) dot += load(row + pass.message + d) * load(own_slope + d);
-          x.dcos[first + j * m + k] += sum<T>(dot);
+          x.dcos[first + j * m + k] +=
+              dot_rows(row, slope, pass.message) + dot_rows(row + pass.message, own_slope, pass.own);
         }
       }
     }
+  }
+  if (x.r != nullptr) {
+    for (int64_t j = 0; j < m; ++j)
+      x.dr[e0 + j] += dot_rows(dp + j * ca, w.angle_j_r, ca) + dot_rows(dq + j * ca, w.angle_k_r, ca);
+    return;
   }
   gemm(m, s.ep, ca, dp, ca, w.angle_j_t, s.ep, x.de + e0 * s.ep, s.ep, true);
   gemm(m, s.ep, ca, dq, ca, w.angle_k_t, s.ep, x.de + e0 * s.ep, s.ep, true);
@@ -955,6 +986,10 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
           store(sums + d, load(sums + d) + value);
         }
       }
+    }
+    if (x.r != nullptr) {
+      for (int64_t r = 0; r < rows; ++r) x.dr[e0 + begin + r] += dot_rows(dz + r * ce, w.edge_r, ce);
+      continue;
     }
     gemm(rows, s.ep, ce, dz, ce, w.edge_e_t, s.ep, x.de + (e0 + begin) * s.ep, s.ep, true);
     if (scratch.gradients != nullptr) {
