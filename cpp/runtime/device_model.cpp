@@ -128,7 +128,7 @@ std::unique_ptr<DeviceModel> make_device_model(const torch::jit::Module& geometr
       case ProductPrecision::tf32:
         return cuda::make<cuda::Tf32>(package, limited);
       case ProductPrecision::bf16x3:
-        return cuda::make<cuda::Bf16x3>(package, options);
+        return cuda::make<cuda::Bf16x3>(package, limited);
       default:
         return cuda::make<cuda::Float32>(package, limited);
     }
