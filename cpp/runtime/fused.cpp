@@ -80,7 +80,8 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   void start_backward();
   void project(const LayerArgs<T>& x);
 
-  /// f(task, scratch) for all tasks, handed out one by one.
+  /// f(task, scratch) for all tasks, handed out one by one; where threads sum gradients of weights, in turn,
+  /// so that the sums do not depend on which thread is faster.
   template <class F>
   void parallel(int64_t n, const F& f) {
     const int64_t n_thread = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), n));
@@ -89,7 +90,11 @@ class Fused final : public FusedModel, private PackedWeights<T> {
     at::parallel_for(0, n_thread, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         Scratch<T>& scratch = scratch_[static_cast<size_t>(thread)];
-        for (int64_t task = next++; task < n; task = next++) f(task, scratch);
+        if (scratch.gradients != nullptr) {
+          for (int64_t task = thread; task < n; task += n_thread) f(task, scratch);
+        } else {
+          for (int64_t task = next++; task < n; task = next++) f(task, scratch);
+        }
       }
     });
   }
