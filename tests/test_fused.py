@@ -36,8 +36,8 @@ def environment(**values):
                 os.environ[name] = value
 
 
-def evaluator(path, dtype="float64", backend="", cpu=""):
-    with environment(MOECALC_BACKEND=backend, MOECALC_CPU=cpu):
+def evaluator(path, dtype="float64", backend="", cpu="", keep=""):
+    with environment(MOECALC_BACKEND=backend, MOECALC_CPU=cpu, MOECALC_KEEP=keep):
         return _lib.load().Evaluator(str(path), "cpu", dtype)
 
 
@@ -108,6 +108,24 @@ def test_fused_equals_torchscript(write, name):
     fused, reference = evaluator(path, backend="fused"), evaluator(path, backend="torchscript")
     for atoms in STRUCTURES.values():
         assert_same(evaluate(fused, atoms), evaluate(reference, atoms), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_is_kept_for_the_backward_does_not_change_the_results(write, name, dtype):
+    path = write(**OPTIONS[name])
+    kept, again = evaluator(path, dtype), evaluator(path, dtype, keep="0")
+    for atoms in (STRUCTURES["bulk"], STRUCTURES["slab"]):
+        one, two = evaluate(kept, atoms), evaluate(again, atoms)
+        assert np.array_equal(one["forces"], two["forces"])
+
+
+@pytest.mark.parametrize("keep", ["much", "-1", "nan", "1 MB"])
+def test_unusable_amount_to_keep_is_refused(write, keep):
+    with pytest.raises(
+        RuntimeError, match=f"expected MOECALC_KEEP to be a number of MiB per thread, got '{keep}'"
+    ):
+        evaluator(write(), keep=keep)
 
 
 @pytest.mark.parametrize("cpu", ["generic", "avx2", "avx512"])

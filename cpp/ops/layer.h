@@ -167,7 +167,11 @@ struct LayerArgs {
   const T *sw = nullptr, *h = nullptr,
           *asw = nullptr;  // (n_edge), (n_edge x 4: sw h_c / sqrt(edge_norm)), (n_angle)
   T *zc = nullptr, *zn = nullptr,
-    *zca = nullptr;         // n_local x columns, n_slot x columns, n_local x angle columns
+    *zca = nullptr;  // n_local x columns, n_slot x columns, n_local x angle columns
+  // Kept for the backward of the edge maps, or null: then it computes them again. Slopes of the activations,
+  // (n_edge x columns) in all, for every centre expert by expert; the mixed outputs of the message's experts
+  // (n_edge x heads np).
+  T *edge_slope = nullptr, *edge_mix = nullptr;
   T* node_slope = nullptr;  // n_local x (k_node + k_sym) np: slopes of the node maps' activations
   T* big_h = nullptr;       // n_local x 3 x sym_width
   T* message = nullptr;     // n_local x heads np: sum over edges / edge_norm

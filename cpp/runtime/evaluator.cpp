@@ -706,7 +706,7 @@ void Evaluator::Impl::run_fused(const PreparedGraph& graph, const at::Tensor& sy
     reduce = [&](const at::Tensor& dv) { return without_ghosts(graph, dv, exchange); };
   }
   auto mark = std::chrono::steady_clock::now();
-  const at::Tensor v = fused_->forward(graph, group_features(graph, exchange), extend);
+  const at::Tensor v = fused_->forward(graph, group_features(graph, exchange), extend, gradients);
   result.timings.emplace_back("forward", seconds_since(mark));
   mark = std::chrono::steady_clock::now();
   const at::AutoGradMode readout_mode(gradients);

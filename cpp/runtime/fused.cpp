@@ -28,6 +28,21 @@ constexpr int64_t kRows = 32;  // rows of nodes or slots that one task works on
 /// so that these rows are read again while they are in the last-level cache.
 constexpr int64_t kBatchBytes = int64_t{4} << 20;
 constexpr int64_t kCentresPerThread = 8;  // at least, in a batch
+/// What the forward keeps of the edge maps for the backward, at most, per thread; where they need more, the
+/// backward computes them again. MOECALC_KEEP sets it, in MiB.
+constexpr int64_t kKeepBytes = int64_t{512} << 20;
+
+/// Of MOECALC_KEEP, else kKeepBytes. Throws Error where it is no number.
+int64_t kept_bytes() {
+  const char* text = std::getenv("MOECALC_KEEP");
+  if (text == nullptr) return kKeepBytes;
+  char* end = nullptr;
+  const double mebibytes = std::strtod(text, &end);
+  if (end == text || *end != '\0' || !(mebibytes >= 0.0 && mebibytes <= 1e9)) {
+    throw Error("expected MOECALC_KEEP to be a number of MiB per thread, got '" + std::string(text) + "'");
+  }
+  return static_cast<int64_t>(mebibytes * 1048576.0);
+}
 
 template <class T>
 class Fused final : public FusedModel, private PackedWeights<T> {
@@ -35,16 +50,19 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   Fused(const Module& geometry, const Module& embedding, const std::vector<Module>& layers)
       : PackedWeights<T>(geometry, embedding, layers, ops::kernels<T>(std::getenv("MOECALC_CPU"))) {
     for (auto* buffers : {&v_, &e_, &a_}) buffers->resize(layers_.size() + 1);
-    for (auto* buffers : {&m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_})
+    for (auto* buffers : {&m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_, &edge_slope_, &edge_mix_})
       buffers->resize(layers_.size());
   }
 
-  at::Tensor forward(const PreparedGraph& graph, const at::Tensor& features,
-                     const Exchange& with_ghosts) override;
+  at::Tensor forward(const PreparedGraph& graph, const at::Tensor& features, const Exchange& with_ghosts,
+                     bool gradients) override;
   at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                       const Exchange& without_ghosts) override;
   void set_weights(const TrainingWeights& weights) override;
-  at::Tensor forward_to_train(const PreparedGraph& graph) override { return run_forward(graph, {}, false); }
+  at::Tensor forward_to_train(const PreparedGraph& graph) override {
+    keep_edges_ = false;  // gradients of weights need the activations themselves
+    return run_forward(graph, {}, false);
+  }
   TrainingWeights backward_to_train(const PreparedGraph& graph, const at::Tensor& dv_local) override;
   LayerTensors one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
                          const LayerTensors& in) override;
@@ -79,6 +97,7 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   void layer_backward_centres(LayerArgs<T>& x, bool nodes);
   void start_backward();
   void project(const LayerArgs<T>& x);
+  void decide_what_to_keep(bool gradients, int64_t n_edge, bool from_geometry);
 
   /// f(task, scratch) for all tasks, handed out one by one; where threads sum gradients of weights, in turn,
   /// so that the sums do not depend on which thread is faster.
@@ -116,13 +135,15 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   std::vector<SlotChunk> slot_chunks_;
   std::vector<size_t> slot_chunk_splits_;
 
+  const int64_t keep_bytes_ = kept_bytes();
+  bool keep_edges_ = false;                 // whether the backward finds slopes of the edge maps
   bool de_live_ = false, da_live_ = false;  // whether de_ and da_ hold gradients of the layer's outputs yet
 
   // Buffers; they grow and stay.
   std::vector<Scratch<T>> scratch_;
   std::vector<Buffer<T>> v_, e_, a_;  // inputs of every layer, and the last outputs
-  std::vector<Buffer<T>> m_, big_h_, message_, zc_, zn_, zca_,
-      node_slope_;  // of every layer, for its backward
+  std::vector<Buffer<T>> m_, big_h_, message_, zc_, zn_, zca_, node_slope_, edge_slope_,
+      edge_mix_;  // of every layer, for its backward
   Buffer<T> sw_, h_, asw_, cos_, edge_input_;
   Buffer<T> dv_, dv_out_, de_, da_, dz_, dzc_, dzca_, dbig_h_, dmessage_, dasw_, dcos_, dzn_;
   bool training_ = false;                   // weights are set from outside
@@ -379,6 +400,10 @@ LayerArgs<T> Fused<T>::arguments(size_t layer, bool from_geometry) {
   x.zc = zc_[layer].get(g_.n_local * s.edge_columns());
   x.zn = zn_[layer].get(g_.n_slot * s.edge_columns());
   x.zca = zca_[layer].get(g_.n_local * s.angle_columns());
+  if (keep_edges_ && x.r == nullptr) {  // products with distances are cheaper than memory
+    x.edge_slope = edge_slope_[layer].get(g_.n_edge * s.edge_columns());
+    x.edge_mix = edge_mix_[layer].get(g_.n_edge * s.heads * s.np);
+  }
   x.node_slope = node_slope_[layer].get(g_.n_local * (s.k_node + s.k_sym) * s.np);
   x.big_h = big_h_[layer].get(g_.n_local * 3 * s.sym_width());
   x.m = s.with_angles ? m_[layer].get(g_.n_edge * s.ep) : nullptr;
@@ -511,9 +536,21 @@ void Fused<T>::start_backward() {
 
 template <class T>
 at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& features,
-                             const Exchange& with_ghosts) {
+                             const Exchange& with_ghosts, bool gradients) {
   if (!training_) set_groups(features);
+  decide_what_to_keep(gradients, graph.n_edge, true);
   return run_forward(graph, with_ghosts, true);
+}
+
+template <class T>
+void Fused<T>::decide_what_to_keep(bool gradients, int64_t n_edge, bool from_geometry) {
+  int64_t numbers = 0;
+  for (size_t l = from_geometry && use_dist_ ? 1 : 0; l < layers_.size(); ++l) {
+    const LayerShape& s = layers_[l].shape;
+    numbers += n_edge * (s.edge_columns() + s.heads * s.np);
+  }
+  const int64_t bytes = numbers * static_cast<int64_t>(sizeof(T));
+  keep_edges_ = gradients && bytes <= keep_bytes_ * at::get_num_threads();
 }
 
 /// `from_geometry`: products with the first layer's edge and angle features are outer products (see
@@ -591,6 +628,7 @@ LayerTensors Fused<T>::one_layer(const PreparedGraph& graph, const at::Tensor& f
   const auto l = static_cast<size_t>(layer);
   set_groups(features);
   view(graph);
+  decide_what_to_keep(true, graph.n_edge, false);
   const LayerShape& s = layers_[l].shape;
   expand<T>(in.v, 0, g_.n_node, s.np, v_[l].get(g_.n_node * s.np));
   expand<T>(in.e, 0, g_.n_edge, s.ep, e_[l].get(g_.n_edge * s.ep));
@@ -921,7 +959,8 @@ TrainingWeights Fused<T>::backward_to_train(const PreparedGraph& graph, const at
 template <class T>
 int64_t Fused<T>::bytes() const {
   int64_t total = 0;
-  for (const auto* group : {&v_, &e_, &a_, &m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_}) {
+  for (const auto* group :
+       {&v_, &e_, &a_, &m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_, &edge_slope_, &edge_mix_}) {
     for (const Buffer<T>& buffer : *group) total += buffer.bytes();
   }
   for (const Buffer<T>* buffer : {&sw_, &h_, &asw_, &cos_, &edge_input_, &dv_, &dv_out_, &de_, &da_, &dz_,

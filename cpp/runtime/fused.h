@@ -30,9 +30,9 @@ class FusedModel {
   virtual ~FusedModel() = default;
 
   /// Node features after the last layer, (n_local, n_dim). `features` (G, n_dim): router input of every
-  /// group.
+  /// group. `gradients`: whether backward follows.
   virtual at::Tensor forward(const PreparedGraph& graph, const at::Tensor& features,
-                             const Exchange& with_ghosts) = 0;
+                             const Exchange& with_ghosts, bool gradients) = 0;
   /// Gradient of the energy with respect to the edge vectors of the last forward, (n_edge, 3) float64.
   virtual at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                               const Exchange& without_ghosts) = 0;

@@ -68,7 +68,7 @@ void Trainer::set_weights(const TrainingWeights& weights) { impl_->model->set_we
 at::Tensor Trainer::forward(bool keep_for_weights) {
   const at::NoGradGuard no_grad;
   return keep_for_weights ? impl_->model->forward_to_train(impl_->graph)
-                          : impl_->model->forward(impl_->graph, {}, {});
+                          : impl_->model->forward(impl_->graph, {}, {}, true);
 }
 
 at::Tensor Trainer::backward(const at::Tensor& dv) {

@@ -447,14 +447,17 @@ struct Pass {
   int64_t expert = 0;
   int64_t message = 0, own = 0;        // widths
   int64_t message_at = 0, own_at = 0;  // columns in the weights
+  int64_t before = 0;                  // columns of the passes before it
   int64_t columns() const { return message + own; }
 };
 
 inline int64_t edge_passes(const LayerShape& s) { return std::max(s.k_message, s.live_edge ? s.k_edge : 0); }
 inline Pass edge_pass(const LayerShape& s, int64_t y) {
   const int64_t width = s.heads * s.np;
-  return {y, y < s.k_message ? width : 0, s.live_edge && y < s.k_edge ? s.ep : 0, y * width,
-          s.message() + y * s.ep};
+  const int64_t k_edge = s.live_edge ? s.k_edge : 0;
+  return {
+      y,         y < s.k_message ? width : 0, y < k_edge ? s.ep : 0,
+      y * width, s.message() + y * s.ep,      std::min(y, s.k_message) * width + std::min(y, k_edge) * s.ep};
 }
 inline int64_t angle_passes(const LayerShape& s) {
   return std::max(s.k_angle1, s.live_angle ? s.k_angle : 0);
@@ -586,10 +589,22 @@ void centre_edges(const LayerArgs<T>& x, int64_t i, Scratch<T>& scratch) {
     const int64_t cz = pass.columns();
     const T p_message = pass.message > 0 ? w.p_message[y] : T(0);
     const T p_own = pass.own > 0 ? w.p_edge[y] : T(0);
+    T* slope = x.edge_slope == nullptr ? nullptr : x.edge_slope + e0 * s.edge_columns() + n * pass.before;
     for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
       const int64_t rows = std::min(kEdgeChunk, n - begin);
       edge_rows(x, w, pass, i, e0 + begin, rows, z);
-      activate(s.phi, z, rows * cz);
+      if (x.edge_slope == nullptr) {
+        activate(s.phi, z, rows * cz);
+      } else {
+        activate_with_slope(s.phi, z, slope + begin * cz, rows * cz);
+        for (int64_t r = 0; pass.message > 0 && r < rows; ++r) {
+          T* mix = x.edge_mix + (e0 + begin + r) * width;
+          for (int64_t d = 0; d < width; d += L) {
+            const Vec<T> share = p_message * load(z + r * cz + d);
+            store(mix + d, y == 0 ? share : load(mix + d) + share);
+          }
+        }
+      }
       const T* sw = x.sw + e0 + begin;
       for (int64_t d = 0; d < pass.message; d += L) {
         Vec<T> total = Vec<T>{};
@@ -936,6 +951,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
   constexpr int64_t L = kLanes<T>;
   T* z = scratch.z.get(kEdgeChunk * ce);
   T* spare = x.dz == nullptr ? scratch.y.get(kEdgeChunk * ce) : nullptr;
+  const T* kept = x.edge_slope == nullptr ? nullptr : x.edge_slope + e0 * ce;
   T* dzc = x.dzc + i * ce;
   fill(dzc, T(0), ce);
   T* dmessage = scratch.w.get(width);
@@ -943,9 +959,11 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
   for (int64_t d = 0; d < width; d += L) store(dmessage + d, norm * load(x.dmessage + i * width + d));
   for (int64_t begin = 0; begin < n; begin += kEdgeChunk) {
     const int64_t rows = std::min(kEdgeChunk, n - begin);
-    edge_rows(x, w, {0, ce, 0, 0, 0}, i, e0 + begin, rows, z);
     T* dz = x.dz == nullptr ? spare : x.dz + (e0 + begin - x.dz_first) * ce;
-    activate_with_slope(s.phi, z, dz, rows * ce);
+    if (kept == nullptr) {
+      edge_rows(x, w, {0, ce, 0, 0, 0, 0}, i, e0 + begin, rows, z);
+      activate_with_slope(s.phi, z, dz, rows * ce);
+    }
     if (scratch.gradients != nullptr) {
       const GroupGradients<T>& into = scratch.gradients[g.group[i]];
       const T* sw = x.sw + e0 + begin;
@@ -959,29 +977,37 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
                      into.y_edge + k * s.ep);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const T sw = x.sw[e0 + begin + r];
+      const int64_t edge = e0 + begin + r;
+      const T sw = x.sw[edge];
       T* dzr = dz + r * ce;
-      Vec<T> dot = Vec<T>{};
+      if (kept != nullptr) {
+        x.dsw[edge] += dot_rows(dmessage, x.edge_mix + edge * width, width);
+      } else {
+        Vec<T> dot = Vec<T>{};
+        for (int64_t d = 0; d < width; d += L)
+          dot += load(dmessage + d) * mixed(z + r * ce, w.p_message, s.k_message, width, d);
+        x.dsw[edge] += sum<T>(dot);
+      }
       for (int64_t k = 0; k < s.k_message; ++k) {
         T *row = dzr + k * width, *sums = dzc + k * width;
-        const T* y = z + r * ce + k * width;
-        const T p = w.p_message[k], p_sw = p * sw;
-        Vec<T> part = Vec<T>{};
+        const Pass pass = edge_pass(s, k);
+        const T* slope = kept == nullptr ? row : kept + n * pass.before + (begin + r) * pass.columns();
+        const T p_sw = w.p_message[k] * sw;
         for (int64_t d = 0; d < width; d += L) {
-          const Vec<T> gradient = load(dmessage + d), value = load(row + d) * (p_sw * gradient);
-          part += gradient * load(y + d);
+          const Vec<T> value = load(slope + d) * (p_sw * load(dmessage + d));
           store(row + d, value);
           store(sums + d, load(sums + d) + value);
         }
-        dot += p * part;
       }
-      x.dsw[e0 + begin + r] += sum<T>(dot);
       for (int64_t k = 0; s.live_edge && k < s.k_edge; ++k) {
         T *row = dzr + s.message() + k * s.ep, *sums = dzc + s.message() + k * s.ep;
+        const Pass pass = edge_pass(s, k);
+        const T* slope =
+            kept == nullptr ? row : kept + n * pass.before + (begin + r) * pass.columns() + pass.message;
         const T p = w.p_edge[k];
         for (int64_t d = 0; d < s.ep; d += L) {
           const Vec<T> factor = p * load(x.update.e + d);
-          const Vec<T> value = load(row + d) * (factor * load(de_out + (begin + r) * s.ep + d));
+          const Vec<T> value = load(slope + d) * (factor * load(de_out + (begin + r) * s.ep + d));
           store(row + d, value);
           store(sums + d, load(sums + d) + value);
         }
