@@ -8,9 +8,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <numeric>
 #include <optional>
+#include <string>
+#include <thread>
 #include <utility>
 
 #include "../ops/layer.h"
@@ -28,20 +31,44 @@ constexpr int64_t kRows = 32;  // rows of nodes or slots that one task works on
 /// so that these rows are read again while they are in the last-level cache.
 constexpr int64_t kBatchBytes = int64_t{4} << 20;
 constexpr int64_t kCentresPerThread = 8;  // at least, in a batch
-/// What the forward keeps of the edge maps for the backward, at most, per thread; where they need more, the
-/// backward computes them again. MOECALC_KEEP sets it, in MiB.
-constexpr int64_t kKeepBytes = int64_t{512} << 20;
-
-/// Of MOECALC_KEEP, else kKeepBytes. Throws Error where it is no number.
+/// What the forward may keep of the edge maps for the backward, in bytes per thread, from MOECALC_KEEP (MiB);
+/// -1 where it is not set. Throws Error where it is no number.
 int64_t kept_bytes() {
   const char* text = std::getenv("MOECALC_KEEP");
-  if (text == nullptr) return kKeepBytes;
+  if (text == nullptr) return -1;
   char* end = nullptr;
   const double mebibytes = std::strtod(text, &end);
   if (end == text || *end != '\0' || !(mebibytes >= 0.0 && mebibytes <= 1e9)) {
     throw Error("expected MOECALC_KEEP to be a number of MiB per thread, got '" + std::string(text) + "'");
   }
   return static_cast<int64_t>(mebibytes * 1048576.0);
+}
+
+/// Memory that this process could still get, in bytes: what the system calls available, within the limits of
+/// its control groups. 0 where the system does not say.
+int64_t available_memory() {
+  int64_t available = 0;
+  std::ifstream system("/proc/meminfo");
+  for (std::string line; std::getline(system, line);) {
+    if (line.rfind("MemAvailable:", 0) == 0) available = std::strtoll(line.c_str() + 13, nullptr, 10) << 10;
+  }
+  // "0::/path" in version 2, "4:memory:/path" in version 1; a limit of a parent counts as well
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    const bool first = line.find(":memory:/") != std::string::npos;
+    if (!first && line.rfind("0::/", 0) != 0) continue;
+    const std::string root = first ? "/sys/fs/cgroup/memory" : "/sys/fs/cgroup";
+    for (std::string group = line.substr(line.find('/'));; group.resize(group.rfind('/'))) {
+      std::ifstream limits(root + group + (first ? "/memory.limit_in_bytes" : "/memory.max"));
+      std::ifstream use(root + group + (first ? "/memory.usage_in_bytes" : "/memory.current"));
+      int64_t limit = 0, used = 0;
+      if (limits >> limit && use >> used) {  // no number where there is no limit
+        available = std::min(available, std::max<int64_t>(0, limit - used));
+      }
+      if (group.empty()) break;
+    }
+  }
+  return available;
 }
 
 template <class T>
@@ -549,8 +576,20 @@ void Fused<T>::decide_what_to_keep(bool gradients, int64_t n_edge, bool from_geo
     const LayerShape& s = layers_[l].shape;
     numbers += n_edge * (s.edge_columns() + s.heads * s.np);
   }
-  const int64_t bytes = numbers * static_cast<int64_t>(sizeof(T));
-  keep_edges_ = gradients && bytes <= keep_bytes_ * at::get_num_threads();
+  const int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)), threads = at::get_num_threads();
+  if (keep_bytes_ >= 0) {
+    keep_edges_ = gradients && bytes <= keep_bytes_ * threads;
+    return;
+  }
+  int64_t held = 0;
+  for (const auto* buffers : {&edge_slope_, &edge_mix_}) {
+    for (const Buffer<T>& buffer : *buffers) held += buffer.bytes();
+  }
+  keep_edges_ = gradients;
+  if (!gradients || bytes <= held) return;
+  // A quarter of what is free to these threads: the other buffers of a first step need twice as much.
+  const int64_t cores = std::max<int64_t>(threads, std::thread::hardware_concurrency());
+  keep_edges_ = bytes - held <= available_memory() / 4 * threads / cores;
 }
 
 /// `from_geometry`: products with the first layer's edge and angle features are outer products (see
