@@ -444,7 +444,6 @@ inline void angle_projections(const LayerArgs<T>& x, const GroupWeights<T>& w, i
 /// of a dense map. A pass is one expert of the messages and one of the features' own update (where either has
 /// fewer, its width is 0), side by side in a buffer.
 struct Pass {
-  int64_t expert = 0;
   int64_t message = 0, own = 0;        // widths
   int64_t message_at = 0, own_at = 0;  // columns in the weights
   int64_t before = 0;                  // columns of the passes before it
@@ -455,15 +454,14 @@ inline int64_t edge_passes(const LayerShape& s) { return std::max(s.k_message, s
 inline Pass edge_pass(const LayerShape& s, int64_t y) {
   const int64_t width = s.heads * s.np;
   const int64_t k_edge = s.live_edge ? s.k_edge : 0;
-  return {
-      y,         y < s.k_message ? width : 0, y < k_edge ? s.ep : 0,
-      y * width, s.message() + y * s.ep,      std::min(y, s.k_message) * width + std::min(y, k_edge) * s.ep};
+  const int64_t before = std::min(y, s.k_message) * width + std::min(y, k_edge) * s.ep;
+  return {y < s.k_message ? width : 0, y < k_edge ? s.ep : 0, y * width, s.message() + y * s.ep, before};
 }
 inline int64_t angle_passes(const LayerShape& s) {
   return std::max(s.k_angle1, s.live_angle ? s.k_angle : 0);
 }
 inline Pass angle_pass(const LayerShape& s, int64_t y) {
-  return {y, y < s.k_angle1 ? s.ep : 0, s.live_angle && y < s.k_angle ? s.ap : 0, y * s.ep,
+  return {y < s.k_angle1 ? s.ep : 0, s.live_angle && y < s.k_angle ? s.ap : 0, y * s.ep,
           s.angle1() + y * s.ap};
 }
 
@@ -952,6 +950,11 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
   T* z = scratch.z.get(kEdgeChunk * ce);
   T* spare = x.dz == nullptr ? scratch.y.get(kEdgeChunk * ce) : nullptr;
   const T* kept = x.edge_slope == nullptr ? nullptr : x.edge_slope + e0 * ce;
+  // of an expert's columns in a row: kept ones, or those just computed
+  const auto slopes = [&](int64_t expert, int64_t row, const T* computed, int64_t column) {
+    const Pass pass = edge_pass(s, expert);
+    return kept == nullptr ? computed : kept + n * pass.before + row * pass.columns() + column;
+  };
   T* dzc = x.dzc + i * ce;
   fill(dzc, T(0), ce);
   T* dmessage = scratch.w.get(width);
@@ -961,7 +964,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
     const int64_t rows = std::min(kEdgeChunk, n - begin);
     T* dz = x.dz == nullptr ? spare : x.dz + (e0 + begin - x.dz_first) * ce;
     if (kept == nullptr) {
-      edge_rows(x, w, {0, ce, 0, 0, 0, 0}, i, e0 + begin, rows, z);
+      edge_rows(x, w, {ce, 0, 0, 0, 0}, i, e0 + begin, rows, z);
       activate_with_slope(s.phi, z, dz, rows * ce);
     }
     if (scratch.gradients != nullptr) {
@@ -990,8 +993,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
       }
       for (int64_t k = 0; k < s.k_message; ++k) {
         T *row = dzr + k * width, *sums = dzc + k * width;
-        const Pass pass = edge_pass(s, k);
-        const T* slope = kept == nullptr ? row : kept + n * pass.before + (begin + r) * pass.columns();
+        const T* slope = slopes(k, begin + r, row, 0);
         const T p_sw = w.p_message[k] * sw;
         for (int64_t d = 0; d < width; d += L) {
           const Vec<T> value = load(slope + d) * (p_sw * load(dmessage + d));
@@ -1001,9 +1003,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
       }
       for (int64_t k = 0; s.live_edge && k < s.k_edge; ++k) {
         T *row = dzr + s.message() + k * s.ep, *sums = dzc + s.message() + k * s.ep;
-        const Pass pass = edge_pass(s, k);
-        const T* slope =
-            kept == nullptr ? row : kept + n * pass.before + (begin + r) * pass.columns() + pass.message;
+        const T* slope = slopes(k, begin + r, row, edge_pass(s, k).message);
         const T p = w.p_edge[k];
         for (int64_t d = 0; d < s.ep; d += L) {
           const Vec<T> factor = p * load(x.update.e + d);
