@@ -62,8 +62,8 @@ class PackedWeights {
 
   /// `features` (G, n_dim): router input of every group. Returns whether the weights changed.
   bool set_groups(const at::Tensor& features);
-  /// Sets what stands for the weights of edge, distance and angle features in the first layer; the others are
-  /// set.
+  /// Sets what stands for the weights of edge and angle features in the first layer (`GroupWeights`: edge_r
+  /// to angle_r_b, angle_cos). Reads the other weights of `w`.
   void pack_first_layer(const ops::LayerShape& shape, ops::GroupWeights<T>& w);
 
   const ops::Kernels<T>& kernels_;

@@ -304,11 +304,12 @@ inline void copy_row(T* to, const T* from, int64_t n) {
   for (int64_t d = 0; d < n; d += kLanes<T>) store(to + d, load(from + d));
 }
 
+/// The dot product of two rows, not yet summed over the lanes, so that several are summed at once.
 template <class T>
-inline T dot_rows(const T* x, const T* y, int64_t n) {
+inline Vec<T> dot_lanes(const T* x, const T* y, int64_t n) {
   Vec<T> total = Vec<T>{};
   for (int64_t d = 0; d < n; d += kLanes<T>) total += load(x + d) * load(y + d);
-  return sum<T>(total);
+  return total;
 }
 
 /// Rows of edges are worked on in chunks whose activations stay in the first-level cache.
@@ -918,15 +919,16 @@ void angles_backward(const LayerArgs<T>& x, int64_t i, const T* dm, Scratch<T>& 
         const T *slope = w.angle_cos + pass.message_at, *own_slope = w.angle_cos + pass.own_at;
         for (int64_t k = 0; k < m; ++k) {
           const T* row = dz + k * cz;
-          x.dcos[first + j * m + k] +=
-              dot_rows(row, slope, pass.message) + dot_rows(row + pass.message, own_slope, pass.own);
+          x.dcos[first + j * m + k] += sum<T>(dot_lanes(row, slope, pass.message) +
+                                              dot_lanes(row + pass.message, own_slope, pass.own));
         }
       }
     }
   }
   if (x.r != nullptr) {
     for (int64_t j = 0; j < m; ++j)
-      x.dr[e0 + j] += dot_rows(dp + j * ca, w.angle_j_r, ca) + dot_rows(dq + j * ca, w.angle_k_r, ca);
+      x.dr[e0 + j] +=
+          sum<T>(dot_lanes(dp + j * ca, w.angle_j_r, ca) + dot_lanes(dq + j * ca, w.angle_k_r, ca));
     return;
   }
   gemm(m, s.ep, ca, dp, ca, w.angle_j_t, s.ep, x.de + e0 * s.ep, s.ep, true);
@@ -984,7 +986,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
       const T sw = x.sw[edge];
       T* dzr = dz + r * ce;
       if (kept != nullptr) {
-        x.dsw[edge] += dot_rows(dmessage, x.edge_mix + edge * width, width);
+        x.dsw[edge] += sum<T>(dot_lanes(dmessage, x.edge_mix + edge * width, width));
       } else {
         Vec<T> dot = Vec<T>{};
         for (int64_t d = 0; d < width; d += L)
@@ -1014,7 +1016,7 @@ void edges_backward(const LayerArgs<T>& x, int64_t i, const T* de_out, Scratch<T
       }
     }
     if (x.r != nullptr) {
-      for (int64_t r = 0; r < rows; ++r) x.dr[e0 + begin + r] += dot_rows(dz + r * ce, w.edge_r, ce);
+      for (int64_t r = 0; r < rows; ++r) x.dr[e0 + begin + r] += sum<T>(dot_lanes(dz + r * ce, w.edge_r, ce));
       continue;
     }
     gemm(rows, s.ep, ce, dz, ce, w.edge_e_t, s.ep, x.de + (e0 + begin) * s.ep, s.ep, true);
