@@ -80,8 +80,9 @@ def test_eos_elastic(example, tmp_path, capsys):
     for name, low, high in (("Cu C11", 170, 190), ("Cu C12", 120, 140), ("Cu C44", 75, 95), ("Cu B", 135, 155),
                             ("W C11", 510, 540), ("W C12", 185, 210), ("W C44", 130, 150), ("W B", 295, 315)):  # fmt: skip
         assert low < results[f"{name} DFT"] < high
-    for name in ("W B", "W C11", "W C12", "W C44", "Cu B", "Cu C11", "Cu C12", "Cu C44"):
+    for name in ("W C11", "W C12", "W C44", "Cu B", "Cu C11", "Cu C12", "Cu C44"):
         assert results[f"{name} model"] == pytest.approx(results[f"{name} DFT"], rel=0.15), name
+    assert results["W B model"] == pytest.approx(results["W B DFT"], rel=0.1)
     assert (tmp_path / "eos_elastic.png").stat().st_size > 10_000
     assert "W C44" in capsys.readouterr().out
 
