@@ -5,10 +5,21 @@ The same schema is the `config` entry of moecalc's own checkpoint form (docs/che
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from moecalc.conditions import (
+    CHARGE_RANGE,
+    SPIN_RANGE,
+    ChargeSpinInput,
+    ConditionError,
+    FrameParameterInput,
+    ModelConditions,
+    charge_and_spin,
+    whole_number,
+)
 from moecalc.nn.activation import check_activation
 
 POSITIONS = (
@@ -67,10 +78,12 @@ class MoEConfig(_Strict):
     """Mixture of experts of every layer. Positions that share a router name share one gate.
 
     `routing`: `element` (router input is the type embedding of the centre atom) or `configuration` (its mean
-    over all atoms of the structure).
+    over all atoms of the structure). `route_on_charge_spin`: that input is taken after the charge and spin embedding
+    is added to it (branch `0415_moe_pack`), not before (branch `moe`).
     """
 
     routing: Literal["element", "configuration"] = "element"
+    route_on_charge_spin: bool = False
     routers: dict[str, RouterConfig] = Field(default_factory=dict)
     positions: dict[str, PositionConfig] = Field(default_factory=dict)
 
@@ -90,7 +103,8 @@ class MoEConfig(_Strict):
 class DescriptorConfig(_Strict):
     """DPA3 descriptor; names and defaults as in the `repflow` section of a DeePMD-kit input.
 
-    Lengths in Angstrom. `e_sel`/`a_sel` enter through the normalisers only (no truncation).
+    Lengths in Angstrom. `e_sel`/`a_sel` enter through the normalisers only (no truncation). `default_chg_spin` is charge
+    and multiplicity where a structure gives none; without it they are mandatory.
     """
 
     n_dim: int = Field(gt=0)
@@ -123,12 +137,19 @@ class DescriptorConfig(_Strict):
     use_econf_tebd: bool = False
     env_protection: float = 0.0
     exclude_types: list[tuple[int, int]] = Field(default_factory=list)
+    add_chg_spin_ebd: bool = False
+    default_chg_spin: tuple[int, int] | None = None
 
     @field_validator("activation_function")
     @classmethod
     def _known_activation(cls, value: str) -> str:
         check_activation(value)
         return value
+
+    @field_validator("default_chg_spin", mode="before")
+    @classmethod
+    def _whole_default(cls, value: object) -> object:
+        return None if value is None else whole_charge_spin(value)
 
     @model_validator(mode="after")
     def _check(self) -> DescriptorConfig:
@@ -199,12 +220,17 @@ class DescriptorConfig(_Strict):
 
 
 class FittingConfig(_Strict):
-    """Energy fitting net: hidden widths, activation, residual time steps."""
+    """Energy fitting net: hidden widths, activation, residual time steps, frame parameters.
+
+    `default_fparam` is used where a structure gives no frame parameters; without it they are mandatory.
+    """
 
     neuron: list[int]
     activation_function: str = "tanh"
     resnet_dt: bool = True
     dim_case_embd: int = Field(default=0, ge=0)
+    numb_fparam: int = Field(default=0, ge=0)
+    default_fparam: list[float] | None = None
     precision: Precision = "float64"
     atom_exclude_types: list[int] = Field(default_factory=list)
 
@@ -214,18 +240,92 @@ class FittingConfig(_Strict):
         check_activation(value)
         return value
 
+    @model_validator(mode="after")
+    def _check(self) -> FittingConfig:
+        if self.default_fparam is None:
+            return self
+        if len(self.default_fparam) != self.numb_fparam:
+            raise ValueError(
+                f"default_fparam has {len(self.default_fparam)} numbers, expected numb_fparam = {self.numb_fparam}"
+            )
+        if not all(math.isfinite(x) for x in self.default_fparam):
+            raise ValueError(f"default_fparam = {self.default_fparam}, expected finite numbers")
+        return self
+
+
+def whole_charge_spin(value: object) -> tuple[int, int]:
+    """Default charge and multiplicity of a configuration as integers.
+
+    Raises:
+        ValueError: not two whole numbers within the tables.
+    """
+    try:
+        charge, spin = charge_and_spin(value)
+        return whole_number("charge", charge, CHARGE_RANGE), whole_number("spin", spin, SPIN_RANGE)
+    except ConditionError as error:
+        raise ValueError(str(error)) from None
+
 
 class ModelConfig(_Strict):
-    """Everything that fixes the architecture of a potential."""
+    """Everything that fixes the architecture of a potential.
+
+    `fparam_is_charge_spin`: the two frame parameters are charge and multiplicity, and the descriptor reads them too
+    (SPEC section 12, generation G2).
+    """
 
     type_map: list[str]
     descriptor: DescriptorConfig
     fitting: FittingConfig
     moe: MoEConfig = Field(default_factory=MoEConfig)
     pair_exclude_types: list[tuple[int, int]] = Field(default_factory=list)
+    fparam_is_charge_spin: bool = False
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether structures give charge and spin, or frame parameters."""
+        return self.descriptor.add_chg_spin_ebd or self.fitting.numb_fparam > 0
+
+    @property
+    def routes_on_charge_spin(self) -> bool:
+        """Whether the experts of an atom depend on charge and spin."""
+        return self.descriptor.add_chg_spin_ebd and self.moe.route_on_charge_spin and bool(self.moe.positions)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if not self.type_map or len(set(self.type_map)) != len(self.type_map):
             raise ValueError(f"type_map = {self.type_map}, expected distinct element symbols")
+        if self.fparam_is_charge_spin:
+            if not self.descriptor.add_chg_spin_ebd or self.fitting.numb_fparam != 2:
+                raise ValueError(
+                    f"fparam_is_charge_spin with add_chg_spin_ebd = {self.descriptor.add_chg_spin_ebd} and numb_fparam = "
+                    f"{self.fitting.numb_fparam}, expected true and 2"
+                )
+            if self.descriptor.default_chg_spin is not None:
+                raise ValueError(
+                    "fparam_is_charge_spin with default_chg_spin, expected default_fparam as its default"
+                )
+            if self.fitting.default_fparam is not None:
+                try:
+                    whole_charge_spin(self.fitting.default_fparam)
+                except ValueError as error:
+                    raise ValueError(f"default_fparam is charge and spin here: {error}") from None
         return self
+
+    def conditions(self) -> ModelConditions | None:
+        """What structures give, as a package's metadata have it; None where nothing is taken."""
+        if not self.takes_conditions:
+            return None
+        charge_spin = fparam = None
+        if self.descriptor.add_chg_spin_ebd:
+            default = self.descriptor.default_chg_spin
+            if self.fparam_is_charge_spin and self.fitting.default_fparam is not None:
+                default = whole_charge_spin(self.fitting.default_fparam)
+            charge_spin = ChargeSpinInput(default=default)
+        if self.fitting.numb_fparam:
+            fparam = FrameParameterInput(size=self.fitting.numb_fparam, default=self.fitting.default_fparam)
+        return ModelConditions(
+            charge_spin=charge_spin,
+            fparam=fparam,
+            routed=self.routes_on_charge_spin,
+            fparam_is_charge_spin=self.fparam_is_charge_spin,
+        )

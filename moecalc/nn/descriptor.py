@@ -186,6 +186,15 @@ def _ground_state(number: int) -> dict[str, int]:
     return occupation
 
 
+def with_residual(y: Tensor, x: Tensor) -> Tensor:
+    """An embedding layer's output y (R, out) plus its input x (R, in) where out = in or out = 2 in (SPEC section 4)."""
+    if y.size(1) == x.size(1):
+        return y + x
+    if y.size(1) == 2 * x.size(1):
+        return y + torch.cat([x, x], dim=1)
+    return y
+
+
 class TypeEmbedding(nn.Module):
     """Type embedding table Y (T, n_dim) as trained: X W (+ b), plus X where the widths allow (SPEC section 4).
 
@@ -216,11 +225,7 @@ class TypeEmbedding(nn.Module):
         y = x @ self.matrix
         if self.use_bias:
             y = y + self.bias
-        if y.size(1) == x.size(1):
-            y = y + x
-        elif y.size(1) == 2 * x.size(1):
-            y = y + torch.cat([x, x], dim=1)
-        return y
+        return with_residual(y, x)
 
 
 class TypeTable(nn.Module):
@@ -243,22 +248,48 @@ class Embedding(nn.Module):
     Args:
         config: descriptor options.
         table: module whose call gives the type embedding table (T, n_dim).
+        routed: whether the router input has the charge and spin embedding added (SPEC section 12).
     """
 
+    # constants for TorchScript; not Final, because packaging fixes conditions
+    __constants__ = ("own_router_table", "routed")
     use_dist: Final[bool]
 
-    def __init__(self, config: DescriptorConfig, table: nn.Module) -> None:
+    def __init__(self, config: DescriptorConfig, table: nn.Module, routed: bool = False) -> None:
         super().__init__()
         self.use_dist = config.edge_init_use_dist
+        self.routed = routed
+        # packaging with fixed charge and spin: nodes read another table than routers (`router_table`)
+        self.own_router_table = False
         self.table = table
         self.edge_matrix = nn.Parameter(torch.randn(1, config.e_dim) * 0.5)
         self.edge_bias = nn.Parameter(torch.randn(config.e_dim) * 0.1)
         self.angle_matrix = nn.Parameter(torch.randn(1, config.a_dim))
         self.phi = Activation(config.activation_function)
 
-    def forward(self, types: Tensor, edge_input: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Types (n_node,), edge_input (E,), cos (A,) -> v (n_node, n_dim), e (E, e_dim), a (A, a_dim)."""
-        v = self.phi(self.table()).index_select(0, types)
+    def forward(
+        self,
+        types: Tensor,
+        edge_input: Tensor,
+        cos: Tensor,
+        shift: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of nodes, edges and angles.
+
+        Args:
+            types: (n_node,) int64; edge_input: (E,); cos: (A,).
+            shift: (K, n_dim) charge and spin embedding of K conditions (`ConditionInputs.shift`); None: the model has none.
+            condition: (n_node,) int64, row of `shift` of every node.
+
+        Returns:
+            v (n_node, n_dim), e (E, e_dim), a (A, a_dim).
+        """
+        if shift is not None and condition is not None:
+            rows = self.table().index_select(0, types)
+            v = self.phi(rows + shift.to(rows.dtype).index_select(0, condition))
+        else:
+            v = self.phi(self.table()).index_select(0, types)
         e = edge_input.unsqueeze(1) * self.edge_matrix + self.edge_bias
         if not self.use_dist:
             e = self.phi(e)
@@ -266,6 +297,17 @@ class Embedding(nn.Module):
         return v, e, a
 
     @torch.jit.export
-    def group_features(self, composition: Tensor) -> Tensor:
-        """Router input of every routing group: composition (G, T) fractions -> (G, n_dim)."""
-        return composition @ self.table()
+    def group_features(self, composition: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Router input of every routing group, (G, n_dim).
+
+        Args:
+            composition: (G, T) fractions of the elements: one row of 1 per element, or that of a structure.
+            shift: (G, n_dim) charge and spin embedding of each group; read only where the model routes on it.
+        """
+        if self.own_router_table:
+            features = composition @ self.router_table()
+        else:
+            features = composition @ self.table()
+        if self.routed and shift is not None:
+            features = features + shift.to(features.dtype)
+        return features

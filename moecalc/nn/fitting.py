@@ -42,29 +42,64 @@ class FittingLayer(nn.Module):
             y = y + torch.cat([x, x], dim=1)
         return y
 
+    def constant_part(self, constants: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last inputs give where they are the same for many rows: constants (K, n_c) -> bias, skip (K, n_out)."""
+        n_own = self.matrix.size(0) - constants.size(1)
+        bias = torch.addmm(self.bias, constants, self.matrix[n_own:])
+        skip = torch.zeros_like(bias)
+        if self.residual > 0:
+            padded = torch.cat([constants.new_zeros((constants.size(0), n_own)), constants], dim=1)
+            skip = padded if self.residual == 1 else torch.cat([padded, padded], dim=1)
+        return bias, skip
+
+    def with_constants(self, x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+        """`forward` of [x, constants]: x (R, n_in - n_c), and `constant_part` of every row, (R, n_out) each."""
+        y = self.phi(x @ self.matrix[: x.size(1)] + bias)
+        if self.has_idt:
+            y = y * self.idt
+        if self.residual > 0:
+            padded = torch.cat([x, x.new_zeros((x.size(0), self.matrix.size(0) - x.size(1)))], dim=1)
+            y = y + (padded if self.residual == 1 else torch.cat([padded, padded], dim=1)) + skip
+        return y
+
 
 class FittingNet(nn.Module):
     """Node features -> energies without the per-element shift, one net for all elements.
+
+    Inputs: node features, type embedding where it is concatenated, frame parameters, case embedding.
 
     Args:
         config: fitting options.
         n_dim: width of the node features.
         table: type embedding table module, concatenated to the features where `concat_table`.
         concat_table: option `concat_output_tebd`.
+        conditional: whether the model takes conditions: then frame parameters and case embedding come with the call
+            (`ConditionInputs.fitting_input`); else the net holds the case embedding.
     """
 
+    # constants for TorchScript; not Final, because packaging fixes conditions
+    __constants__ = ("n_constant", "with_case")
     concat_table: Final[bool]
-    with_case: Final[bool]
+    n_hidden: Final[int]
     case_embedding: Tensor
 
-    def __init__(self, config: FittingConfig, n_dim: int, table: nn.Module, concat_table: bool) -> None:
+    def __init__(
+        self,
+        config: FittingConfig,
+        n_dim: int,
+        table: nn.Module,
+        concat_table: bool,
+        conditional: bool = False,
+    ) -> None:
         super().__init__()
         self.concat_table = concat_table
-        self.with_case = config.dim_case_embd > 0
+        self.with_case = config.dim_case_embd > 0 and not conditional
+        self.n_constant = config.numb_fparam + config.dim_case_embd if conditional else 0
+        self.n_hidden = len(config.neuron)
         self.table = table
         if self.with_case:
             self.register_buffer("case_embedding", torch.zeros(config.dim_case_embd))
-        width = n_dim * (2 if concat_table else 1) + config.dim_case_embd
+        width = n_dim * (2 if concat_table else 1) + config.numb_fparam + config.dim_case_embd
         layers = []
         for n_out in config.neuron:
             layers.append(FittingLayer(width, n_out, config.activation_function, config.resnet_dt))
@@ -73,15 +108,60 @@ class FittingNet(nn.Module):
         self.out_matrix = nn.Parameter(torch.randn(width, 1) / width**0.5)
         self.out_bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, v: Tensor, types: Tensor) -> Tensor:
-        """V (R, n_dim), types (R,) -> (R,) energies in eV, in the net's dtype."""
+    @torch.jit.export
+    def first_layer(self, fitting_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What constant inputs give in the first layer, once per condition.
+
+        phi(d W_d + bias[k]) [* idt] + (d where the layer has a skip path) + skip[k]
+
+        Args:
+            fitting_inputs: (K, n_constant) from `ConditionInputs.fitting_input`.
+
+        Returns:
+            bias, skip (K, n_0), in the net's dtype; skip is zero without a skip path. (K, 0) without hidden layers.
+        """
+        constants = fitting_inputs.to(self.out_bias.dtype)
+        bias, skip = constants[:, :0], constants[:, :0]
+        for k, layer in enumerate(self.layers):
+            if k == 0:
+                bias, skip = layer.constant_part(constants)
+        return bias, skip
+
+    def forward(
+        self,
+        v: Tensor,
+        types: Tensor,
+        condition: Tensor | None = None,
+        fitting_inputs: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Energies (R,) in eV, in the net's dtype.
+
+        Args:
+            v: (R, n_dim) node features; types: (R,) int64.
+            condition, fitting_inputs, shift: as in `Readout.forward`.
+        """
         x = v.to(self.out_bias.dtype)
         if self.concat_table:
-            x = torch.cat([x, self.table().to(x.dtype).index_select(0, types)], dim=1)
+            rows = self.table().to(x.dtype).index_select(0, types)
+            if shift is not None and condition is not None:
+                rows = rows + shift.to(x.dtype).index_select(0, condition)
+            x = torch.cat([x, rows], dim=1)
         if self.with_case:
             x = torch.cat([x, self.case_embedding.unsqueeze(0).expand(x.size(0), -1)], dim=1)
-        for layer in self.layers:
-            x = layer(x)
+        if self.n_constant > 0:
+            if condition is None or fitting_inputs is None:
+                raise RuntimeError("the fitting net needs frame parameters or the case embedding: none were given")
+            if self.n_hidden > 0:
+                bias, skip = self.first_layer(fitting_inputs)
+                bias, skip = bias.index_select(0, condition), skip.index_select(0, condition)
+                for k, layer in enumerate(self.layers):
+                    x = layer.with_constants(x, bias, skip) if k == 0 else layer(x)
+            else:
+                x = torch.cat([x, fitting_inputs.to(x.dtype).index_select(0, condition)], dim=1)
+        else:
+            for layer in self.layers:
+                x = layer(x)
         return torch.addmm(self.out_bias, x, self.out_matrix).squeeze(1)
 
 
@@ -105,7 +185,22 @@ class Readout(nn.Module):
         weight[excluded] = 0.0
         self.register_buffer("energy_weight", weight)
 
-    def forward(self, v: Tensor, types: Tensor) -> Tensor:
-        """V (n_local, n_dim), types (n_local,) -> energies (n_local,) float64 in eV."""
-        energy = self.net(v, types).to(torch.float64) + self.energy_shift.index_select(0, types)
+    def forward(
+        self,
+        v: Tensor,
+        types: Tensor,
+        condition: Tensor | None = None,
+        fitting_inputs: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Energies (n_local,) float64 in eV.
+
+        Args:
+            v: (n_local, n_dim) node features; types: (n_local,) int64.
+            condition: (n_local,) int64, which of K conditions every atom has; None where the model takes none.
+            fitting_inputs: (K, n_fparam + n_case) from `ConditionInputs.fitting_input`.
+            shift: (K, n_dim) from `ConditionInputs.shift`, for models that concatenate the type embedding.
+        """
+        net = self.net(v, types, condition, fitting_inputs, shift)
+        energy = net.to(torch.float64) + self.energy_shift.index_select(0, types)
         return energy * self.energy_weight.index_select(0, types)

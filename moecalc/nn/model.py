@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moecalc.nn.conditions import ConditionInputs
 from moecalc.nn.config import ModelConfig
 from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.fitting import FittingNet, Readout
@@ -121,14 +122,22 @@ class MoEPotential(nn.Module):
             mask[i, j] = mask[j, i] = False
         self.register_buffer("pair_mask", mask)
         self.register_buffer("dtype_probe", torch.zeros(()))
+        self.conditions = ConditionInputs(config)
         self.geometry = Geometry(c, n_types)
-        self.embedding = Embedding(c, table)
+        self.embedding = Embedding(c, table, config.routes_on_charge_spin)
         self.layers = nn.ModuleList([RepFlowLayer(c, config.moe, i) for i in range(c.nlayers)])
-        net = FittingNet(config.fitting, c.n_dim, table, c.concat_output_tebd)
+        net = FittingNet(config.fitting, c.n_dim, table, c.concat_output_tebd, config.takes_conditions)
         self.readout = Readout(net, n_types, config.fitting.atom_exclude_types)
 
     def forward(
-        self, types: Tensor, edge_index: Tensor, edge_vec: Tensor, system_index: Tensor, n_systems: int
+        self,
+        types: Tensor,
+        edge_index: Tensor,
+        edge_vec: Tensor,
+        system_index: Tensor,
+        n_systems: int,
+        charge_spin: Tensor | None = None,
+        fparam: Tensor | None = None,
     ) -> Tensor:
         """Per-atom energies.
 
@@ -137,6 +146,9 @@ class MoEPotential(nn.Module):
             edge_index: (2, E) int64 centre, neighbour (both < n; images mapped to owned atoms).
             edge_vec: (E, 3) float64, r_j - r_i in Angstrom; edges beyond the cutoff are dropped.
             system_index: (n,) int64, structure of every atom; n_systems: how many.
+            charge_spin: (n_systems, 2) int64 charge and multiplicity, checked by the caller (`moecalc.conditions`); None
+                where the model takes none.
+            fparam: (n_systems, n_fparam) float64 frame parameters, likewise.
 
         Returns:
             (n,) float64 energies in eV.
@@ -145,27 +157,61 @@ class MoEPotential(nn.Module):
         n_types = len(self.elements)
         n_group = n_types if by_element else n_systems
         group = types if by_element else system_index
+        shift, fitting_inputs, condition = self._conditions(charge_spin, fparam, system_index, n_systems)
+        if by_element and self.conditions.routed:
+            n_group = n_systems * n_types
+            group = system_index * n_types + types
         dtype = self.dtype_probe.dtype
         order, edge_order, t, edges, angles, node_splits, edge_splits, angle_splits = prepare_graph(
             types, edge_index, edge_vec, group, n_group, self.cutoff, self.angle_cutoff, self.pair_mask
         )
         if by_element:
             composition = torch.eye(n_types, dtype=dtype, device=types.device)
+            if self.conditions.routed:
+                composition = composition.repeat([n_systems, 1])
         else:
             flat = torch.bincount(system_index * n_types + types, minlength=n_systems * n_types)
             counts = flat.reshape(n_systems, n_types).to(dtype)
             composition = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
         edge_input, sw, h, cos, asw = self.geometry(edge_vec.index_select(0, edge_order), t, edges, angles)
         sw, h, asw = sw.to(dtype), h.to(dtype), asw.to(dtype)
-        v, e, a = self.embedding(t, edge_input.to(dtype), cos.to(dtype))
-        features = self.embedding.group_features(composition)
+        if condition is not None:
+            condition = condition.index_select(0, order)
+        v, e, a = self.embedding(t, edge_input.to(dtype), cos.to(dtype), shift, condition)
+        of_group = shift
+        if shift is not None and by_element and self.conditions.routed:
+            of_group = shift.repeat_interleave(n_types, 0)
+        features = self.embedding.group_features(composition, of_group)
         n = types.size(0)
         for layer in self.layers:
             v, e, a = layer(
                 v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
             )
-        energies = self.readout(v, t)
+        energies = self.readout(v, t, condition, fitting_inputs, shift)
         return torch.zeros_like(energies).index_copy(0, order, energies)
+
+    def _conditions(
+        self, charge_spin: Tensor | None, fparam: Tensor | None, system_index: Tensor, n_systems: int
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the given values add: shift (S, n_dim), constant inputs of the fitting net, and the condition of every atom."""
+        shift: Tensor | None = None
+        fitting_inputs: Tensor | None = None
+        condition: Tensor | None = None
+        if self.conditions.takes_charge_spin:
+            if charge_spin is None or charge_spin.size(0) != n_systems:
+                raise RuntimeError("this model takes charge and spin: expected charge_spin (n_systems, 2)")
+            shift = self.conditions.shift(charge_spin)
+            condition = system_index
+        if self.conditions.n_fparam > 0 and (
+            fparam is None or fparam.size(0) != n_systems or fparam.size(1) != self.conditions.n_fparam
+        ):
+            raise RuntimeError("this model takes frame parameters: expected fparam (n_systems, n_fparam)")
+        if self.conditions.n_fparam + self.conditions.n_case > 0:
+            if fparam is None:
+                fparam = torch.zeros((n_systems, 0), dtype=torch.float64, device=system_index.device)
+            fitting_inputs = self.conditions.fitting_input(fparam)
+            condition = system_index
+        return shift, fitting_inputs, condition
 
 
 @dataclass
@@ -186,6 +232,8 @@ def evaluate(
     system_index: Tensor | None = None,
     n_systems: int = 1,
     create_graph: bool = False,
+    charge_spin: Tensor | None = None,
+    fparam: Tensor | None = None,
 ) -> ModelOutput:
     """Energies, forces and virial of a model through autograd: the reference for every faster path.
 
@@ -193,14 +241,16 @@ def evaluate(
 
     Args:
         model: `MoEPotential` or its scripted form.
-        types, edge_index, edge_vec, system_index, n_systems: as in `MoEPotential.forward`.
+        types, edge_index, edge_vec, system_index, n_systems, charge_spin, fparam: as in `MoEPotential.forward`.
         create_graph: keep the graph, so that a loss on forces can be differentiated.
     """
     n = types.size(0)
     if system_index is None:
         system_index = torch.zeros_like(types)
     vec = edge_vec.detach().clone().requires_grad_(True) if not edge_vec.requires_grad else edge_vec
-    energies = model(types, edge_index, vec, system_index, n_systems)
+    # models of packages of format 1 have no such arguments
+    given = {k: x for k, x in (("charge_spin", charge_spin), ("fparam", fparam)) if x is not None}
+    energies = model(types, edge_index, vec, system_index, n_systems, **given)
     energy = energies.new_zeros(n_systems).index_add(0, system_index, energies)
     if vec.size(0) and energy.requires_grad:
         (g,) = torch.autograd.grad(energy.sum(), vec, create_graph=create_graph, allow_unused=True)

@@ -1,0 +1,303 @@
+"""Charge, spin multiplicity and frame parameters of a structure: what a model takes, and what a user gives.
+
+One place decides whether given values fit a model (`resolve`); engines only collect them. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from moecalc.errors import MoecalcError
+
+CHARGE_RANGE = (-100, 99)
+"""Charges (units of e) that the embedding of DPA3 has rows for."""
+SPIN_RANGE = (0, 99)
+"""Multiplicities 2S+1 that it has rows for."""
+
+
+class ConditionError(MoecalcError, ValueError):
+    """Charge, spin or frame parameters that a model does not take, that are missing, or that contradict each other."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class ChargeSpinInput(_Record):
+    """A model that reads charge and multiplicity; `default` is used where none are given, None: mandatory."""
+
+    default: tuple[int, int] | None = None
+    charge_range: tuple[int, int] = CHARGE_RANGE
+    spin_range: tuple[int, int] = SPIN_RANGE
+
+
+class FrameParameterInput(_Record):
+    """A model that reads `size` frame parameters; `default` is used where none are given, None: mandatory."""
+
+    size: int
+    default: list[float] | None = None
+
+
+class FixedConditions(_Record):
+    """Values that were folded into the weights at packaging; None: not fixed, or never taken."""
+
+    charge: int | None = None
+    spin: int | None = None
+    fparam: list[float] | None = None
+
+
+class ModelConditions(_Record):
+    """`conditions` of a package's metadata.
+
+    Attributes:
+        charge_spin, fparam: what can be given at run time; None: cannot.
+        routed: whether the experts depend on charge and spin (layout `0415_moe_pack`).
+        fparam_is_charge_spin: one input of two numbers is both (SPEC section 12, generation G2).
+        fixed: what was folded at packaging.
+    """
+
+    charge_spin: ChargeSpinInput | None = None
+    fparam: FrameParameterInput | None = None
+    routed: bool = False
+    fparam_is_charge_spin: bool = False
+    fixed: FixedConditions | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether anything can be given at run time."""
+        return self.charge_spin is not None or self.fparam is not None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Checked conditions of one structure; None where the model takes none (or has them fixed).
+
+    Attributes:
+        charge: units of e; spin: multiplicity 2S+1.
+        fparam: frame parameters.
+        defaulted: names among charge, spin, fparam whose value is the model's default.
+    """
+
+    charge: int | None = None
+    spin: int | None = None
+    fparam: tuple[float, ...] | None = None
+    defaulted: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def charge_spin(self) -> tuple[int, int] | None:
+        """Charge and multiplicity, if the model takes them."""
+        return None if self.charge is None or self.spin is None else (self.charge, self.spin)
+
+    def __str__(self) -> str:
+        parts = [f"{name} {value}" for name, value in (("charge", self.charge), ("spin", self.spin)) if value is not None]
+        if self.fparam is not None:
+            parts.append(f"fparam {format_numbers(self.fparam)}")
+        return ", ".join(parts) or "none"
+
+
+def format_numbers(values: Sequence[float]) -> str:
+    """Numbers as a user would give them: `0.1,2`."""
+    return ",".join(f"{value:.15g}" for value in values)
+
+
+def whole_number(name: str, value: Any, limits: tuple[int, int]) -> int:
+    """A charge or multiplicity as an integer.
+
+    Args:
+        name: for the message.
+        value: any number that is whole, also 1.0.
+        limits: smallest and largest allowed value.
+
+    Raises:
+        ConditionError: not a number, not whole, or out of range.
+    """
+    low, high = limits
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+        raise ConditionError(f"{name} = {value!r}, expected a whole number from {low} to {high}")
+    if not isinstance(value, Integral) and float(value) != math.floor(float(value)):
+        raise ConditionError(
+            f"{name} = {float(value):g}, expected a whole number: fractions have no meaning in this embedding"
+        )
+    if not low <= int(value) <= high:
+        raise ConditionError(f"{name} = {int(value)}, expected a whole number from {low} to {high}")
+    return int(value)
+
+
+def frame_parameters(value: Any, size: int) -> tuple[float, ...]:
+    """Frame parameters as `size` finite numbers.
+
+    Args:
+        value: a sequence of numbers, or one number where `size` is 1.
+
+    Raises:
+        ConditionError: wrong count, or an entry that is not a finite number.
+    """
+    numbers = _numbers("fparam", value)
+    if len(numbers) != size:
+        raise ConditionError(
+            f"fparam has {len(numbers)} number{'s' * (len(numbers) != 1)} ({format_numbers(numbers)}), "
+            f"expected {size} as this model was trained with"
+        )
+    return numbers
+
+
+def charge_and_spin(value: Any) -> tuple[Any, Any]:
+    """The two entries of a `charge_spin` pair, unchecked but for their count.
+
+    Raises:
+        ConditionError: not two numbers.
+    """
+    numbers = _numbers("charge_spin", value)
+    if len(numbers) != 2:
+        raise ConditionError(
+            f"charge_spin has {len(numbers)} number{'s' * (len(numbers) != 1)}, expected two: charge and multiplicity"
+        )
+    return numbers[0], numbers[1]
+
+
+def _scalar(value: Any) -> Any:
+    """NumPy scalars and arrays of one element as Python numbers; anything else unchanged."""
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        return value.item()
+    return value
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, Real):
+            raise ConditionError(f"{name} has entry {entry!r}, expected numbers in one row")
+        if not math.isfinite(float(entry)):
+            raise ConditionError(f"{name} has entry {float(entry)}, expected finite numbers")
+    return tuple(float(entry) for entry in entries)
+
+
+def resolve(
+    model: ModelConditions | Mapping[str, Any] | None,
+    charge: Any = None,
+    spin: Any = None,
+    fparam: Any = None,
+) -> Conditions:
+    """The conditions of a structure: what was given, else the model's defaults.
+
+    Charge and multiplicity that are left out fall back to their defaults separately.
+
+    Args:
+        model: `conditions` of the package's metadata, as record or dictionary; None: the model takes nothing.
+        charge: units of e; spin: multiplicity 2S+1; fparam: frame parameters. None: not given.
+
+    Raises:
+        ConditionError: a value that the model does not take, that is missing, out of range or not whole, a wrong
+            count, or values that contradict each other or what is fixed in the package.
+    """
+    record = model if isinstance(model, ModelConditions) else ModelConditions.model_validate(model or {})
+    given = {"charge": charge, "spin": spin, "fparam": fparam}
+    if record.fparam_is_charge_spin:
+        return _resolve_shared(record, given)
+    _check_fixed(record, given)
+    defaulted: set[str] = set()
+    q = s = None
+    if record.charge_spin is not None:
+        q, s = _charge_spin(record.charge_spin, given, defaulted)
+    values: tuple[float, ...] | None = None
+    if record.fparam is not None:
+        if fparam is not None:
+            values = frame_parameters(fparam, record.fparam.size)
+        elif record.fparam.default is not None:
+            values = tuple(record.fparam.default)
+            defaulted.add("fparam")
+        else:
+            raise ConditionError(
+                f"this model needs {record.fparam.size} frame parameters and has no default: give fparam"
+            )
+    return Conditions(q, s, values, frozenset(defaulted))
+
+
+def _charge_spin(
+    taken: ChargeSpinInput, given: Mapping[str, Any], defaulted: set[str]
+) -> tuple[int, int]:
+    found = []
+    for k, (name, limits) in enumerate((("charge", taken.charge_range), ("spin", taken.spin_range))):
+        value = given[name]
+        if value is None and taken.default is None:
+            raise ConditionError(
+                "this model needs charge and spin (multiplicity 2S+1) and has no default: "
+                f"give {'both' if given['charge'] is given['spin'] is None else name}"
+            )
+        if value is None:
+            assert taken.default is not None
+            value = taken.default[k]
+            defaulted.add(name)
+        found.append(whole_number(name, value, limits))
+    return found[0], found[1]
+
+
+def _resolve_shared(record: ModelConditions, given: Mapping[str, Any]) -> Conditions:
+    """Generation G2: charge and multiplicity are the two frame parameters."""
+    if record.charge_spin is None:  # fixed
+        _check_fixed(record, given)
+        return Conditions()
+    values = dict(given)
+    if given["fparam"] is not None:
+        pair = frame_parameters(given["fparam"], 2)
+        for name, value in zip(("charge", "spin"), pair, strict=True):
+            if given[name] is not None and _number_or_none(given[name]) != value:
+                raise ConditionError(
+                    f"{name} = {given[name]} but fparam = {format_numbers(pair)}, which is charge and spin in this "
+                    "model: give one of them, or equal values"
+                )
+            values[name] = value
+    defaulted: set[str] = set()
+    q, s = _charge_spin(record.charge_spin, values, defaulted)
+    if len(defaulted) == 2:
+        defaulted.add("fparam")
+    return Conditions(q, s, (float(q), float(s)), frozenset(defaulted))
+
+
+def _number_or_none(value: Any) -> float | None:
+    value = _scalar(value)
+    return float(value) if isinstance(value, Real) else None
+
+
+def _check_fixed(record: ModelConditions, given: Mapping[str, Any]) -> None:
+    """Refuse values for what the model does not take, and others than those that are fixed."""
+    fixed = record.fixed or FixedConditions()
+    takes = {
+        "charge": record.charge_spin is not None,
+        "spin": record.charge_spin is not None,
+        "fparam": record.fparam is not None,
+    }
+    for name, value in given.items():
+        if value is None or takes[name]:
+            continue
+        held = getattr(fixed, name)
+        if held is None:
+            hint = "leave it out"
+            if name != "fparam" and record.fparam is not None and record.fparam.size == 2:
+                hint = "give fparam, if its two frame parameters are charge and multiplicity"
+            raise ConditionError(f"{name} = {_shown(value)} was given, but this model takes no {name}: {hint}")
+        if name == "fparam":
+            same = frame_parameters(value, len(held)) == tuple(held)
+        else:
+            same = whole_number(name, value, CHARGE_RANGE if name == "charge" else SPIN_RANGE) == held
+        if not same:
+            raise ConditionError(
+                f"{name} = {_shown(value)} was given, but this package is fixed at {name} {_shown(held)}: "
+                f"package the checkpoint again for other values"
+            )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return format_numbers(_numbers("", value))
+    except ConditionError:
+        return repr(value)
