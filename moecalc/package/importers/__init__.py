@@ -100,9 +100,14 @@ def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> Mo
 
 
 def set_precision(model: Any, descriptor: str, fitting: str) -> None:
-    """Convert the network of a (scripted) model (embedding and layers, fitting net); geometry and energy shifts stay float64."""
+    """Convert the network of a (scripted) model (embedding and layers, fitting net).
+
+    Geometry, energy shifts and condition inputs are float64 always.
+    """
     d, f = getattr(torch, descriptor), getattr(torch, fitting)
     model.readout.net.to(f)
     model.embedding.to(d)
     model.layers.to(d)
+    if hasattr(model, "conditions"):  # not in packages of format 1
+        model.conditions.to(torch.float64)
     model.dtype_probe = model.dtype_probe.to(d)

@@ -165,11 +165,8 @@ def check_supported(params: Mapping[str, Any]) -> list[str]:
         raise _reject("descriptor.type", descriptor.get("type"), f"'dpa3' or {DESCRIPTOR!r}")
     if fitting.get("type", "ener") != "ener":
         raise _reject("fitting_net.type", fitting.get("type"), "'ener'")
-    if descriptor.get("add_chg_spin_ebd"):
-        raise _reject("descriptor.add_chg_spin_ebd", True, "false")
-    for option in ("numb_fparam", "numb_aparam"):
-        if fitting.get(option, 0):
-            raise _reject(f"fitting_net.{option}", fitting[option], "0")
+    if fitting.get("numb_aparam", 0):
+        raise _reject("fitting_net.numb_aparam", fitting["numb_aparam"], "0")
     if fitting.get("use_aparam_as_mask"):
         raise _reject("fitting_net.use_aparam_as_mask", True, "false")
     if any(x is not None for x in fitting.get("atom_ener") or []):
@@ -197,6 +194,10 @@ def descriptor_config(descriptor: Mapping[str, Any], skip: set[str]) -> tuple[De
     for key in ("concat_output_tebd", "use_tebd_bias", "use_econf_tebd", "env_protection", "exclude_types"):
         if descriptor.get(key) is not None:
             values[key] = descriptor[key]
+    for key in ("add_chg_spin_ebd", "default_chg_spin"):
+        values.pop(key, None)  # options of the descriptor, not of repflow
+        if descriptor.get("add_chg_spin_ebd") and descriptor.get(key) is not None:
+            values[key] = descriptor[key]
     values["activation_function"] = descriptor.get("activation_function", "silu")
     values["precision"] = precision(descriptor.get("precision", "float64"), "descriptor")
     try:
@@ -213,6 +214,8 @@ def fitting_config(fitting: Mapping[str, Any], atom_exclude_types: list[int]) ->
             activation_function=fitting.get("activation_function", "tanh"),
             resnet_dt=fitting.get("resnet_dt", True),
             dim_case_embd=fitting.get("dim_case_embd", 0),
+            numb_fparam=fitting.get("numb_fparam") or 0,
+            default_fparam=(fitting.get("default_fparam") or None) if fitting.get("numb_fparam") else None,
             precision=precision(fitting.get("precision", "float64"), "fitting_net"),
             atom_exclude_types=list(atom_exclude_types),
         )
@@ -249,6 +252,8 @@ def read_common(t: Tensors, config: ModelConfig) -> State:
     for name in ("matrix", "bias"):
         if f"embedding.table.{name}" in state:
             state[f"readout.net.table.{name}"] = state[f"embedding.table.{name}"]
+    if config.descriptor.add_chg_spin_ebd:
+        state.update(read_charge_spin(d))
     c = config.descriptor
     for layer in range(c.nlayers):
         src, dst = flow.under(f"layers.{layer}."), f"layers.{layer}."
@@ -277,7 +282,12 @@ def read_fitting(t: Tensors, config: ModelConfig) -> State:
         shift = shift + f["bias_atom_e"][:, 0].to(torch.float64)
     state["readout.energy_shift"] = shift
     if config.fitting.dim_case_embd:
-        state["readout.net.case_embedding"] = f["case_embd"]
+        # models with conditions read it with the frame parameters
+        owner = "conditions" if config.takes_conditions else "readout.net"
+        state[f"{owner}.case_embedding"] = f["case_embd"]
+    if config.fitting.numb_fparam:
+        for name in ("fparam_avg", "fparam_inv_std"):
+            state[f"conditions.{name}"] = f[name]
     layers = f.under("filter_layers.networks.0.layers.")
     if "0.matrix" not in layers:
         layers = f.under("filter_layers._networks.0.layers.")
@@ -292,6 +302,44 @@ def read_fitting(t: Tensors, config: ModelConfig) -> State:
     else:
         state["readout.net.out_bias"] = torch.zeros(1, dtype=layers[f"{n_hidden}.matrix"].dtype)
     return state
+
+
+def read_charge_spin(d: Tensors) -> State:
+    """The charge and spin embedding of a DPA3 descriptor: of this head, for heads do not share it (SPEC section 12)."""
+    table = "embedding.embedding.embedding_net.layers.0.matrix"
+    return {
+        "conditions.embedding.charge_matrix": d[f"chg_{table}"],
+        "conditions.embedding.spin_matrix": d[f"spin_{table}"],
+        "conditions.embedding.mix_matrix": d["mix_cs_mlp.matrix"],
+        "conditions.embedding.mix_bias": d["mix_cs_mlp.bias"],
+    }
+
+
+def with_stored_default(config: ModelConfig, t: Tensors) -> ModelConfig:
+    """The configuration with the default frame parameters that the tensors have, which count more than the option."""
+    name = "atomic_model.fitting_net.default_fparam_tensor"
+    if not config.fitting.numb_fparam or name not in t:
+        return config
+    values = config.model_dump()
+    values["fitting"]["default_fparam"] = t[name].to(torch.float64).reshape(-1).tolist()
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"default_fparam_tensor: {first_error(error)}") from None
+
+
+def is_fparam_charge_spin(params: Mapping[str, Any]) -> bool:
+    """Whether the descriptor reads the two frame parameters as charge and spin (SPEC section 12, generation G2).
+
+    moecalc's own descriptor exists since DeePMD-kit has a separate input for them.
+    """
+    descriptor, fitting = params["descriptor"], params["fitting_net"]
+    return bool(
+        descriptor.get("add_chg_spin_ebd")
+        and fitting.get("numb_fparam") == 2
+        and descriptor.get("default_chg_spin") is None
+        and descriptor.get("type") != DESCRIPTOR
+    )
 
 
 def live_positions(config: DescriptorConfig, layer: int) -> list[str]:
@@ -323,6 +371,7 @@ def build_config(params: Mapping[str, Any], moe: MoEConfig, skip: set[str]) -> t
             fitting=fitting,
             moe=moe,
             pair_exclude_types=params.get("pair_exclude_types") or [],
+            fparam_is_charge_spin=is_fparam_charge_spin(params),
         )
     except ValidationError as error:
         raise CheckpointError(f"model options: {first_error(error)}") from None

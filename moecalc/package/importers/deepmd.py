@@ -21,6 +21,7 @@ from moecalc.package.importers.common import (
     read_common,
     read_fitting,
     trained_elements,
+    with_stored_default,
 )
 
 _MOE_GROUPS = {
@@ -96,12 +97,14 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     readers = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack, DESCRIPTOR: _read_plugin}
     reader = readers[layout]
     config, state, remarks = reader(params, tensors)
+    config = with_stored_default(config, tensors)
     network = [
         k
         for k in tensors.names()
         if "._networks." not in k and isinstance(state_dict[f"model.{branch}.{k}"], torch.Tensor)
     ]
     statistics = ("min_nbor_dist", ".mean", ".stddev", "out_bias", "out_std", "bias_atom_e")
+    statistics += ("fparam_avg", "fparam_inv_std", "default_fparam_tensor")
     count = sum(tensors[k].numel() for k in network if not k.endswith(statistics))
     return ImportedModel(config, state, layout, head, trained_elements(params, tensors), count, remarks)
 
@@ -151,6 +154,8 @@ def _read_plugin(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, St
     for name in list(state):
         if name.startswith("embedding.table."):
             state[f"readout.net.{name.removeprefix('embedding.')}"] = state[name]
+        if name.startswith("charge_spin_embedding."):
+            state[f"conditions.{name.removeprefix('charge_spin_')}"] = state.pop(name)
     state.update(read_fitting(t, config))
     return config, state, remarks
 
@@ -271,6 +276,7 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
     moe = _moe_config(
         routers=dict.fromkeys(("node", "edge", "angle"), router),
         positions={name: PositionConfig(router=r) for name, (_, r) in _PACK_EXPERTS.items()},
+        route_on_charge_spin=True,
     )
     config, remarks = build_config(params, moe, _MOE_KEYS | _PACK_KEYS)
     c = config.descriptor
