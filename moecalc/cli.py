@@ -19,6 +19,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from moecalc import __version__
+from moecalc.conditions import parsed_numbers
 from moecalc.errors import MoecalcError, PackageError
 from moecalc.tables import (
     facts,
@@ -98,6 +99,18 @@ def package(
         str | None, typer.Option(help="Elements to keep, in this order: Nb,Mo,Ta,W. Default: all.")
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Precision. Default: the checkpoint's.")] = None,
+    charge: Annotated[
+        str | None,
+        typer.Option(help="Fix the charge (e), for models that take one. Default: given at run time."),
+    ] = None,
+    spin: Annotated[
+        str | None,
+        typer.Option(help="Fix the multiplicity 2S+1. Default: the checkpoint's where --charge is given."),
+    ] = None,
+    fparam: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Fix the frame parameters. Default: given at run time."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model. Default: the file name.")] = None,
     note: Annotated[str, typer.Option(help="Free text: training data, purpose, limits.")] = "",
     license: Annotated[str, typer.Option(help="Licence of the model.")] = "",  # noqa: A002
@@ -109,6 +122,11 @@ def package(
         raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
     chosen = [symbol.strip() for symbol in elements.split(",")] if elements is not None else None
     free_text = {} if citation is None else {"citation": citation}
+    fixed = {
+        name: parsed_numbers(f"--{name}", text, None if name == "fparam" else 1)
+        for name, text in (("charge", charge), ("spin", spin), ("fparam", fparam))
+        if text is not None
+    }
     with _progress("packaging") as say:
         say("starting torch")
         from moecalc.package import package_checkpoint
@@ -124,6 +142,7 @@ def package(
             license=license,
             progress=say,
             **free_text,
+            **fixed,  # type: ignore[arg-type]
         )
     console = _console()
     show_package(console, report, selected=chosen is not None)

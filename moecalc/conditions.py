@@ -94,8 +94,20 @@ class Conditions:
         """Charge and multiplicity, if the model takes them."""
         return None if self.charge is None or self.spin is None else (self.charge, self.spin)
 
+    def filled_from(self, other: Conditions) -> Conditions:
+        """These, with what is None here taken from others."""
+        return Conditions(
+            other.charge if self.charge is None else self.charge,
+            other.spin if self.spin is None else self.spin,
+            other.fparam if self.fparam is None else self.fparam,
+        )
+
     def __str__(self) -> str:
-        parts = [f"{name} {value}" for name, value in (("charge", self.charge), ("spin", self.spin)) if value is not None]
+        parts = [
+            f"{name} {value}"
+            for name, value in (("charge", self.charge), ("spin", self.spin))
+            if value is not None
+        ]
         if self.fparam is not None:
             parts.append(f"fparam {format_numbers(self.fparam)}")
         return ", ".join(parts) or "none"
@@ -104,6 +116,25 @@ class Conditions:
 def format_numbers(values: Sequence[float]) -> str:
     """Numbers as a user would give them: `0.1,2`."""
     return ",".join(f"{value:.15g}" for value in values)
+
+
+def parsed_numbers(name: str, text: str, count: int | None = None) -> Any:
+    """Numbers of a command-line option, separated by commas: a list, or one number where `count` is 1.
+
+    Args:
+        name: of the option, for the message.
+
+    Raises:
+        ConditionError: an entry that is not a number, or more than one where one is expected.
+    """
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or (count == 1 and len(numbers) != 1):
+        expected = "one number" if count == 1 else "numbers separated by commas"
+        raise ConditionError(f"{name} {text!r}, expected {expected}")
+    return numbers[0] if count == 1 else numbers
 
 
 def whole_number(name: str, value: Any, limits: tuple[int, int]) -> int:
@@ -222,9 +253,49 @@ def resolve(
     return Conditions(q, s, values, frozenset(defaulted))
 
 
-def _charge_spin(
-    taken: ChargeSpinInput, given: Mapping[str, Any], defaulted: set[str]
-) -> tuple[int, int]:
+def fix(
+    model: ModelConditions | None, charge: Any = None, spin: Any = None, fparam: Any = None
+) -> tuple[Conditions, ModelConditions | None]:
+    """Values to fold into a model at packaging, and what the model still takes then.
+
+    Charge and multiplicity are fixed together: with one of them given, the other is the model's default. What is not
+    given stays open.
+
+    Args:
+        model: what the checkpoint's model takes; None: nothing.
+        charge, spin, fparam: as for `resolve`.
+
+    Raises:
+        ConditionError: as `resolve`.
+    """
+    record = model or ModelConditions()
+    given = {"charge": charge, "spin": spin, "fparam": fparam}
+    if all(value is None for value in given.values()):
+        return Conditions(), model
+    if record.fparam_is_charge_spin:
+        values = resolve(record, charge, spin, fparam)
+    else:
+        _check_fixed(record, given)
+        defaulted: set[str] = set()
+        q = s = None
+        numbers = None
+        if record.charge_spin is not None and not (charge is None and spin is None):
+            q, s = _charge_spin(record.charge_spin, given, defaulted)
+        if record.fparam is not None and fparam is not None:
+            numbers = frame_parameters(fparam, record.fparam.size)
+        values = Conditions(q, s, numbers, frozenset(defaulted))
+    held = FixedConditions(
+        charge=values.charge, spin=values.spin, fparam=None if values.fparam is None else list(values.fparam)
+    )
+    left = record.model_copy(update={"fixed": held})
+    if values.charge is not None:
+        left = left.model_copy(update={"charge_spin": None, "routed": False})
+    if values.fparam is not None:
+        left = left.model_copy(update={"fparam": None})
+    return values, left
+
+
+def _charge_spin(taken: ChargeSpinInput, given: Mapping[str, Any], defaulted: set[str]) -> tuple[int, int]:
     found = []
     for k, (name, limits) in enumerate((("charge", taken.charge_range), ("spin", taken.spin_range))):
         value = given[name]
@@ -284,7 +355,9 @@ def _check_fixed(record: ModelConditions, given: Mapping[str, Any]) -> None:
             hint = "leave it out"
             if name != "fparam" and record.fparam is not None and record.fparam.size == 2:
                 hint = "give fparam, if its two frame parameters are charge and multiplicity"
-            raise ConditionError(f"{name} = {_shown(value)} was given, but this model takes no {name}: {hint}")
+            raise ConditionError(
+                f"{name} = {_shown(value)} was given, but this model takes no {name}: {hint}"
+            )
         if name == "fparam":
             same = frame_parameters(value, len(held)) == tuple(held)
         else:

@@ -86,6 +86,10 @@ def routing_units(metadata: Metadata) -> list[list[RoutingUnit]]:
     routing = metadata.routing
     if not routing.is_moe:
         raise PackageError(f"{metadata.name} has no routing to plot: it is a dense model, without experts")
+    if routing.on_charge_spin:
+        raise PackageError(
+            f"{metadata.name} has no routing to plot: its experts depend on charge and spin, which were not fixed"
+        )
     if routing.level == "configuration":
         raise PackageError(
             f"{metadata.name} has no routing to plot: its experts depend on the composition of the structure, "

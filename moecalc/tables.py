@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moecalc.conditions import Conditions, ModelConditions, format_numbers
+
 if TYPE_CHECKING:
     from moecalc.bench import Report
     from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, VerificationReport
@@ -97,6 +99,7 @@ def show_metadata(console: Console, metadata: Metadata, path: Path, size: int) -
         ("precision", metadata.dtype),
         ("parameters", f"{parameters.total:,}, active per atom {parameters.active:,}"),
         ("experts", _describe_experts(metadata)),
+        *([] if metadata.conditions is None else _describe_conditions(metadata.conditions)),
         (
             "source",
             f"{source.file}, layout {source.layout}" + (f", head {source.head}" if source.head else ""),
@@ -127,12 +130,32 @@ def _describe_experts(metadata: Metadata) -> str:
         for p in layer.values()
     }
     n_positions = sum(len(layer) for layer in routing.layers)
-    return f"{'; '.join(sorted(kinds))}; at {n_positions} positions, routed by {routing.level}"
+    by = "element, charge and spin" if routing.on_charge_spin else routing.level
+    return f"{'; '.join(sorted(kinds))}; at {n_positions} positions, routed by {by}"
+
+
+def _describe_conditions(conditions: ModelConditions) -> list[tuple[str, str]]:
+    """What a package takes beside a structure, and what is fixed."""
+    rows = []
+    if conditions.charge_spin is not None:
+        default = conditions.charge_spin.default
+        given = "no default, must be given" if default is None else f"default {default[0]} and {default[1]}"
+        rows.append(("charge, spin", f"taken (spin is the multiplicity 2S+1), {given}"))
+    if conditions.fparam is not None:
+        numbers = conditions.fparam.default
+        given = "no default, must be given" if numbers is None else f"default {format_numbers(numbers)}"
+        same = " (charge and spin, by another name)" if conditions.fparam_is_charge_spin else ""
+        rows.append(("fparam", f"{conditions.fparam.size} taken{same}, {given}"))
+    fixed = conditions.fixed
+    if fixed is not None:
+        values = Conditions(fixed.charge, fixed.spin, None if fixed.fparam is None else tuple(fixed.fparam))
+        rows.append(("fixed", str(values)))
+    return rows
 
 
 def show_routing(console: Console, metadata: Metadata) -> None:
     """Experts and weights in per cent, one table per layer: elements down, positions (equal ones joined) across."""
-    if not metadata.routing.is_moe or metadata.routing.level == "configuration":
+    if not metadata.routing.is_moe or not metadata.routing.is_table:
         return
     console.print(
         "\nRouting: expert and its weight in %, largest first; shared experts (weight 1 for all) are left out."

@@ -6,7 +6,7 @@ Everything here is plain numpy and ASE, so that it can serve as an oracle.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -273,7 +273,10 @@ def random_config(
     gate: str = "topk_softmax",
     routing: str = "element",
     shared_routers: bool = False,
+    route_on_charge_spin: bool = False,
     neuron: Sequence[int] = (8, 8),
+    fitting: Mapping[str, Any] | None = None,
+    fparam_is_charge_spin: bool = False,
     **descriptor: Any,
 ) -> Any:
     """Configuration of a small potential (`moecalc.nn.ModelConfig`), dense or with experts at every position.
@@ -283,7 +286,9 @@ def random_config(
         n_routed: routed experts per position; 0 is a dense model.
         top_k, n_shared, kind, gate, routing: see `moecalc.nn.MoEConfig`.
         shared_routers: one router for all positions of nodes, one for edges, one for angles.
-        neuron: hidden widths of the fitting net.
+        route_on_charge_spin: see `moecalc.nn.MoEConfig`.
+        neuron: hidden widths of the fitting net; fitting: overrides of `moecalc.nn.FittingConfig`.
+        fparam_is_charge_spin: see `moecalc.nn.ModelConfig`.
         **descriptor: overrides of `moecalc.nn.DescriptorConfig`.
     """
     from moecalc.nn import POSITIONS, DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
@@ -301,6 +306,7 @@ def random_config(
         moe = MoEConfig.model_validate(
             {
                 "routing": routing,
+                "route_on_charge_spin": route_on_charge_spin,
                 "routers": dict.fromkeys(names.values(), router),
                 "positions": {p: {"router": names[p], "kind": kind} for p in POSITIONS},
             }
@@ -308,8 +314,11 @@ def random_config(
     return ModelConfig(
         type_map=list(type_map),
         descriptor=DescriptorConfig.model_validate({**small, **descriptor}),
-        fitting=FittingConfig(neuron=list(neuron), activation_function="silut:3.0"),
+        fitting=FittingConfig.model_validate(
+            {"neuron": list(neuron), "activation_function": "silut:3.0", **(fitting or {})}
+        ),
         moe=moe,
+        fparam_is_charge_spin=fparam_is_charge_spin,
     )
 
 
@@ -324,6 +333,8 @@ def random_potential(config: Any, seed: int = 0, dtype: str = "float64") -> Any:
         torch.manual_seed(seed)
         model = MoEPotential(config)
         model.readout.energy_shift.copy_(torch.randn(len(config.type_map), dtype=torch.float64))
+        for name, tensor in model.conditions.named_buffers():
+            tensor.copy_(torch.rand_like(tensor) + (0.5 if name == "fparam_inv_std" else 0.0))
     set_precision(model, dtype, dtype)
     return model.eval()
 
@@ -366,8 +377,8 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
     from moecalc.package.archive import write_archive
     from moecalc.package.importers import set_precision
     from moecalc.package.lower import count_parameters, lower
-    from moecalc.package.metadata import FORMAT_VERSION, Metadata, Parameters, Source, VerificationReport
-    from moecalc.package.reference import reference_frame, reference_structures
+    from moecalc.package.metadata import Metadata, Parameters, Source, VerificationReport, format_version
+    from moecalc.package.reference import reference_conditions, reference_frame, reference_structures
 
     path = Path(path)
     model = random_potential(config, seed, dtype)
@@ -376,10 +387,12 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
     set_precision(rounded, "float64", "float64")
     _, (label, dimer), *_ = reference_structures(low.elements[:2], (low.cutoff, low.angle_cutoff))
     d = config.descriptor
+    conditions = config.conditions()
+    frame = reference_frame(rounded, label, dimer, reference_conditions(low, conditions)[0])
     total, active = count_parameters(low)
     n_parameters = sum(p.numel() for p in model.parameters())
     metadata = Metadata(
-        format_version=FORMAT_VERSION,
+        format_version=format_version(conditions),
         name=path.name.removesuffix(".moe.pt"),
         elements=low.elements,
         trained_elements=low.elements,
@@ -390,6 +403,7 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
         dtype=dtype,  # type: ignore[arg-type]
         neighbor_limits={"edge": d.e_sel, "angle": d.a_sel},
         routing=routing,
+        conditions=conditions,
         parameters=Parameters(checkpoint=n_parameters, total=total, active=active),
         source=Source(file="", sha256="", layout="random", size_bytes=0, parameters=n_parameters),
         versions={"moecalc": __version__, "torch": torch.__version__},
@@ -397,9 +411,9 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
         note="random weights: for timing only",
     )
     records = {
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(metadata.format_version),
         "metadata.json": metadata.model_dump_json(indent=1),
-        "reference.json": json.dumps([reference_frame(rounded, label, dimer).model_dump()]),
+        "reference.json": json.dumps([frame.model_dump()]),
         "verification.json": VerificationReport(checks=[]).model_dump_json(),
     }
     write_archive(path, jit_script(low), records)

@@ -365,6 +365,14 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
                   "`, got one without: package the checkpoint again");
     }
   }
+  if (model.hasattr("conditions")) {
+    const Module conditions = model.attr("conditions").toModule();
+    if (conditions.attr("takes_charge_spin").toBool() || conditions.attr("n_fparam").toInt() > 0) {
+      throw Error(path +
+                  ": expected a model without charge, spin or frame parameters, got one that takes them: fix "
+                  "them with `moecalc package --charge Q --spin M --fparam ...`");
+    }
+  }
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
 
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());

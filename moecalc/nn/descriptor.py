@@ -304,10 +304,10 @@ class Embedding(nn.Module):
             composition: (G, T) fractions of the elements: one row of 1 per element, or that of a structure.
             shift: (G, n_dim) charge and spin embedding of each group; read only where the model routes on it.
         """
+        table = self.table()
         if self.own_router_table:
-            features = composition @ self.router_table()
-        else:
-            features = composition @ self.table()
+            table = self.router_table()
+        features = composition @ table
         if self.routed and shift is not None:
             features = features + shift.to(features.dtype)
         return features

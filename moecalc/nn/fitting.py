@@ -151,7 +151,9 @@ class FittingNet(nn.Module):
             x = torch.cat([x, self.case_embedding.unsqueeze(0).expand(x.size(0), -1)], dim=1)
         if self.n_constant > 0:
             if condition is None or fitting_inputs is None:
-                raise RuntimeError("the fitting net needs frame parameters or the case embedding: none were given")
+                raise RuntimeError(
+                    "the fitting net needs frame parameters or the case embedding: none were given"
+                )
             if self.n_hidden > 0:
                 bias, skip = self.first_layer(fitting_inputs)
                 bias, skip = bias.index_select(0, condition), skip.index_select(0, condition)

@@ -14,13 +14,13 @@ import torch
 from ase import Atoms
 
 from moecalc._jit import jit_script
+from moecalc.conditions import Conditions, ModelConditions, fix
 from moecalc.errors import PackageError
 from moecalc.nn import MoEPotential
 from moecalc.package.archive import check_archive, write_archive
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
 from moecalc.package.lower import count_parameters, lower
 from moecalc.package.metadata import (
-    FORMAT_VERSION,
     Check,
     Metadata,
     PackageReport,
@@ -29,8 +29,14 @@ from moecalc.package.metadata import (
     Routing,
     Source,
     VerificationReport,
+    format_version,
 )
-from moecalc.package.reference import reference_frame, reference_structures
+from moecalc.package.reference import (
+    reference_cases,
+    reference_conditions,
+    reference_frame,
+    reference_structures,
+)
 from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, verify_package
 
 CITATION = "T. Liu et al., arXiv:2603.07977 (element-wise MoE); D. Zhang et al., arXiv:2506.01686 (DPA3)"
@@ -43,6 +49,9 @@ def package_checkpoint(
     head: str | None = None,
     elements: Sequence[str] | None = None,
     dtype: str | None = None,
+    charge: int | None = None,
+    spin: int | None = None,
+    fparam: Sequence[float] | None = None,
     name: str | None = None,
     note: str = "",
     license: str = "",  # noqa: A002 - the field is called so
@@ -59,6 +68,9 @@ def package_checkpoint(
         head: head of a multi-task checkpoint.
         elements: symbols to keep; None = all of the checkpoint.
         dtype: "float32" or "float64"; None = the checkpoint's.
+        charge, spin: charge (e) and multiplicity 2S+1 to fold into the package, for models that take them; with one of them, the
+            other is the checkpoint's default. None for both: they stay open and are given at run time.
+        fparam: frame parameters to fold, likewise.
         name: name of the package; default: the file name.
         note, license, citation: free text kept in the metadata.
         progress: called with the name of each step.
@@ -69,6 +81,7 @@ def package_checkpoint(
     Raises:
         CheckpointError: the checkpoint cannot be imported.
         ElementError: an element that the model does not have.
+        ConditionError: charge, spin or frame parameters that the model does not take or cannot have.
         PackageError: wrong file name or dtype, or a failed verification (names the checks).
     """
     say = progress or (lambda _: None)
@@ -81,10 +94,12 @@ def package_checkpoint(
         raise PackageError(f"{out.parent}: no such folder, expected an existing one for the package")
     say("reading the checkpoint")
     imported = load_checkpoint(checkpoint, head)
+    taken = imported.config.conditions()
+    fixed, left = fix(taken, charge, spin, fparam)
     full = build_model(imported, torch.float64)
     dtype = dtype or imported.config.descriptor.precision
     say("pruning and merging")
-    exact, routing = lower(full, imported.config, list(elements) if elements is not None else None)
+    exact, routing = lower(full, imported.config, list(elements) if elements is not None else None, fixed)
     low = copy.deepcopy(exact)
     set_precision(low, dtype, dtype)
     # what the file must give in exact arithmetic: its own rounded weights in float64
@@ -92,7 +107,8 @@ def package_checkpoint(
     set_precision(rounded, "float64", "float64")
     say("computing reference frames")
     structures = reference_structures(low.elements, (low.cutoff, low.angle_cutoff))
-    frames = [reference_frame(rounded, label, atoms) for label, atoms in structures]
+    cases = reference_cases(structures, reference_conditions(exact, left))
+    frames = [reference_frame(rounded, *case) for case in cases]
     say("compiling to TorchScript")
     scripted = jit_script(low)
     metadata = _metadata(
@@ -105,13 +121,15 @@ def package_checkpoint(
         note,
         license,
         citation,
+        left,
+        fixed,
     )
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".moecalc-") as folder:
         draft = Path(folder) / out.name
         _write(draft, scripted, metadata, frames, VerificationReport(checks=[]))
         report = verify_package(draft, say)
         say("pruned against full model")
-        report.checks[:0] = _compare_with_full(full, exact, frames, structures, dtype)
+        report.checks[:0] = _compare_with_full(full, exact, frames, cases, fixed, dtype)
         if not report.passed:
             failed = "; ".join(f"{c.name}: {c.value:.1e} > {c.tolerance:.1e}" for c in report.failures())
             raise PackageError(
@@ -135,11 +153,18 @@ def _compare_with_full(
     full: MoEPotential,
     exact: MoEPotential,
     frames: list[ReferenceFrame],
-    structures: list[tuple[str, Atoms]],
+    cases: list[tuple[str, Atoms, Conditions]],
+    fixed: Conditions,
     dtype: str,
 ) -> list[Check]:
     """Pruned against full model in float64, and what rounding to the package's dtype changed."""
-    wanted = [reference_frame(full, label, atoms) for label, atoms in structures]
+    wanted = []
+    for label, atoms, given in cases:
+        frame = reference_frame(full, label, atoms, given.filled_from(fixed))
+        # the full model is given what is folded in the pruned one
+        pair = {"charge": given.charge, "spin": given.spin}
+        frame = frame.model_copy(update=pair | {"fparam": given.fparam and list(given.fparam)})
+        wanted.append(frame)
     pruned = compare_frames(exact, wanted)
     checks = [
         Check(
@@ -147,7 +172,8 @@ def _compare_with_full(
             value=pruned,
             tolerance=TOLERANCE["float64"],
             unit="relative",
-            detail=f"{len(frames)} frames, all experts",
+            detail=f"{len(frames)} frames, all experts"
+            + (f", {fixed} folded" if str(fixed) != "none" else ""),
         )
     ]
     if dtype == "float32":
@@ -180,7 +206,7 @@ def _write(
         path,
         scripted,
         {
-            "format_version": str(FORMAT_VERSION),
+            "format_version": str(metadata.format_version),
             "metadata.json": metadata.model_dump_json(indent=1),
             "reference.json": json.dumps([f.model_dump() for f in frames]),
             "verification.json": verification.model_dump_json(indent=1),
@@ -198,6 +224,8 @@ def _metadata(
     note: str,
     license: str,  # noqa: A002
     citation: str,
+    conditions: ModelConditions | None,
+    fixed: Conditions,
 ) -> Metadata:
     from moecalc import __version__
 
@@ -211,8 +239,12 @@ def _metadata(
         remarks.append(
             "nonlinear experts with configuration-level routing: the paper found these numerically unstable"
         )
+    remarks += [
+        f"{name} {getattr(fixed, name)} is the checkpoint's default, fixed with the others"
+        for name in sorted(fixed.defaulted)
+    ]
     return Metadata(
-        format_version=FORMAT_VERSION,
+        format_version=format_version(conditions),
         name=name,
         elements=low.elements,
         trained_elements=[e for e in low.elements if e in trained],
@@ -223,6 +255,7 @@ def _metadata(
         dtype=dtype,  # type: ignore[arg-type]
         neighbor_limits={"edge": d.e_sel, "angle": d.a_sel},
         routing=routing,
+        conditions=conditions,
         parameters=Parameters(checkpoint=imported.n_parameters, total=total, active=active),
         source=Source(
             file=checkpoint.name,

@@ -8,9 +8,11 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor, nn
 
+from moecalc.conditions import Conditions
 from moecalc.errors import ElementError
 from moecalc.nn import POSITIONS, ModelConfig, MoEPotential
 from moecalc.nn.descriptor import TypeTable
+from moecalc.nn.fitting import FittingLayer
 from moecalc.nn.moe import ExpertLinear, MoERouter, RoutingTable
 from moecalc.nn.repflow import RepFlowLayer
 from moecalc.package.metadata import PositionRouting, Routing
@@ -50,18 +52,22 @@ def _positions(layer: nn.Module) -> dict[str, ExpertLinear]:
 
 
 def lower(
-    model: MoEPotential, config: ModelConfig, elements: list[str] | None = None
+    model: MoEPotential,
+    config: ModelConfig,
+    elements: list[str] | None = None,
+    fixed: Conditions | None = None,
 ) -> tuple[MoEPotential, Routing]:
-    """Prune a model to some elements and replace its routers by tables.
+    """Prune a model to some elements, fold fixed conditions, and replace its routers by tables.
 
     At element level the weights of a mixture depend on the element only: gates become a table, experts that no
-    kept element uses go, linear experts (MoLE) merge into one matrix per element. At configuration level gates and
-    experts stay.
+    kept element uses go, linear experts (MoLE) merge into one matrix per element. At configuration level, and where
+    experts depend on charge and spin that stay open, gates and experts stay.
 
     Args:
         model: the full model; not changed.
         config: its architecture.
         elements: symbols to keep, in their new order; None = all.
+        fixed: charge, spin and frame parameters to fold (`moecalc.conditions.fix`); what is None there stays open.
 
     Returns:
         The lowered model, same class and same answers on the kept elements, and its routing.
@@ -71,6 +77,7 @@ def lower(
     """
     keep = torch.tensor(choose_elements(config.type_map, elements))
     low = copy.deepcopy(model)
+    fixed = fixed or Conditions()
     with torch.no_grad():
         table = model.embedding.table()[keep]
         net_table = model.readout.net.table()[keep]
@@ -80,19 +87,69 @@ def lower(
         low.geometry.stddev = model.geometry.stddev[keep]
         low.readout.energy_shift = model.readout.energy_shift[keep]
         low.readout.energy_weight = model.readout.energy_weight[keep]
-        low.embedding.table = TypeTable(table)
-        low.readout.net.table = TypeTable(net_table if low.readout.net.concat_table else net_table[:0])
-        routing = Routing.model_validate({"level": low.routing_level})
+        shift = torch.zeros_like(table[:1])
+        if fixed.charge_spin is not None:
+            shift = model.conditions.shift(torch.tensor([fixed.charge_spin])).to(table.dtype)
+            _close_charge_spin(low)
+        router_table = table + shift if config.routes_on_charge_spin else table
+        low.embedding.table = TypeTable(table + shift)
+        if low.routing_level == "configuration" and not torch.equal(router_table, table + shift):
+            low.embedding.router_table = TypeTable(router_table)
+            low.embedding.own_router_table = True
+        low.readout.net.table = TypeTable(
+            net_table + shift.to(net_table.dtype) if low.readout.net.concat_table else net_table[:0]
+        )
+        _close_fitting_inputs(low, fixed)
+        open_routing = low.conditions.routed
+        routing = Routing.model_validate({"level": low.routing_level, "on_charge_spin": open_routing})
+        rows = router_table if low.routing_level == "element" and not open_routing else None
         for layer in repflow_layers(low):
-            routing.layers.append(_lower_layer(layer, table, config, low.routing_level))
+            routing.layers.append(_lower_layer(layer, rows, config))
     for parameter in low.parameters():
         parameter.requires_grad_(False)
     return low.eval(), routing
 
 
+def _close_charge_spin(low: MoEPotential) -> None:
+    """Let a model take no charge and spin: the type tables have them."""
+    conditions = low.conditions
+    conditions.takes_charge_spin = conditions.routed = low.embedding.routed = False
+    del conditions.embedding
+
+
+def _close_fitting_inputs(low: MoEPotential, fixed: Conditions) -> None:
+    """Fold frame parameters and case embedding into the fitting net where they are constant now (SPEC section 12, Folding)."""
+    conditions, net = low.conditions, low.readout.net
+    if fixed.fparam is None and (conditions.takes_fparam or conditions.takes_charge_spin):
+        return
+    if net.n_constant == 0:
+        return
+    given = torch.tensor([fixed.fparam or []], dtype=torch.float64)
+    constants = conditions.fitting_input(given).to(net.out_bias.dtype)
+    first = net.layers[0] if net.n_hidden else None
+    if isinstance(first, FittingLayer):
+        if first.residual:  # the skip path carries the values too: they stay inputs, as a case embedding does
+            net.register_buffer("case_embedding", constants[0].clone())
+            net.with_case = True
+        else:
+            bias, _ = first.constant_part(constants)
+            first.bias = nn.Parameter(bias[0].clone())
+            first.matrix = nn.Parameter(first.matrix[: -net.n_constant].clone())
+    else:
+        net.out_bias = nn.Parameter(net.out_bias + (constants @ net.out_matrix[-net.n_constant :])[0])
+        net.out_matrix = nn.Parameter(net.out_matrix[: -net.n_constant].clone())
+    net.n_constant = 0
+    for name in ("fparam_avg", "fparam_inv_std", "case_embedding"):
+        if hasattr(conditions, name):
+            delattr(conditions, name)
+    conditions.n_fparam = conditions.n_case = 0
+    conditions.takes_fparam = conditions.with_case = False
+
+
 def _lower_layer(
-    layer: RepFlowLayer, table: Tensor, config: ModelConfig, level: str
+    layer: RepFlowLayer, table: Tensor | None, config: ModelConfig
 ) -> dict[str, PositionRouting]:
+    """Replace the routers of a layer by what they say for the rows of `table`; None keeps them."""
     described: dict[str, PositionRouting] = {}
     tables: dict[str, nn.Module] = {}
     for name, position in _positions(layer).items():
@@ -107,7 +164,7 @@ def _lower_layer(
             n_shared=router.n_shared_experts,
             top_k=router.top_k,
         )
-        if level == "configuration":
+        if table is None:
             continue
         ids, weights = layer.routers[entry.router](table)
         described[name].experts = ids.tolist()
@@ -115,7 +172,7 @@ def _lower_layer(
         new_ids, new_weights = _merge(position, ids, weights)
         if position.routed:
             tables[name] = RoutingTable(new_ids, new_weights)
-    if level == "element":
+    if table is not None:
         layer.routers = nn.ModuleDict(tables)
         for name, position in _positions(layer).items():
             position.router = name if position.routed else ""

@@ -6,8 +6,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_VERSION = 1
-"""Version of the package format; readers refuse a newer one."""
+from moecalc.conditions import Conditions, ModelConditions
+
+FORMAT_VERSION = 2
+"""Newest version of the package format; readers refuse a newer one. 2: the model takes conditions; others stay at 1."""
+
+
+def format_version(conditions: ModelConditions | None) -> int:
+    """Version that a package needs: what readers of version 1 can run right stays readable for them."""
+    return 2 if conditions is not None and conditions.open else 1
 
 
 class _Record(BaseModel):
@@ -42,15 +49,24 @@ class PositionRouting(_Record):
 
 
 class Routing(_Record):
-    """Routing level and one dictionary position -> routing per layer (empty for dense models)."""
+    """Routing level and one dictionary position -> routing per layer (empty for dense models).
+
+    With `on_charge_spin` the experts of an element depend on charge and spin too, so there is no table of them.
+    """
 
     level: Literal["element", "configuration"] = "element"
+    on_charge_spin: bool = False
     layers: list[dict[str, PositionRouting]] = Field(default_factory=list)
 
     @property
     def is_moe(self) -> bool:
         """Whether any position is a mixture of experts."""
         return any(self.layers)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the experts of an element are known without a structure."""
+        return self.level == "element" and not self.on_charge_spin
 
 
 class Parameters(_Record):
@@ -76,6 +92,7 @@ class Metadata(_Record):
     units: dict[str, str] = Field(default_factory=lambda: {"energy": "eV", "length": "Angstrom"})
     neighbor_limits: dict[str, int]
     routing: Routing
+    conditions: ModelConditions | None = None
     parameters: Parameters
     source: Source
     versions: dict[str, str]
@@ -87,9 +104,15 @@ class Metadata(_Record):
 
 
 class ReferenceFrame(_Record):
-    """A small structure with the reference model's answer (float64, weights rounded to the package's dtype)."""
+    """A small structure with the reference model's answer (float64, weights rounded to the package's dtype).
+
+    Charge, multiplicity and frame parameters are None where the package takes none.
+    """
 
     label: str
+    charge: int | None = None
+    spin: int | None = None
+    fparam: list[float] | None = None
     symbols: list[str]
     positions: list[list[float]]
     cell: list[list[float]]
@@ -98,6 +121,11 @@ class ReferenceFrame(_Record):
     energies: list[float]
     forces: list[list[float]]
     virial: list[list[float]]
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the model was given beside the structure."""
+        return Conditions(self.charge, self.spin, None if self.fparam is None else tuple(self.fparam))
 
 
 class Check(_Record):

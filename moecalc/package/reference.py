@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ase.data import atomic_numbers, covalent_radii
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moecalc.conditions import Conditions, ModelConditions
 from moecalc.nn.model import ModelOutput, evaluate
 from moecalc.package.metadata import ReferenceFrame
 from moecalc.testing import brute_force_edges
@@ -38,13 +40,63 @@ def graph_tensors(
 
 
 def evaluate_structure(
-    model: Any, symbols: list[str], positions: Floats, cell: Floats, pbc: tuple[bool, ...]
+    model: Any,
+    symbols: list[str],
+    positions: Floats,
+    cell: Floats,
+    pbc: tuple[bool, ...],
+    conditions: Conditions | None = None,
 ) -> ModelOutput:
     """Reference answer of a (scripted) `MoEPotential` for one structure."""
     types, edge_index, edge_vec = graph_tensors(
         symbols, positions, cell, pbc, list(model.elements), model.cutoff
     )
-    return evaluate(model, types, edge_index, edge_vec)
+    charge_spin, fparam = condition_tensors([conditions or Conditions()])
+    return evaluate(model, types, edge_index, edge_vec, charge_spin=charge_spin, fparam=fparam)
+
+
+def condition_tensors(conditions: Sequence[Conditions]) -> tuple[Tensor | None, Tensor | None]:
+    """Charge and multiplicity (S, 2) int64 and frame parameters (S, nf) float64 of structures; None where not taken."""
+    charge_spin = fparam = None
+    if all(c.charge_spin is not None for c in conditions):
+        charge_spin = torch.tensor([c.charge_spin for c in conditions], dtype=torch.int64)
+    if all(c.fparam is not None for c in conditions):
+        fparam = torch.tensor([c.fparam for c in conditions], dtype=torch.float64)
+    return charge_spin, fparam
+
+
+def reference_conditions(model: Any, taken: ModelConditions | None) -> list[Conditions]:
+    """Conditions to check a model with: its default (neutral singlet, mean frame parameters without one), and two others.
+
+    Args:
+        model: a `MoEPotential`.
+        taken: what it takes; one empty entry where that is nothing.
+    """
+    if taken is None or not taken.open:
+        return [Conditions()]
+    pairs: list[tuple[int, int] | None] = [None, None, None]
+    numbers: list[tuple[float, ...] | None] = [None, None, None]
+    if taken.charge_spin is not None:
+        pairs = [taken.charge_spin.default or (0, 1), (1, 2), (-2, 3)]
+    if taken.fparam_is_charge_spin:
+        numbers = [None if p is None else (float(p[0]), float(p[1])) for p in pairs]
+    elif taken.fparam is not None:
+        mean = model.conditions.fparam_avg.detach().numpy()
+        spread = 1.0 / np.abs(model.conditions.fparam_inv_std.detach().numpy()).clip(min=1e-6)
+        base = mean if taken.fparam.default is None else np.array(taken.fparam.default)
+        numbers = [tuple((base + k * spread).tolist()) for k in (0.0, 1.0, -0.7)]
+    entries = [(p or (None, None), x) for p, x in zip(pairs, numbers, strict=True)]
+    return [Conditions(q, s, x) for (q, s), x in entries]
+
+
+def reference_cases(
+    structures: Sequence[tuple[str, Atoms]], conditions: Sequence[Conditions]
+) -> list[tuple[str, Atoms, Conditions]]:
+    """Every structure with the first of the conditions, and the last two structures with the others."""
+    cases = [(label, atoms, conditions[0]) for label, atoms in structures]
+    for (label, atoms), other in zip(structures[-2:], conditions[1:], strict=False):
+        cases.append((f"{label}, {other}", atoms, other))
+    return cases
 
 
 def _radius(symbol: str) -> float:
@@ -115,12 +167,18 @@ def reference_structures(elements: list[str], cutoffs: tuple[float, ...]) -> lis
     return frames
 
 
-def reference_frame(model: nn.Module, label: str, atoms: Atoms) -> ReferenceFrame:
+def reference_frame(
+    model: nn.Module, label: str, atoms: Atoms, conditions: Conditions | None = None
+) -> ReferenceFrame:
     """Evaluate a structure and record it."""
     symbols = atoms.get_chemical_symbols()
-    out = evaluate_structure(model, symbols, atoms.positions, atoms.cell.array, tuple(atoms.pbc))
+    given = conditions or Conditions()
+    out = evaluate_structure(model, symbols, atoms.positions, atoms.cell.array, tuple(atoms.pbc), given)
     return ReferenceFrame(
         label=label,
+        charge=given.charge,
+        spin=given.spin,
+        fparam=None if given.fparam is None else list(given.fparam),
         symbols=symbols,
         positions=atoms.positions.tolist(),
         cell=atoms.cell.array.tolist(),

@@ -9,7 +9,7 @@
 namespace moecalc {
 
 /// Newest `format_version` of a package file that this library reads.
-inline constexpr int package_format_version = 1;
+inline constexpr int package_format_version = 2;
 
 /// Version of moecalc, for example "0.1.0".
 MOECALC_API const char* version();
