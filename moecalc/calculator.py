@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from moecalc import __version__, keys
 from moecalc._lib import load
+from moecalc.ase_conditions import check_general, conditions_of, defaults_used
+from moecalc.conditions import Conditions, ModelConditions
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
 from moecalc.models import default_model_path
 from moecalc.neighbors import AtomicGraph, Floats, Ints, PairList, SkinNeighborList
@@ -48,6 +50,9 @@ class MoECalculator(Calculator):
             of each). The last two are for CUDA only.
         skin: extra reach of the neighbour list in Angstrom. The list is searched anew only when atoms moved (or the cell was strained) so much
             that a pair could be missing; 0 searches at every step. The results do not depend on it.
+        charge, spin, fparam: charge (e), multiplicity 2S+1 and frame parameters of all structures, for models that take them. A structure's own
+            are in `atoms.info` under the same names (or both as `charge_spin`); where neither gives them, the model's defaults count, which a
+            warning names once.
         allow_untrained: accept elements that the model knows but was not trained on.
         check: when a package is first used on a device in this process, compare one of its reference frames.
         threads: number of CPU threads for torch, a setting of the whole process; None leaves it alone.
@@ -59,6 +64,7 @@ class MoECalculator(Calculator):
     Raises:
         PackageError: the package is missing, damaged, foreign, too new, or gives other numbers here than where it was made.
         MoecalcError: the device or precision does not exist here.
+        ConditionError: charge, spin or frame parameters that the model cannot take, that are missing, or that contradict each other.
         ElementError: (on use) the structure has an element that the model does not know or was not trained on.
         StructureError: (on use) positions or cell are not finite, atoms overlap, or a periodic direction has no cell vector.
         UndefinedStressError: (on use) stress was asked of a structure that is not periodic in all directions.
@@ -83,6 +89,9 @@ class MoECalculator(Calculator):
         skin: float = 1.0,
         *,
         precision: str = "fp32",
+        charge: int | None = None,
+        spin: int | None = None,
+        fparam: Any = None,
         allow_untrained: bool = False,
         check: bool = True,
         threads: int | None = None,
@@ -93,7 +102,8 @@ class MoECalculator(Calculator):
         if threads is not None:
             _set_threads(threads)
         self._model = _open(path, device, dtype_name, precision, check=check)
-        self._warned = False
+        self._warned = self._told_defaults = False
+        self._conditions = Conditions()  # of the results
         self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
         super().__init__()
         self.parameters.update(
@@ -103,10 +113,17 @@ class MoECalculator(Calculator):
             dtype=dtype_name or None,
             precision=precision,
             skin=float(skin),
+            charge=charge,
+            spin=spin,
+            fparam=fparam,
             allow_untrained=bool(allow_untrained),
             check=bool(check),
             threads=threads,
         )
+        # values that no structure could have are refused here; whether some are missing shows with the first structure
+        given = {name: self.parameters[name] for name in _CONDITIONS}
+        if any(value is not None for value in given.values()):
+            self._model.check_conditions(given)
         if atoms is not None:
             atoms.calc = self
 
@@ -169,7 +186,7 @@ class MoECalculator(Calculator):
         return False
 
     def set(self, **parameters: Any) -> dict[str, Any]:
-        """Change `skin` or `allow_untrained` of this calculator.
+        """Change `skin`, `charge`, `spin`, `fparam` or `allow_untrained` of this calculator.
 
         Raises:
             MoecalcError: the parameter belongs to the loaded model.
@@ -179,10 +196,12 @@ class MoECalculator(Calculator):
         for name, value in parameters.items():
             if name not in self.parameters:
                 raise TypeError(f"expected a parameter among {', '.join(self.parameters)}, got {name!r}")
-            if self.parameters[name] == value:
+            if np.array_equal(self.parameters[name], value):
                 continue
             if name == "skin":
                 self.neighbor_list = SkinNeighborList(self.cutoff, value)
+            elif name in _CONDITIONS:
+                self._model.check_conditions({name: value})
             elif name != "allow_untrained":
                 raise MoecalcError(
                     f"{name} cannot be changed to {value!r} after the model was loaded: make a new MoECalculator"
@@ -195,11 +214,17 @@ class MoECalculator(Calculator):
     # --- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parameters": dict(self.parameters), "atoms": self.atoms, "results": self.results}
+        return {
+            "parameters": dict(self.parameters),
+            "atoms": self.atoms,
+            "results": self.results,
+            "conditions": self._conditions,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["parameters"])  # type: ignore[misc]
         self.atoms, self.results = state["atoms"], state["results"]
+        self._conditions = state["conditions"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoECalculator:
         other = type(self).__new__(type(self))
@@ -214,6 +239,22 @@ class MoECalculator(Calculator):
         return copy.deepcopy(self)
 
     # --- results -------------------------------------------------------------------------------
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What differs from the structure of the results, charge, spin and frame parameters included; called by ASE."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if self._conditions_of(atoms) != self._conditions:
+            changes.append("info")
+        return changes
+
+    def _conditions_of(self, atoms: Atoms) -> Conditions:
+        return conditions_of(atoms, self._model.conditions, self.parameters)
+
+    def _tell_defaults(self, conditions: Conditions) -> None:
+        if self._told_defaults or not conditions.defaulted:
+            return
+        self._told_defaults = True
+        warnings.warn(str(defaults_used(conditions, self._model.name)), stacklevel=4)
 
     def calculate(
         self,
@@ -233,17 +274,20 @@ class MoECalculator(Calculator):
         if volume is None and not _STRESSES.isdisjoint(properties):
             raise _undefined_stress(self.atoms)
         types = self._model.types(self.atoms, allow_untrained=self.parameters["allow_untrained"])
+        conditions = self._conditions_of(self.atoms)
+        self._tell_defaults(conditions)
         virial, atom_virial = volume is not None, keys.STRESSES in properties
         if self._model.keeps_lists:
             pairs, positions = self.neighbor_list.pairs(self.atoms)
             cells = self.atoms.cell.array[None]
             raw = self._model.evaluate_pairs(
-                pairs, types, positions, cells, virial=virial, atom_virial=atom_virial
+                pairs, types, positions, cells, [conditions], virial=virial, atom_virial=atom_virial
             )
         else:
             graph = self.neighbor_list.graph(self.atoms, types)
-            raw = self._model.evaluate(graph, virial=virial, atom_virial=atom_virial)
+            raw = self._model.evaluate(graph, [conditions], virial=virial, atom_virial=atom_virial)
         self._warn_about_density(raw)
+        self._conditions = conditions
         self.results = _results(raw, 0, slice(None), volume)
 
     def calculate_batch(
@@ -274,12 +318,14 @@ class MoECalculator(Calculator):
         graphs: list[AtomicGraph] = []
         lists: list[PairList] = []
         volumes: list[float | None] = []
+        conditions: list[Conditions] = []
         for index, atoms in enumerate(structures):
             try:
                 volume = _volume(atoms)
                 if volume is None and wants_stress:
                     raise _undefined_stress(atoms)
                 types.append(self._model.types(atoms, allow_untrained=self.parameters["allow_untrained"]))
+                conditions.append(self._conditions_of(atoms))
                 neighbor_list = SkinNeighborList(self.cutoff, skin=0.0)
                 if keeps_lists:
                     lists.append(neighbor_list.pairs(atoms)[0])
@@ -291,6 +337,8 @@ class MoECalculator(Calculator):
             volumes.append(volume if wants_stress else None)
         if not kept:
             return []
+        for found in conditions:
+            self._tell_defaults(found)
         atom_virial = keys.STRESSES in properties
         if keeps_lists:
             raw = self._model.evaluate_pairs(
@@ -298,12 +346,13 @@ class MoECalculator(Calculator):
                 np.concatenate(types),
                 np.concatenate([atoms.positions for atoms in kept]),
                 np.stack([atoms.cell.array for atoms in kept]),
+                conditions,
                 virial=wants_stress,
                 atom_virial=atom_virial,
             )
         else:
             raw = self._model.evaluate(
-                AtomicGraph.concatenate(graphs), virial=wants_stress, atom_virial=atom_virial
+                AtomicGraph.concatenate(graphs), conditions, virial=wants_stress, atom_virial=atom_virial
             )
         self._warn_about_density(raw)
         ends = np.cumsum([0] + [len(of_one) for of_one in types])
@@ -328,6 +377,7 @@ class MoECalculator(Calculator):
 
 
 _STRESSES = frozenset({keys.STRESS, keys.STRESSES})
+_CONDITIONS = ("charge", "spin", "fparam")
 
 
 def _volume(atoms: Atoms) -> float | None:
@@ -385,6 +435,8 @@ class _Model:
         self.dtype = str(evaluator.dtype)
         self.keeps_lists = bool(evaluator.keeps_lists)
         self._listed: tuple[PairList, Ints] | None = None  # what the evaluator holds
+        self.conditions = ModelConditions.model_validate(self.metadata.get("conditions") or {})
+        self._given: list[Conditions] = []  # what the evaluator holds
         limits = self.metadata.get("neighbor_limits", {})
         self.limits = [
             (key, limits[name], f"within {radius:g} A")
@@ -421,11 +473,39 @@ class _Model:
             )
         return types
 
+    def check_conditions(self, given: Mapping[str, Any]) -> None:
+        """Raise ConditionError for values that no structure could have with this model."""
+        check_general(self.conditions, given)
+
+    def _give(self, conditions: Sequence[Conditions]) -> None:
+        """Hand conditions to the evaluator, if the model takes any and they are others than in the last call."""
+        if not self.conditions.open:
+            return
+        found = list(conditions)
+        if all(one == found[0] for one in found):
+            found = found[:1]  # serves any number of structures
+        if found == self._given:
+            return
+        self._given = []
+        pairs = [one.charge_spin for one in found]
+        fparam = [one.fparam for one in found]
+        self._evaluator.set_conditions(
+            None if pairs[0] is None else np.array(pairs, dtype=np.int64),
+            None if fparam[0] is None or self.conditions.fparam is None else np.array(fparam, dtype=float),
+        )
+        self._given = found
+
     def evaluate(
-        self, graph: AtomicGraph, *, virial: bool = True, atom_virial: bool = False
+        self,
+        graph: AtomicGraph,
+        conditions: Sequence[Conditions],
+        *,
+        virial: bool = True,
+        atom_virial: bool = False,
     ) -> Mapping[str, Any]:
         try:
             with self._lock:
+                self._give(conditions)
                 result: Mapping[str, Any] = self._evaluator.evaluate(
                     graph.types,
                     graph.edge_index,
@@ -446,6 +526,7 @@ class _Model:
         types: Ints,
         positions: Floats,
         cells: Floats,
+        conditions: Sequence[Conditions],
         *,
         virial: bool = True,
         atom_virial: bool = False,
@@ -453,6 +534,7 @@ class _Model:
         """As `evaluate`. The list is handed to the evaluator only if it is another than in the last call."""
         try:
             with self._lock:
+                self._give(conditions)
                 if (
                     self._listed is None
                     or self._listed[0] is not pairs
