@@ -130,9 +130,14 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, b
   out.n_node = n_node;
   out.n_local = n_local;
 
-  // Nodes: stable counting sort of the local atoms by group.
-  const int64_t n_group = rules.group_by_system ? graph.n_systems : n_types;
-  const int64_t* group = rules.group_by_system ? system : type;
+  // Nodes: stable counting sort of the local atoms by group. Ghosts have the one condition that there is
+  // then.
+  std::vector<int64_t> full_type(type, type + n_node);
+  for (int64_t i = 0; i < n_node; ++i) {
+    full_type[static_cast<size_t>(i)] += n_types * rules.condition(i < n_local ? system[i] : 0);
+  }
+  const int64_t n_group = rules.n_groups(graph.n_systems);
+  const int64_t* group = rules.group_by_system ? system : rules.group_by_condition ? full_type.data() : type;
   out.node_splits.assign(static_cast<size_t>(n_group) + 1, 0);
   for (int64_t i = 0; i < n_local; ++i) ++out.node_splits[static_cast<size_t>(group[i])];
   counts_to_offsets(out.node_splits);
@@ -148,7 +153,7 @@ PreparedGraph prepare_graph(const AtomicGraph& graph, const GraphRules& rules, b
   }
   for (int64_t i = 0; i < n_local; ++i) engine_row[model_row[i]] = i;
   std::iota(engine_row + n_local, engine_row + n_node, n_local);
-  for (int64_t i = 0; i < n_node; ++i) new_type[i] = type[engine_row[i]];
+  for (int64_t i = 0; i < n_node; ++i) new_type[i] = full_type[static_cast<size_t>(engine_row[i])];
 
   // Edges: keep those within the cutoff, count them per centre.
   const int64_t* centre = index_in.const_data_ptr<int64_t>();

@@ -20,6 +20,19 @@ struct GraphRules {
   std::vector<uint8_t> pair_mask;
   /// Atoms are grouped by type, or (if true) by structure.
   bool group_by_system = false;
+  /// Or by condition and type, where experts depend on charge and spin.
+  bool group_by_condition = false;
+  /// Of the structures to come: type = condition * n_types + element in model order. One entry: of all.
+  std::vector<int64_t> condition_of_system{0};
+  int64_t n_conditions = 1;
+
+  int64_t condition(int64_t system) const {
+    return condition_of_system.size() == 1 ? condition_of_system[0]
+                                           : condition_of_system[static_cast<size_t>(system)];
+  }
+  int64_t n_groups(int64_t n_systems) const {
+    return group_by_system ? n_systems : group_by_condition ? n_conditions * n_types : n_types;
+  }
 };
 
 /// A graph in model order. All tensors are on the CPU.
@@ -29,7 +42,7 @@ struct GraphRules {
 struct PreparedGraph {
   int64_t n_node = 0, n_local = 0, n_edge = 0, n_angle = 0;
   int64_t max_neighbors = 0, max_angle_neighbors = 0;
-  at::Tensor types;        // (n_node,) int64
+  at::Tensor types;        // (n_node,) int64, condition * n_types + element
   at::Tensor edge_index;   // (2, n_edge) int64
   at::Tensor edge_vec;     // (n_edge, 3) float64
   at::Tensor angle_index;  // (2, n_angle) int64; only if asked for
