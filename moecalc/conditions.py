@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -150,14 +150,14 @@ def whole_number(name: str, value: Any, limits: tuple[int, int]) -> int:
     """
     low, high = limits
     value = _scalar(value)
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConditionError(f"{name} = {value!r}, expected a whole number from {low} to {high}")
-    if not isinstance(value, Integral) and float(value) != math.floor(float(value)):
-        raise ConditionError(
-            f"{name} = {float(value):g}, expected a whole number: fractions have no meaning in this embedding"
-        )
-    if not low <= int(value) <= high:
-        raise ConditionError(f"{name} = {int(value)}, expected a whole number from {low} to {high}")
+    if isinstance(value, float) and not value.is_integer():
+        why = ": fractions have no meaning in this embedding" if math.isfinite(value) else ""
+        raise ConditionError(f"{name} = {value:g}, expected a whole number from {low} to {high}{why}")
+    if not low <= value <= high:
+        shown = f"{value:g}" if isinstance(value, float) or abs(value) < 10**15 else "an integer of many digits"
+        raise ConditionError(f"{name} = {shown}, expected a whole number from {low} to {high}")
     return int(value)
 
 
@@ -207,9 +207,14 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, Real):
             raise ConditionError(f"{name} has entry {entry!r}, expected numbers in one row")
-        if not math.isfinite(float(entry)):
-            raise ConditionError(f"{name} has entry {float(entry)}, expected finite numbers")
-    return tuple(float(entry) for entry in entries)
+    try:
+        numbers = tuple(float(entry) for entry in entries)
+    except OverflowError:
+        numbers = (math.inf,)
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ConditionError(f"{name} has entry {number}, expected finite numbers")
+    return numbers
 
 
 def resolve(
