@@ -156,7 +156,9 @@ def whole_number(name: str, value: Any, limits: tuple[int, int]) -> int:
         why = ": fractions have no meaning in this embedding" if math.isfinite(value) else ""
         raise ConditionError(f"{name} = {value:g}, expected a whole number from {low} to {high}{why}")
     if not low <= value <= high:
-        shown = f"{value:g}" if isinstance(value, float) or abs(value) < 10**15 else "an integer of many digits"
+        shown = (
+            f"{value:g}" if isinstance(value, float) or abs(value) < 10**15 else "an integer of many digits"
+        )
         raise ConditionError(f"{name} = {shown}, expected a whole number from {low} to {high}")
     return int(value)
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import DATA, graph_of
+from helpers import evaluate_atoms as answer
 
 from moecalc import testing
 from moecalc._jit import jit_script
 from moecalc.conditions import Conditions, fix
-from moecalc.nn import MoEPotential, evaluate
+from moecalc.nn import MoEPotential
 from moecalc.nn.conditions import ConditionEmbedding
 from moecalc.package.importers import build_model, load_checkpoint, set_precision
 from moecalc.package.lower import lower
@@ -60,12 +61,6 @@ def values_of(config, charge=0, spin=1, scale=1.0):
     if config.fparam_is_charge_spin:
         fparam = (float(charge), float(spin))
     return Conditions(*pair, fparam)
-
-
-def answer(model, atoms, given=None):
-    charge_spin, fparam = condition_tensors([given or Conditions()])
-    return evaluate(model, *graph_of(atoms, list(model.elements), float(model.cutoff)),
-                    charge_spin=charge_spin, fparam=fparam)  # fmt: skip
 
 
 def difference(a, b):
@@ -128,7 +123,11 @@ def test_part_of_the_conditions_can_be_folded(name, what, atoms):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_batch_of_mixed_conditions_equals_single_evaluations(name):
     model, config = model_of(name)
-    structures = [testing.molecule(["Nb", "W"]), testing.molecule(["Mo", "Ta"], seed=5), testing.molecule(["Nb", "W"])]
+    structures = [
+        testing.molecule(["Nb", "W"]),
+        testing.molecule(["Mo", "Ta"], seed=5),
+        testing.molecule(["Nb", "W"]),
+    ]
     given = [values_of(config, *x) for x in ((0, 1, 1.0), (3, 4, 0.2), (-5, 6, 3.0))]
     alone = torch.cat([answer(model, a, c).energies for a, c in zip(structures, given, strict=True)])
     parts = [graph_of(a, ELEMENTS, model.cutoff) for a in structures]
@@ -243,7 +242,7 @@ def test_fixing_charge_and_spin_drops_experts_that_are_no_longer_reached():
 @pytest.mark.parametrize("name", ["charge and spin", "frame parameters"])
 def test_a_model_says_what_it_was_not_given(name, atoms):
     model, _ = model_of(name)
-    with pytest.raises(RuntimeError, match="this model takes .*: expected (charge_spin|fparam)"):
+    with pytest.raises(RuntimeError, match=r"this model takes .*: expected (charge_spin|fparam)"):
         answer(model, atoms)
 
 
@@ -302,7 +301,9 @@ def add_fparam(data, values):
     prefix = "model.Default.atomic_model.fitting_net."
     average = state[prefix + "fparam_avg"] = torch.tensor([0.3, -0.2], dtype=torch.float64)
     inverse = state[prefix + "fparam_inv_std"] = torch.tensor([1.5, 0.7], dtype=torch.float64)
-    rows = torch.randn(2, fitting["neuron"][0], dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    rows = torch.randn(
+        2, fitting["neuron"][0], dtype=torch.float64, generator=torch.Generator().manual_seed(7)
+    )
     for names in ("networks", "_networks"):
         key = f"{prefix}filter_layers.{names}.0.layers.0.matrix"
         state[key] = torch.cat([state[key], rows])
@@ -366,9 +367,21 @@ def test_stored_default_counts_more_than_the_option(tmp_path):
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("descriptor", "default_chg_spin"), [0.5, 1.0], "default_chg_spin: charge = 0.5, expected a whole number"),
-        (("descriptor", "default_chg_spin"), [0.0], "default_chg_spin: charge_spin has 1 number, expected two"),
-        (("fitting_net", "default_fparam"), [1.0], r"default_fparam = \[1.0\], expected numb_fparam = 2 numbers"),
+        (
+            ("descriptor", "default_chg_spin"),
+            [0.5, 1.0],
+            "default_chg_spin: charge = 0.5, expected a whole number",
+        ),
+        (
+            ("descriptor", "default_chg_spin"),
+            [0.0],
+            "default_chg_spin: charge_spin has 1 number, expected two",
+        ),
+        (
+            ("fitting_net", "default_fparam"),
+            [1.0],
+            r"default_fparam = \[1.0\], expected numb_fparam = 2 numbers",
+        ),
         (("fitting_net", "numb_aparam"), 1, "fitting_net.numb_aparam = 1 is not supported, expected 0"),
     ],
 )
