@@ -330,7 +330,7 @@ def _resolve_shared(record: ModelConditions, given: Mapping[str, Any]) -> Condit
         for name, value in zip(("charge", "spin"), pair, strict=True):
             if given[name] is not None and _number_or_none(given[name]) != value:
                 raise ConditionError(
-                    f"{name} = {given[name]} but fparam = {format_numbers(pair)}, which is charge and spin in this "
+                    f"{name} = {_shown(given[name])} but fparam = {format_numbers(pair)}, which is charge and spin in this "
                     "model: give one of them, or equal values"
                 )
             values[name] = value

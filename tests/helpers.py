@@ -43,9 +43,14 @@ class Frame:
         return values
 
 
-def frames(folder: str) -> list[Frame]:
-    """All frames of a folder of tests/data."""
-    found = [Frame(path) for path in sorted((DATA / folder).glob("*.npz"))]
+# oracle models that take charge, spin or frame parameters
+CONDITIONAL = ("H", "J")
+
+
+def frames(folder: str, conditional: bool = False) -> list[Frame]:
+    """Frames of a folder of tests/data: of models without conditions, or of those with."""
+    paths = sorted((DATA / folder).glob("*.npz"))
+    found = [Frame(path) for path in paths if path.name.startswith(CONDITIONAL) == conditional]
     assert found, f"no frames in {folder}"
     return found
 

@@ -10,12 +10,10 @@ from moecalc.conditions import resolve
 from moecalc.package import package_checkpoint
 from moecalc.package.importers import build_model, load_checkpoint
 
-ALL = frames("oracle/fixtures")
-# models that take charge, spin or frame parameters
-CONDITIONAL = [f for f in ALL if f.model[0] in "HJ"]
+CONDITIONAL = frames("oracle/fixtures", conditional=True)
 # one package each, fixed at the values of these frames
 FIXED = [f for f in CONDITIONAL if f.frame.rpartition("_")[2] in {"f", "q-2m3", "x"}]
-FRAMES = [f for f in ALL if f.model[0] not in "HJ"] + FIXED
+FRAMES = frames("oracle/fixtures") + FIXED
 MODELS = sorted({(f.model, f.head) for f in FRAMES}, key=str)
 
 
