@@ -163,17 +163,17 @@ def whole_number(name: str, value: Any, limits: tuple[int, int]) -> int:
     return int(value)
 
 
-def frame_parameters(value: Any, size: int) -> tuple[float, ...]:
-    """Frame parameters as `size` finite numbers.
+def frame_parameters(value: Any, size: int | None = None) -> tuple[float, ...]:
+    """Frame parameters as `size` finite numbers; None: any number of them.
 
     Args:
-        value: a sequence of numbers, or one number where `size` is 1.
+        value: a sequence of numbers, or one number.
 
     Raises:
         ConditionError: wrong count, or an entry that is not a finite number.
     """
     numbers = _numbers("fparam", value)
-    if len(numbers) != size:
+    if size is not None and len(numbers) != size:
         raise ConditionError(
             f"fparam has {len(numbers)} number{'s' * (len(numbers) != 1)} ({format_numbers(numbers)}), "
             f"expected {size} as this model was trained with"
