@@ -121,8 +121,8 @@ def package(
     if out.exists() and not force:
         raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
     chosen = [symbol.strip() for symbol in elements.split(",")] if elements is not None else None
-    free_text = {} if citation is None else {"citation": citation}
-    fixed = {
+    free_text: dict[str, Any] = {} if citation is None else {"citation": citation}
+    fixed: dict[str, Any] = {
         name: parsed_numbers(f"--{name}", text, None if name == "fparam" else 1)
         for name, text in (("charge", charge), ("spin", spin), ("fparam", fparam))
         if text is not None
@@ -142,7 +142,7 @@ def package(
             license=license,
             progress=say,
             **free_text,
-            **fixed,  # type: ignore[arg-type]
+            **fixed,
         )
     console = _console()
     show_package(console, report, selected=chosen is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -150,28 +150,30 @@ def whole_number(name: str, value: Any, limits: tuple[int, int]) -> int:
     """
     low, high = limits
     value = _scalar(value)
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConditionError(f"{name} = {value!r}, expected a whole number from {low} to {high}")
-    if not isinstance(value, Integral) and float(value) != math.floor(float(value)):
-        raise ConditionError(
-            f"{name} = {float(value):g}, expected a whole number: fractions have no meaning in this embedding"
+    if isinstance(value, float) and not value.is_integer():
+        why = ": fractions have no meaning in this embedding" if math.isfinite(value) else ""
+        raise ConditionError(f"{name} = {value:g}, expected a whole number from {low} to {high}{why}")
+    if not low <= value <= high:
+        shown = (
+            f"{value:g}" if isinstance(value, float) or abs(value) < 10**15 else "an integer of many digits"
         )
-    if not low <= int(value) <= high:
-        raise ConditionError(f"{name} = {int(value)}, expected a whole number from {low} to {high}")
+        raise ConditionError(f"{name} = {shown}, expected a whole number from {low} to {high}")
     return int(value)
 
 
-def frame_parameters(value: Any, size: int) -> tuple[float, ...]:
-    """Frame parameters as `size` finite numbers.
+def frame_parameters(value: Any, size: int | None = None) -> tuple[float, ...]:
+    """Frame parameters as `size` finite numbers; None: any number of them.
 
     Args:
-        value: a sequence of numbers, or one number where `size` is 1.
+        value: a sequence of numbers, or one number.
 
     Raises:
         ConditionError: wrong count, or an entry that is not a finite number.
     """
     numbers = _numbers("fparam", value)
-    if len(numbers) != size:
+    if size is not None and len(numbers) != size:
         raise ConditionError(
             f"fparam has {len(numbers)} number{'s' * (len(numbers) != 1)} ({format_numbers(numbers)}), "
             f"expected {size} as this model was trained with"
@@ -207,9 +209,14 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, Real):
             raise ConditionError(f"{name} has entry {entry!r}, expected numbers in one row")
-        if not math.isfinite(float(entry)):
-            raise ConditionError(f"{name} has entry {float(entry)}, expected finite numbers")
-    return tuple(float(entry) for entry in entries)
+    try:
+        numbers = tuple(float(entry) for entry in entries)
+    except OverflowError:
+        numbers = (math.inf,)
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ConditionError(f"{name} has entry {number}, expected finite numbers")
+    return numbers
 
 
 def resolve(
@@ -323,7 +330,7 @@ def _resolve_shared(record: ModelConditions, given: Mapping[str, Any]) -> Condit
         for name, value in zip(("charge", "spin"), pair, strict=True):
             if given[name] is not None and _number_or_none(given[name]) != value:
                 raise ConditionError(
-                    f"{name} = {given[name]} but fparam = {format_numbers(pair)}, which is charge and spin in this "
+                    f"{name} = {_shown(given[name])} but fparam = {format_numbers(pair)}, which is charge and spin in this "
                     "model: give one of them, or equal values"
                 )
             values[name] = value

@@ -26,6 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from moecalc.conditions import (
+    CHARGE_RANGE,
+    SPIN_RANGE,
+    ConditionError,
+    charge_and_spin,
+    frame_parameters,
+    whole_number,
+)
 from moecalc.errors import MoecalcError
 
 # problems shown before the rest is only counted
@@ -103,6 +111,29 @@ def parse_frames(path: Path) -> list[Any]:
     return list(read(io.StringIO(text), index=":", format="extxyz"))
 
 
+def _conditions(atoms: Any) -> dict[str, tuple[float, ...]]:
+    """Charge and multiplicity (`info["charge_spin"]`, or `charge` and `spin`) and frame parameters (`fparam`), where a frame has them.
+
+    Raises:
+        ConditionError: values that no model can be trained on.
+    """
+    info, found = atoms.info, {}
+    pair = None
+    if "charge_spin" in info:
+        pair = charge_and_spin(info["charge_spin"])
+    elif "charge" in info and "spin" in info:
+        pair = info["charge"], info["spin"]
+    if pair is not None:
+        charge, spin = (
+            whole_number("charge", pair[0], CHARGE_RANGE),
+            whole_number("spin", pair[1], SPIN_RANGE),
+        )
+        found["charge_spin"] = (float(charge), float(spin))
+    if "fparam" in info:
+        found["fparam"] = frame_parameters(info["fparam"])
+    return found
+
+
 def _problem(atoms: Any, type_map: Sequence[str]) -> str | None:
     """Why a frame cannot be used, or None."""
     results = {} if atoms.calc is None else atoms.calc.results
@@ -123,6 +154,10 @@ def _problem(atoms: Any, type_map: Sequence[str]) -> str | None:
     ]
     if not all(np.isfinite(value).all() for value in values):
         return "values that are not finite"
+    try:
+        _conditions(atoms)
+    except ConditionError as error:
+        return str(error)
     return None
 
 
@@ -171,11 +206,15 @@ def split_frames(frames: Sequence[Any], validation: float, seed: int) -> list[in
 
 
 def _write_systems(folder: Path, frames: Iterable[Any], type_map: Sequence[str]) -> None:
-    """DeePMD-kit systems: frames of one system have the same number of atoms, and all or none of them have a virial."""
+    """DeePMD-kit systems: frames of one system have the same number of atoms, and all or none of them have a virial, a charge, ..."""
     systems: dict[str, list[Any]] = defaultdict(list)
     for atoms in frames:
-        with_stress = "stress" in atoms.calc.results
-        systems[f"{len(atoms):04d}{'' if with_stress else '-nostress'}"].append(atoms)
+        given = _conditions(atoms)
+        name = f"{len(atoms):04d}"
+        name += "" if "stress" in atoms.calc.results else "-nostress"
+        name += "-charge" if "charge_spin" in given else ""
+        name += f"-fparam{len(given['fparam'])}" if "fparam" in given else ""
+        systems[name].append(atoms)
     index = {symbol: i for i, symbol in enumerate(type_map)}
     for name, members in systems.items():
         data: dict[str, list[Any]] = defaultdict(list)
@@ -186,6 +225,8 @@ def _write_systems(folder: Path, frames: Iterable[Any], type_map: Sequence[str])
             data["energy"].append(results["energy"])
             data["force"].append(np.asarray(results["forces"]).ravel())
             data["real_atom_types"].append([index[symbol] for symbol in atoms.get_chemical_symbols()])
+            for key, numbers in _conditions(atoms).items():
+                data[key].append(numbers)
             if "stress" in results:
                 stress = atoms.get_stress(voigt=False)
                 data["virial"].append(-(stress * atoms.get_volume()).ravel())

@@ -218,3 +218,23 @@ def test_the_command_prints_a_table_of_the_groups(tmp_path):
     assert result.exit_code == 0, result.output
     assert "bulk" in result.output
     assert "3 to train, 1 held out (seed 0)" in result.output
+
+
+def test_charge_spin_and_frame_parameters_are_written(tmp_path):
+    frames = [frame(seed=k) for k in range(4)]
+    frames[0].info.update(charge=1, spin=2)
+    frames[1].info["charge_spin"] = [-2, 3]
+    frames[2].info.update(charge=0, spin=1, fparam=[0.5, 0.25])
+    frames[3].info["charge"] = 1  # of no use without a multiplicity
+    converted(tmp_path, frames, validation=0.0)
+    found = {p.name: p for p in (tmp_path / "data" / "train").iterdir()}
+    assert sorted(found) == ["0002", "0002-charge", "0002-charge-fparam2"]
+    assert np.load(found["0002-charge"] / "set.000/charge_spin.npy").tolist() == [[1, 2], [-2, 3]]
+    assert np.load(found["0002-charge-fparam2"] / "set.000/fparam.npy").tolist() == [[0.5, 0.25]]
+
+
+def test_charges_that_are_not_whole_are_refused(tmp_path):
+    frames = [frame(seed=k) for k in range(2)]
+    frames[1].info.update(charge=0.5, spin=2)
+    with pytest.raises(DatasetError, match=r"frame 1: charge = 0.5, expected a whole number"):
+        converted(tmp_path, frames)

@@ -6,13 +6,20 @@ from dargs import Argument
 from deepmd.utils.argcheck import descrpt_args_plugin, descrpt_dpa3_args
 
 from moecalc.deepmd.options import DESCRIPTOR, GROUPS, MOE_DEFAULTS
-from moecalc.nn.config import POSITIONS
+from moecalc.nn.config import POSITIONS, whole_charge_spin
 
 _PRECISIONS = ("default", "float64", "double", "float32", "single")
 
 
 def _count(value: int) -> bool:
     return value >= 0
+
+
+def _is_charge_spin(value: object) -> bool:
+    try:
+        return value is None or bool(whole_charge_spin(value))
+    except ValueError:
+        return False
 
 
 def moe_arguments() -> list[Argument]:
@@ -92,16 +99,9 @@ def descriptor_arguments() -> list[Argument]:
     """DPA3's own arguments, restricted to what moecalc implements, and the `moe` section."""
     arguments = descrpt_dpa3_args()
     for argument in arguments:
-        if argument.name == "add_chg_spin_ebd":
-            argument.extra_check = lambda value: not value
-            argument.extra_check_errmsg = (
-                "charge and spin embeddings are not supported by dpa3_moe, expected false"
-            )
-        elif argument.name == "default_chg_spin":
-            argument.extra_check = lambda value: value is None
-            argument.extra_check_errmsg = (
-                "charge and spin embeddings are not supported by dpa3_moe, leave it out"
-            )
+        if argument.name == "default_chg_spin":
+            argument.extra_check = _is_charge_spin
+            argument.extra_check_errmsg = "expected a whole charge from -100 to 99 and a whole multiplicity from 0 to 99, for example [0, 1]"
         elif argument.name == "precision":
             argument.extra_check = lambda value: value in _PRECISIONS
             argument.extra_check_errmsg = f"expected one of {', '.join(_PRECISIONS)}"

@@ -7,7 +7,7 @@ list into a graph, and answers the questions that its trainer asks of a descript
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from moecalc.deepmd import restart
 from moecalc.deepmd.kernels import accelerate
 from moecalc.deepmd.options import DESCRIPTOR, TRAINING_OPTIONS, descriptor_config, moe_config
+from moecalc.nn.conditions import ConditionEmbedding
 from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.model import prepare_graph
 from moecalc.nn.moe import MoERouter
@@ -85,7 +86,8 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         moe: the `moe` section (`moecalc.deepmd.options.moe_config`); None makes a dense model.
         type_map: element symbols.
         trainable, seed, use_loc_mapping: as for dpa3; the last changes nothing here.
-        add_chg_spin_ebd, default_chg_spin: not supported, must keep their defaults.
+        add_chg_spin_ebd: whether charge and spin of a frame (`charge_spin`) enter the node features.
+        default_chg_spin: charge and multiplicity where a frame has none.
         The others are those of `moecalc.nn.config.DescriptorConfig`.
 
     Raises:
@@ -93,6 +95,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
     """
 
     __jit_unused_properties__ = ("dim_out", "dim_emb")
+    add_chg_spin_ebd: Final[bool]
     pair_mask: Tensor
 
     def __init__(
@@ -115,10 +118,6 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         default_chg_spin: list[float] | None = None,
     ) -> None:
         torch.nn.Module.__init__(self)
-        if add_chg_spin_ebd or default_chg_spin is not None:
-            raise ValueError(
-                "descriptor dpa3_moe: charge and spin embeddings are not supported, expected add_chg_spin_ebd = false"
-            )
         self._arguments = {
             "repflow": dict(repflow),
             "moe": None if moe is None else dict(moe),
@@ -130,6 +129,8 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             "use_econf_tebd": use_econf_tebd,
             "use_tebd_bias": use_tebd_bias,
             "use_loc_mapping": use_loc_mapping,
+            "add_chg_spin_ebd": add_chg_spin_ebd,
+            "default_chg_spin": default_chg_spin,
         }
         self.exclude_types = [(int(i), int(j)) for i, j in exclude_types or []]
         self.config = descriptor_config(
@@ -141,8 +142,14 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             env_protection=env_protection,
             use_econf_tebd=use_econf_tebd,
             use_tebd_bias=use_tebd_bias,
+            add_chg_spin_ebd=add_chg_spin_ebd,
+            default_chg_spin=default_chg_spin if add_chg_spin_ebd else None,
         )
         self.moe = moe_config(moe)
+        # DeePMD-kit's atomic model looks for this name
+        self.add_chg_spin_ebd = add_chg_spin_ebd
+        default = self.config.default_chg_spin
+        self.default_chg_spin: list[float] | None = None if default is None else [float(x) for x in default]
         training = {**TRAINING_OPTIONS, **{k: v for k, v in repflow.items() if k in TRAINING_OPTIONS}}
         self.fix_stat_std = 0.3 if training["skip_stat"] else float(training["fix_stat_std"])
         self.ntypes = ntypes
@@ -155,8 +162,12 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         self.geometry = Geometry(config, ntypes)
         self.embedding = Embedding(config, table)
         self.layers = torch.nn.ModuleList([RepFlowLayer(config, self.moe, i) for i in range(config.nlayers)])
+        if add_chg_spin_ebd:
+            self.charge_spin_embedding = ConditionEmbedding(config.n_dim, config.activation_function)
         self._initialize(seed, training["update_residual"], training["update_residual_init"])
         self.prec = getattr(torch, config.precision)
+        if add_chg_spin_ebd:
+            self.charge_spin_embedding.to(self.prec)
         self.embedding.to(self.prec)
         self.layers.to(self.prec)
         if self.fix_stat_std:
@@ -270,18 +281,21 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
 
     @torch.jit.export
     def get_dim_chg_spin(self) -> int:
-        """No charge and spin in the input."""
-        return 0
+        """Numbers in `charge_spin`: charge and multiplicity, or none."""
+        return 2 if self.add_chg_spin_ebd else 0
 
     @torch.jit.export
     def has_default_chg_spin(self) -> bool:
-        """No charge and spin in the input."""
-        return False
+        """Whether frames may leave out charge and spin."""
+        return self.default_chg_spin is not None
 
     @torch.jit.export
     def get_default_chg_spin(self) -> Tensor | None:
-        """No default charge and spin: there is no such embedding."""
-        return None
+        """Default charge and multiplicity (2,), if there is one."""
+        default = self.default_chg_spin
+        if default is None:
+            return None
+        return torch.tensor(default, dtype=self.prec, device=self.geometry.stddev.device)
 
     # --- statistics ---
 
@@ -362,7 +376,10 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             statistics.stats = {k: v + self.stats[k] for k, v in base_class.stats.items()}
             base_class.stats = statistics.stats
             base_class._set_stddev(statistics()[1])  # noqa: SLF001
-        for name in ("geometry", "embedding", "layers"):
+        shared = ["geometry", "embedding", "layers"]
+        if self.add_chg_spin_ebd and base_class.add_chg_spin_ebd:
+            shared.append("charge_spin_embedding")
+        for name in shared:
             setattr(self, name, getattr(base_class, name))
 
     def change_type_map(self, type_map: list[str], model_with_new_type_stat: Any | None = None) -> None:
@@ -515,6 +532,24 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         owner = mapping.reshape(-1).index_select(0, neighbor) + frame * n_local
         return torch.stack([centre, owner]), vector
 
+    def _checked_charge_spin(self, charge_spin: Tensor | None, n_frames: int) -> Tensor:
+        """Charge and multiplicity (frames, 2) as int64."""
+        if charge_spin is None:
+            raise RuntimeError(
+                "dpa3_moe with add_chg_spin_ebd needs charge_spin (charge and multiplicity of every frame): give it, or set "
+                "default_chg_spin"
+            )
+        given = charge_spin.reshape(n_frames, 2)
+        whole = given.round()
+        if bool((whole != given).any()):
+            raise RuntimeError("charge_spin has fractions, expected whole charges and multiplicities")
+        low = bool((whole[:, 0] < -100).any()) or bool((whole[:, 1] < 0).any())
+        if low or bool((whole > 99).any()):
+            raise RuntimeError(
+                "charge_spin is out of range, expected charges from -100 to 99 and multiplicities from 0 to 99"
+            )
+        return whole.to(torch.int64)
+
     def forward(
         self,
         extended_coord: Tensor,
@@ -532,14 +567,16 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             extended_atype: (frames, n_all) elements.
             nlist: (frames, n_local, width) neighbours, -1 where there is none.
             mapping: (frames, n_all) the atom that each entry is an image of.
-            comm_dict, fparam, charge_spin: not supported, must be None.
+            comm_dict, fparam: not read; an MPI exchange is not supported.
+            charge_spin: (frames, 2) charge and multiplicity, where the model takes them.
 
         Returns:
             Features (frames, n_local, dim_out); the four others are None (rotation matrix, edge features, ...): the energy does
             not need them.
 
         Raises:
-            RuntimeError: a full neighbour list, missing mapping, or MPI exchange.
+            RuntimeError: a full neighbour list, missing mapping, MPI exchange, or charge and spin that are missing, not whole or
+                out of range.
         """
         if comm_dict is not None or mapping is None:
             raise RuntimeError(
@@ -552,6 +589,11 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
                 "raise e_sel, or set use_dynamic_sel with e_sel = 1200 and a_sel = 300"
             )
         types = extended_atype[:, :n_local].reshape(-1)
+        shift: Tensor | None = None
+        condition: Tensor | None = None
+        if self.add_chg_spin_ebd:
+            shift = self.charge_spin_embedding(self._checked_charge_spin(charge_spin, n_frames))
+            condition = torch.arange(n_frames, device=types.device).repeat_interleave(n_local)
         edge_index, edge_vec = self._edges(extended_coord, nlist, mapping)
         if not torch.jit.is_scripting():
             self._count(types)
@@ -572,7 +614,9 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             edge_vec.index_select(0, edge_order), types, edges, angles
         )
         sw, h, asw = sw.to(dtype), h.to(dtype), asw.to(dtype)
-        v, e, a = self.embedding(types, edge_input.to(dtype), cos.to(dtype))
+        if condition is not None:
+            condition = condition.index_select(0, order)
+        v, e, a = self.embedding(types, edge_input.to(dtype), cos.to(dtype), shift, condition)
         features = self.embedding.group_features(composition)
         n = types.size(0)
         for layer in self.layers:
@@ -580,7 +624,10 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
                 v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
             )
         if self.concat_table:
-            v = torch.cat([v, self.embedding.table().index_select(0, types)], dim=1)
+            rows = self.embedding.table().index_select(0, types)
+            if shift is not None and condition is not None:
+                rows = rows + shift.index_select(0, condition)
+            v = torch.cat([v, rows], dim=1)
         v = torch.zeros_like(v).index_copy(0, order, v)
         return (
             v.reshape(n_frames, n_local, self.dim_descriptor).to(env.GLOBAL_PT_FLOAT_PRECISION),

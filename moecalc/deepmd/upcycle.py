@@ -89,6 +89,7 @@ def upcycle(
     tensors, params = _single_task(dense, imported)
     _compare(target["descriptor"], params["descriptor"], "descriptor")
     _compare(target.get("fitting_net") or {}, params["fitting_net"], "fitting_net")
+    remarks = _compare_conditions(input_file, target, params, imported)
     params["descriptor"] |= {"type": DESCRIPTOR, "moe": moe_section}
 
     generator = torch.Generator().manual_seed(seed)
@@ -105,10 +106,30 @@ def upcycle(
 
     wanted = list(target.get("type_map") or params["type_map"])
     if wanted != list(params["type_map"]):
-        return [
+        remarks.append(
             f"type_map of {input_file} differs from the checkpoint's: train with --finetune {out}, not with --init-model"
-        ]
-    return []
+        )
+    return remarks
+
+
+def _compare_conditions(
+    input_file: str | Path, target: Mapping[str, Any], dense: Mapping[str, Any], imported: ImportedModel
+) -> list[str]:
+    """Refuse an input that takes other conditions than the dense model, also by leaving an option out."""
+    for section, option in (("descriptor", "add_chg_spin_ebd"), ("fitting_net", "numb_fparam")):
+        wanted = (target.get(section) or {}).get(option) or 0
+        found = dense[section].get(option) or 0
+        if wanted != found:
+            raise CheckpointError(
+                f"{section}.{option} = {wanted!r} in the input, expected {found!r} as the dense checkpoint has"
+            )
+    if not imported.config.fparam_is_charge_spin:
+        return []
+    remark = (
+        f"the dense checkpoint reads charge and spin from fparam; {DESCRIPTOR} has an input of its own for them: "
+        f"train {input_file} with data that have charge_spin.npy beside an equal fparam.npy"
+    )
+    return [remark]
 
 
 def _read_input(path: str | Path) -> dict[str, Any]:
@@ -202,6 +223,9 @@ def _descriptor_state(
         for name, value in imported.state.items()
         if name.startswith(("geometry.", "embedding.", "layers."))
     }
+    for name, value in imported.state.items():
+        if name.startswith("conditions.embedding."):
+            state[f"charge_spin_{name.removeprefix('conditions.')}"] = value.clone()
     type_map = imported.config.type_map
     embedding = TypeEmbedding(type_map, config.n_dim, config.use_tebd_bias, config.use_econf_tebd)
     dtype = state["embedding.table.matrix"].dtype

@@ -246,7 +246,7 @@ class FittingConfig(_Strict):
             return self
         if len(self.default_fparam) != self.numb_fparam:
             raise ValueError(
-                f"default_fparam has {len(self.default_fparam)} numbers, expected numb_fparam = {self.numb_fparam}"
+                f"default_fparam = {self.default_fparam}, expected numb_fparam = {self.numb_fparam} numbers"
             )
         if not all(math.isfinite(x) for x in self.default_fparam):
             raise ValueError(f"default_fparam = {self.default_fparam}, expected finite numbers")

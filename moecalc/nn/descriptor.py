@@ -306,7 +306,7 @@ class Embedding(nn.Module):
         """
         table = self.table()
         if self.own_router_table:
-            table = self.router_table()
+            table = self.router_table()  # type: ignore[operator]
         features = composition @ table
         if self.routed and shift is not None:
             features = features + shift.to(features.dtype)

@@ -124,7 +124,7 @@ class FittingNet(nn.Module):
         bias, skip = constants[:, :0], constants[:, :0]
         for k, layer in enumerate(self.layers):
             if k == 0:
-                bias, skip = layer.constant_part(constants)
+                bias, skip = layer.constant_part(constants)  # type: ignore[operator]
         return bias, skip
 
     def forward(
@@ -158,7 +158,7 @@ class FittingNet(nn.Module):
                 bias, skip = self.first_layer(fitting_inputs)
                 bias, skip = bias.index_select(0, condition), skip.index_select(0, condition)
                 for k, layer in enumerate(self.layers):
-                    x = layer.with_constants(x, bias, skip) if k == 0 else layer(x)
+                    x = layer.with_constants(x, bias, skip) if k == 0 else layer(x)  # type: ignore[operator]
             else:
                 x = torch.cat([x, fitting_inputs.to(x.dtype).index_select(0, condition)], dim=1)
         else:

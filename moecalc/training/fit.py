@@ -130,6 +130,16 @@ class Fit:
                 f"a_compress_rate = {config.descriptor.a_compress_rate}: training with the fused kernels needs uncompressed angles (0); "
                 "train with the DeePMD-kit plugin instead"
             )
+        if config.takes_conditions:
+            option = (
+                "add_chg_spin_ebd = true"
+                if config.descriptor.add_chg_spin_ebd
+                else f"numb_fparam = {config.fitting.numb_fparam}"
+            )
+            raise MoecalcError(
+                f"{option}: training with the fused kernels takes no charge, spin or frame parameters; "
+                "train with the DeePMD-kit plugin instead"
+            )
         torch.manual_seed(options.seed)
         self.dtype = getattr(torch, config.descriptor.precision)
         self.model = MoEPotential(config)

@@ -261,8 +261,11 @@ def test_the_load_of_the_experts_is_logged(caplog, monkeypatch):
         ({"moe": MOE | {"top_k": -1}}, "expected 0 or more"),
         ({"moe": {"top_k": 1}}, "n_routed_experts"),
         ({"moe": MOE | {"capacity": 1}}, "capacity"),
-        ({"add_chg_spin_ebd": True}, "charge and spin embeddings are not supported"),
-        ({"default_chg_spin": [0.0, 1.0]}, "charge and spin embeddings are not supported"),
+        (
+            {"add_chg_spin_ebd": True, "default_chg_spin": [0.5, 1.0]},
+            "expected a whole charge from -100 to 99",
+        ),
+        ({"add_chg_spin_ebd": True, "default_chg_spin": [0.0]}, "expected a whole charge from -100 to 99"),
         ({"precision": "bfloat16"}, "expected one of default, float64"),
     ],
 )

@@ -33,7 +33,7 @@ def descriptor(kind="dpa3_moe", repflow=None, **options):
     return section | options
 
 
-def training_input(folder, steps=6, save=3, model=None, **descriptor_options):
+def training_input(folder, steps=6, save=3, model=None, fitting=None, **descriptor_options):
     """An `input.json` for the systems in `folder`/data, as a dictionary."""
     options = {"moe": MOE} | descriptor_options
     return {
@@ -41,7 +41,7 @@ def training_input(folder, steps=6, save=3, model=None, **descriptor_options):
         or {
             "type_map": TYPE_MAP,
             "descriptor": descriptor(**options),
-            "fitting_net": {"neuron": [8, 8], "precision": "float64", "seed": 1},
+            "fitting_net": {"neuron": [8, 8], "precision": "float64", "seed": 1, **(fitting or {})},
         },
         "learning_rate": {"type": "exp", "start_lr": 1e-3, "stop_lr": 1e-5, "decay_steps": 2},
         "loss": {"type": "ener", "start_pref_e": 1, "limit_pref_e": 1, "start_pref_f": 1, "limit_pref_f": 1,
@@ -72,7 +72,7 @@ def random_frames(n=2, sizes=(5, 9), seed=0):
     return frames
 
 
-def build(section, type_map=TYPE_MAP, neuron=(8, 8), **model_options):
+def build(section, type_map=TYPE_MAP, neuron=(8, 8), fitting=None, **model_options):
     """DeePMD-kit's model of a descriptor section, in evaluation mode, and its filled-in `model_params`."""
     from deepmd.pt.model.model import get_model
     from deepmd.utils.argcheck import normalize
@@ -81,9 +81,10 @@ def build(section, type_map=TYPE_MAP, neuron=(8, 8), **model_options):
     config["model"] = {
         "type_map": list(type_map),
         "descriptor": section,
-        "fitting_net": {"neuron": list(neuron), "precision": section["precision"], "seed": 2},
+        "fitting_net": {"neuron": list(neuron), "precision": section["precision"], "seed": 2,
+                        **(fitting or {})},
         **model_options,
-    }
+    }  # fmt: skip
     params = normalize(config)["model"]
     model = get_model(copy.deepcopy(params))
     generator = torch.Generator().manual_seed(3)
@@ -111,11 +112,15 @@ def load(path, head=None):
     return wrapper.model[head or "Default"].eval()
 
 
-def evaluate(model, atoms, type_map=TYPE_MAP):
-    """Energy, forces (n, 3) and virial (3, 3) of DeePMD-kit's model."""
+def evaluate(model, atoms, type_map=TYPE_MAP, **given):
+    """Energy, forces (n, 3) and virial (3, 3) of DeePMD-kit's model; `given`: charge_spin, fparam."""
     types = torch.tensor([[type_map.index(symbol) for symbol in atoms.symbols]])
+    given = {name: torch.tensor([value], dtype=torch.float64) for name, value in given.items()}
     out = model(
-        torch.tensor(atoms.positions).reshape(1, -1), types, torch.tensor(atoms.cell.array).reshape(1, 9)
+        torch.tensor(atoms.positions).reshape(1, -1),
+        types,
+        torch.tensor(atoms.cell.array).reshape(1, 9),
+        **given,
     )
     return (
         out["energy"].item(),

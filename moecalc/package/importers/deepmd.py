@@ -103,8 +103,10 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
         for k in tensors.names()
         if "._networks." not in k and isinstance(state_dict[f"model.{branch}.{k}"], torch.Tensor)
     ]
-    statistics = ("min_nbor_dist", ".mean", ".stddev", "out_bias", "out_std", "bias_atom_e")
-    statistics += ("fparam_avg", "fparam_inv_std", "default_fparam_tensor")
+    statistics = (
+        *("min_nbor_dist", ".mean", ".stddev", "out_bias", "out_std", "bias_atom_e"),
+        *("fparam_avg", "fparam_inv_std", "default_fparam_tensor"),
+    )
     count = sum(tensors[k].numel() for k in network if not k.endswith(statistics))
     return ImportedModel(config, state, layout, head, trained_elements(params, tensors), count, remarks)
 
