@@ -1,12 +1,7 @@
 #include "pair_moe.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <dlfcn.h>
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-#include <sched.h>
 #include <torch/cuda.h>
 
 #include <algorithm>
@@ -26,9 +21,12 @@
 #include "force.h"
 #include "json.h"
 #include "memory.h"
+#include "modify.h"
 #include "moecalc/evaluator.h"
+#include "moecalc/threads.h"
 #include "neigh_list.h"
 #include "neighbor.h"
+#include "node.h"
 #include "update.h"
 #include "utils.h"
 
@@ -80,44 +78,6 @@ std::string package_folder() {
   return slash == std::string::npos ? "." : file.substr(0, slash);
 }
 
-/// Processors on this node, and how many ranks share them.
-struct Node {
-  int rank = 0, n_ranks = 1, n_cores = 1;
-
-  explicit Node(MPI_Comm world) {
-    MPI_Comm node;
-    MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
-    MPI_Comm_rank(node, &rank);
-    MPI_Comm_size(node, &n_ranks);
-    // mpirun may have bound every rank to processors of its own: what counts is how many there are together.
-    cpu_set_t mine, all;
-    CPU_ZERO(&mine);
-    if (sched_getaffinity(0, sizeof(mine), &mine) != 0) CPU_SET(0, &mine);
-    MPI_Allreduce(&mine, &all, sizeof(mine), MPI_BYTE, MPI_BOR, node);
-    n_cores = std::min(CPU_COUNT(&mine), std::max(1, CPU_COUNT(&all) / n_ranks));
-    MPI_Comm_free(&node);
-  }
-};
-
-/// Threads per rank: what the user says, else the processors divided by the ranks on the node.
-int choose_threads(const Node& node) {
-  const char* text = std::getenv("OMP_NUM_THREADS");
-  const int wanted = text == nullptr ? 0 : std::atoi(text);
-  return wanted > 0 ? wanted : node.n_cores;
-}
-
-/// Keep freed memory for the next step. By default glibc returns large blocks to the system, and the pages of
-/// every tensor of every step are mapped and zeroed again, which takes up to half of the time of a step.
-void keep_memory() {
-#ifdef __GLIBC__
-  for (const char* name : {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}) {
-    if (std::getenv(name) != nullptr) return;  // the user's choice
-  }
-  mallopt(M_MMAP_MAX, 0);
-  mallopt(M_TRIM_THRESHOLD, -1);
-#endif
-}
-
 /// "cuda" and "auto" are spread over the GPUs of a node by the rank within the node.
 std::string choose_device(const std::string& device, const Node& node) {
   if (device != "cuda" && device != "auto") return device;
@@ -166,7 +126,8 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   Description description;
   std::vector<int> element_of_type;  // index 1..ntypes
   double energy_scale = 1.0;         // from eV to the energy unit of the simulation
-  int n_threads = 1;
+  int n_cores = 1;                   // of the node, that are this rank's
+  int n_threads = 0;                 // in use, and in the log
   bool density_checked = false;
 
   // of the current step, where the evaluator takes graphs
@@ -398,9 +359,7 @@ void PairMoE::load_model() {
     if (!found.empty()) path = found;
   }
   try {
-    impl->n_threads = choose_threads(node);
-    at::set_num_threads(impl->n_threads);
-    keep_memory();
+    impl->n_cores = node.n_cores;
     impl->has_list = false;
     impl->evaluator = std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node),
                                                            impl->dtype, impl->precision);
@@ -447,7 +406,28 @@ void PairMoE::load_model() {
 
   const bool is_float = impl->evaluator->dtype() == "float32";
   comm_forward = comm_reverse = Impl::doubles_per_row(impl->description.node_dim, is_float);
+  impl->n_threads = choose_threads();
+  impl->evaluator->set_num_threads(impl->n_threads);
   log_model();
+}
+
+/// Threads of the evaluator, which are its own: LAMMPS and its OpenMP styles go on with theirs. As many as
+/// `package omp` says where it is in use, else OMP_NUM_THREADS, else this rank's share of the processors.
+int PairMoE::choose_threads() const {
+  // Without the package, LAMMPS' own number is 1 where OMP_NUM_THREADS is not set.
+  if (modify->get_fix_by_id("package_omp") != nullptr) return std::max(1, comm->nthreads);
+  const char* text = std::getenv("OMP_NUM_THREADS");
+  const int wanted = text == nullptr ? 0 : std::atoi(text);
+  return wanted > 0 ? wanted : impl->n_cores;
+}
+
+/// At every start of a run, because `package omp` may come after the model was loaded.
+void PairMoE::update_threads() {
+  const int n = choose_threads();
+  if (n == impl->n_threads) return;
+  impl->n_threads = n;
+  impl->evaluator->set_num_threads(n);
+  if (comm->me == 0) utils::logmesg(lmp, "Pair style moe: {} threads per rank from now on\n", n);
 }
 
 void PairMoE::log_model() {
@@ -479,6 +459,7 @@ void PairMoE::init_style() {
   check_units();
   check_special_bonds();
   if (impl->evaluator == nullptr) load_model();  // from a restart file, or after another pair_style command
+  update_threads();
   impl->density_checked = false;
   impl->has_list = false;
 
@@ -725,6 +706,7 @@ void PairMoE::build_list() {
 /// Energies and forces of this step.
 moecalc::Evaluation PairMoE::evaluate(const moecalc::Request& request) {
   Impl& s = *impl;
+  const moecalc::TorchThreads one_thread(1);
   // All ranks take part in every exchange, also those without atoms; one rank alone has none to make.
   moecalc::GhostExchange* exchange = comm->nprocs > 1 ? impl.get() : nullptr;
   check_positions();

@@ -55,7 +55,8 @@ class MoECalculator(Calculator):
             warning names once.
         allow_untrained: accept elements that the model knows but was not trained on.
         check: when a package is first used on a device in this process, compare one of its reference frames.
-        threads: number of CPU threads for torch, a setting of the whole process; None leaves it alone.
+        threads: number of CPU threads of this calculator; None is torch's number (OMP_NUM_THREADS if it was set, else the cores). No setting of
+            the process is changed, and the results do not depend on it.
         atoms: structure to attach the calculator to.
 
     Attributes:
@@ -99,8 +100,7 @@ class MoECalculator(Calculator):
     ) -> None:
         path = default_model_path() if model is None else Path(model).expanduser().resolve()
         dtype_name = _dtype_name(dtype)
-        if threads is not None:
-            _set_threads(threads)
+        _check_threads(threads)
         self._model = _open(path, device, dtype_name, precision, check=check)
         self._warned = self._told_defaults = False
         self._conditions = Conditions()  # of the results
@@ -159,6 +159,12 @@ class MoECalculator(Calculator):
         """Precision of the network; geometry and sums are always float64."""
         return self._model.dtype
 
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of this calculator; None for torch's number."""
+        threads: int | None = self.parameters["threads"]
+        return threads
+
     def __repr__(self) -> str:
         return (
             f"MoECalculator({self._model.name}: {' '.join(self.elements)}; cutoff {self.cutoff:g} A, {self.dtype} on {self.device}, "
@@ -186,7 +192,7 @@ class MoECalculator(Calculator):
         return False
 
     def set(self, **parameters: Any) -> dict[str, Any]:
-        """Change `skin`, `charge`, `spin`, `fparam` or `allow_untrained` of this calculator.
+        """Change `skin`, `threads`, `charge`, `spin`, `fparam` or `allow_untrained` of this calculator.
 
         Raises:
             MoecalcError: the parameter belongs to the loaded model.
@@ -202,6 +208,8 @@ class MoECalculator(Calculator):
                 self.neighbor_list = SkinNeighborList(self.cutoff, value)
             elif name in _CONDITIONS:
                 self._model.check_conditions({name: value})
+            elif name == "threads":
+                _check_threads(value)
             elif name != "allow_untrained":
                 raise MoecalcError(
                     f"{name} cannot be changed to {value!r} after the model was loaded: make a new MoECalculator"
@@ -281,11 +289,20 @@ class MoECalculator(Calculator):
             pairs, positions = self.neighbor_list.pairs(self.atoms)
             cells = self.atoms.cell.array[None]
             raw = self._model.evaluate_pairs(
-                pairs, types, positions, cells, [conditions], virial=virial, atom_virial=atom_virial
+                pairs,
+                types,
+                positions,
+                cells,
+                [conditions],
+                virial=virial,
+                atom_virial=atom_virial,
+                threads=self.threads,
             )
         else:
             graph = self.neighbor_list.graph(self.atoms, types)
-            raw = self._model.evaluate(graph, [conditions], virial=virial, atom_virial=atom_virial)
+            raw = self._model.evaluate(
+                graph, [conditions], virial=virial, atom_virial=atom_virial, threads=self.threads
+            )
         self._warn_about_density(raw)
         self._conditions = conditions
         self.results = _results(raw, 0, slice(None), volume)
@@ -349,10 +366,15 @@ class MoECalculator(Calculator):
                 conditions,
                 virial=wants_stress,
                 atom_virial=atom_virial,
+                threads=self.threads,
             )
         else:
             raw = self._model.evaluate(
-                AtomicGraph.concatenate(graphs), conditions, virial=wants_stress, atom_virial=atom_virial
+                AtomicGraph.concatenate(graphs),
+                conditions,
+                virial=wants_stress,
+                atom_virial=atom_virial,
+                threads=self.threads,
             )
         self._warn_about_density(raw)
         ends = np.cumsum([0] + [len(of_one) for of_one in types])
@@ -376,6 +398,7 @@ class MoECalculator(Calculator):
                 return
 
 
+MAX_THREADS = 4096  # of one evaluator
 _STRESSES = frozenset({keys.STRESS, keys.STRESSES})
 _CONDITIONS = ("charge", "spin", "fparam")
 
@@ -426,7 +449,7 @@ class _Model:
         self.path = path
         self._evaluator = evaluator
         self._error = error
-        self._lock = threading.Lock()  # an evaluator serves one thread at a time
+        self.renew_lock()
         self.metadata: dict[str, Any] = json.loads(evaluator.metadata)
         self.name = str(self.metadata.get("name", path.name))
         self.elements: list[str] = list(evaluator.elements)
@@ -455,6 +478,10 @@ class _Model:
             [symbol not in trained for symbol in self.elements], dtype=bool
         )
         self._any_untrained = bool(self._untrained.any())
+
+    def renew_lock(self) -> None:
+        """An evaluator serves one thread at a time. In a forked child, a thread that is not there may hold the lock."""
+        self._lock = threading.Lock()
 
     def types(self, atoms: Atoms, *, allow_untrained: bool) -> Ints:
         """(n_atoms,) index of each atom's element in the package's list."""
@@ -502,9 +529,11 @@ class _Model:
         *,
         virial: bool = True,
         atom_virial: bool = False,
+        threads: int | None = None,
     ) -> Mapping[str, Any]:
         try:
             with self._lock:
+                self._evaluator.num_threads = threads or 0
                 self._give(conditions)
                 result: Mapping[str, Any] = self._evaluator.evaluate(
                     graph.types,
@@ -530,10 +559,12 @@ class _Model:
         *,
         virial: bool = True,
         atom_virial: bool = False,
+        threads: int | None = None,
     ) -> Mapping[str, Any]:
         """As `evaluate`. The list is handed to the evaluator only if it is another than in the last call."""
         try:
             with self._lock:
+                self._evaluator.num_threads = threads or 0
                 self._give(conditions)
                 if (
                     self._listed is None
@@ -556,6 +587,18 @@ class _Model:
 _open_models: WeakValueDictionary[tuple[Any, ...], _Model] = WeakValueDictionary()
 _checked: set[tuple[Any, ...]] = set()
 _open_lock = threading.Lock()
+
+
+def _renew_locks() -> None:
+    """In a forked child: the threads that may have held the locks stayed behind."""
+    global _open_lock
+    _open_lock = threading.Lock()
+    for model in list(_open_models.values()):
+        model.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -> _Model:
@@ -662,9 +705,10 @@ def _device_name(device: str) -> str:
     return f"cuda:{number}"
 
 
-def _set_threads(threads: int) -> None:
-    import torch
-
+def _check_threads(threads: Any) -> None:
+    if threads is None:
+        return
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"expected threads to be a positive integer or None, got {threads!r}")
-    torch.set_num_threads(threads)
+    if threads > MAX_THREADS:
+        raise ValueError(f"expected threads to be at most {MAX_THREADS}, got {threads}")

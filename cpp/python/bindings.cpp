@@ -10,6 +10,7 @@
 
 #include "moecalc/archive.h"
 #include "moecalc/evaluator.h"
+#include "moecalc/threads.h"
 #include "moecalc/version.h"
 
 namespace py = pybind11;
@@ -97,6 +98,7 @@ py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const p
                   const py::array_t<double, py::array::c_style | py::array::forcecast>& edge_vec,
                   const py::array& system_index, int64_t n_systems, bool forces, bool virial,
                   bool atom_virial, const py::object& exchange) {
+  const moecalc::TorchThreads one_thread(1);
   const auto types64 = integers(types, "types"), index64 = integers(edge_index, "edge_index"),
              system64 = integers(system_index, "system_index");
   moecalc::AtomicGraph graph;
@@ -121,6 +123,7 @@ using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 /// The edges' rows of positions are their nodes: periodic images are given by shifts.
 void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
               const py::object& edge_shift, const py::array& system_index, int64_t n_systems) {
+  const moecalc::TorchThreads one_thread(1);
   // Copies, because the evaluator keeps the list longer than the caller its arrays.
   const auto copy = [](const py::array& array, const char* name) {
     return view<int64_t>(integers(array, name), at::kLong).clone();
@@ -144,6 +147,7 @@ void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::a
 
 py::dict evaluate_positions(moecalc::Evaluator& evaluator, const Doubles& positions, const py::object& cells,
                             bool forces, bool virial, bool atom_virial, const py::object& exchange) {
+  const moecalc::TorchThreads one_thread(1);
   const at::Tensor x = view<double>(positions, at::kDouble);
   const Doubles cells64 = cells.is_none() ? Doubles() : cells.cast<Doubles>();
   const at::Tensor h = cells.is_none() ? at::Tensor() : view<double>(cells64, at::kDouble);
@@ -173,6 +177,7 @@ std::vector<py::array_t<double>> run_layer(moecalc::Evaluator& evaluator, const 
                                            const py::array& edge_index_in, const Doubles& edge_vec,
                                            int64_t layer, const std::vector<Doubles>& inputs,
                                            const std::vector<Doubles>& gradients) {
+  const moecalc::TorchThreads one_thread(1);
   const auto types = integers(types_in, "types"), edge_index = integers(edge_index_in, "edge_index");
   moecalc::AtomicGraph graph;
   graph.types = view<int64_t>(types, at::kLong);
@@ -223,6 +228,8 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("dtype", &moecalc::Evaluator::dtype)
       .def_property_readonly("device", &moecalc::Evaluator::device)
       .def_property_readonly("precision", &moecalc::Evaluator::precision)
+      .def_property("num_threads", &moecalc::Evaluator::num_threads, &moecalc::Evaluator::set_num_threads,
+                    "CPU threads of the evaluations to come; 0: what torch would use.")
       .def_property_readonly("keeps_lists", &moecalc::Evaluator::keeps_lists)
       .def_property_readonly("n_layers", &moecalc::Evaluator::n_layers)
       .def_property_readonly("backend", &moecalc::Evaluator::backend)

@@ -51,46 +51,6 @@ class HostTarget {
   bool reversed_;  // order of blocks and threads
 };
 
-}  // namespace
-
-ReadoutSource read_readout(const torch::jit::Module& readout, int64_t n_types, at::ScalarType dtype) {
-  ReadoutSource source;
-  const auto doubles = [](const at::Tensor& values) {
-    return values.detach().to(at::kCPU, at::kDouble).contiguous();
-  };
-  source.shift = doubles(readout.attr("energy_shift").toTensor());
-  source.weight = doubles(readout.attr("energy_weight").toTensor());
-  const torch::jit::Module net = readout.attr("net").toModule();
-  const at::Tensor bias = net.attr("out_bias").toTensor();
-  if (bias.scalar_type() != dtype) throw Unsupported{"a fitting net of another precision than the layers"};
-  source.out_matrix = doubles(net.attr("out_matrix").toTensor()).reshape({-1});
-  source.out_bias = bias.item().toDouble();
-  source.constant = at::zeros({n_types, 0}, at::TensorOptions().dtype(at::kDouble));
-  if (net.attr("concat_table").toBool()) {
-    torch::jit::Module table = net.attr("table").toModule();
-    const at::Tensor rows = doubles(table.get_method("forward")({}).toTensor());
-    source.constant = at::cat({source.constant, rows}, 1);
-  }
-  if (net.attr("with_case").toBool()) {
-    const at::Tensor row = doubles(net.attr("case_embedding").toTensor()).unsqueeze(0);
-    source.constant = at::cat({source.constant, row.expand({n_types, row.size(1)})}, 1).contiguous();
-  }
-  for (const auto& child : net.attr("layers").toModule().named_children()) {
-    const torch::jit::Module& module = child.value;
-    ReadoutSource::Layer layer;
-    layer.matrix = doubles(module.attr("matrix").toTensor());
-    layer.bias = doubles(module.attr("bias").toTensor());
-    layer.idt =
-        module.attr("has_idt").toBool() ? doubles(module.attr("idt").toTensor()) : at::ones_like(layer.bias);
-    layer.residual = module.attr("residual").toInt();
-    layer.phi = activation_of(module.attr("phi").toModule());
-    source.layers.push_back(layer);
-  }
-  return source;
-}
-
-namespace {
-
 template <class N>
 std::unique_ptr<DeviceModel> make(const Package& package, const DeviceOptions& options) {
   if (options.emulate) {

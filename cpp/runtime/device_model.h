@@ -17,24 +17,9 @@
 #include "../ops/cuda/readout.cuh"
 #include "device.h"
 #include "packed_weights.h"
+#include "readout.h"
 
 namespace moecalc::cuda {
-
-/// The readout of a package, on the CPU.
-struct ReadoutSource {
-  struct Layer {
-    at::Tensor matrix, bias, idt;  // float64
-    int64_t residual = 0;
-    ops::Activation phi;
-  };
-  std::vector<Layer> layers;
-  at::Tensor out_matrix, constant;  // (width,), (n_types, n_constant) float64: table and case embedding
-  double out_bias = 0.0;
-  at::Tensor shift, weight;  // (n_types) float64
-};
-
-/// Reads it; throws Unsupported.
-ReadoutSource read_readout(const torch::jit::Module& readout, int64_t n_types, at::ScalarType dtype);
 
 /// Host arrays that go to the device in one copy.
 class Upload {

@@ -9,6 +9,7 @@
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/cuda.h>
 #include <torch/version.h>
+#include <unistd.h>
 
 #include <array>
 #include <chrono>
@@ -22,6 +23,8 @@
 #include "fused.h"
 #include "graph.h"
 #include "memory_reader.h"
+#include "readout.h"
+#include "threads.h"
 
 namespace moecalc {
 
@@ -296,6 +299,7 @@ class Evaluator::Impl {
            GhostExchange* exchange, Evaluation& result);
   void run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
                  GhostExchange* exchange, Evaluation& result);
+  at::Tensor read_out(const at::Tensor& v, const at::Tensor& types, at::Tensor* dv);
   void choose_backend();
   Evaluation run_on_device(const NeighborList& list, const at::Tensor& positions, const at::Tensor& cells,
                            const Request& request, GhostExchange* exchange);
@@ -315,6 +319,9 @@ class Evaluator::Impl {
     return on_device_ == nullptr ? 0 : on_device_->estimate_bytes(n_node, n_edge, n_angle);
   }
   bool keeps_lists() const { return on_device_ != nullptr; }
+  void set_num_threads(int n) { n_threads_ = n; }
+  int num_threads() const { return n_threads_ > 0 ? n_threads_ : default_threads(); }
+  void refuse_after_fork() const;
 
  private:
   void run_without_atoms(int64_t n_node, int64_t n_systems, bool gradients, GhostExchange* exchange);
@@ -327,13 +334,17 @@ class Evaluator::Impl {
   ProductPrecision precision_;
   bool deterministic_;
   Module geometry_, embedding_, readout_;
+  int n_threads_ = 0;  // 0: default_threads()
+  const pid_t process_ = getpid();
+  ThreadPool threads_;  // before what uses it
   // Both null: TorchScript.
   std::unique_ptr<FusedModel> fused_;
   std::unique_ptr<DeviceModel> on_device_;
-  NeighborList list_;            // the caller's; types undefined: none yet
-  int64_t n_rows_ = 0;           // of positions that list_ names
-  bool list_is_up_ = false;      // list_ is what on_device_ holds
-  at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
+  std::unique_ptr<Readout> fitting_;  // with fused_; null: TorchScript
+  NeighborList list_;                 // the caller's; types undefined: none yet
+  int64_t n_rows_ = 0;                // of positions that list_ names
+  bool list_is_up_ = false;           // list_ is what on_device_ holds
+  at::Tensor element_features_;       // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
 };
 
@@ -353,6 +364,7 @@ Evaluator::Impl::Impl(const std::string& path, const std::string& device, const 
 }
 
 void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
+  const TorchThreads one_thread(1);
   const at::NoGradGuard no_grad;
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const PackageFile file(path);
@@ -441,8 +453,11 @@ void Evaluator::Impl::choose_backend() {
   if (choice == "torchscript") {
     backend_reason = "MOECALC_BACKEND=torchscript";
   } else if (on_cpu) {
-    fused_ = make_fused_model(geometry_, embedding_, layers, dtype_, backend_reason);
-    if (fused_ != nullptr) backend = std::string("fused ") + fused_->instruction_set();
+    fused_ = make_fused_model(geometry_, embedding_, layers, dtype_, threads_, backend_reason);
+    if (fused_ != nullptr) {
+      backend = std::string("fused ") + fused_->instruction_set();
+      fitting_ = make_readout(readout_, rules.n_types, threads_, backend_reason);
+    }
   } else {
     const DeviceOptions options{device_, emulate, precision_, deterministic_};
     on_device_ =
@@ -530,6 +545,11 @@ Evaluation Evaluator::Impl::empty_result(int64_t n_node, int64_t n_local, int64_
 
 Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& request,
                                      GhostExchange* exchange) {
+  refuse_after_fork();
+  const int n_threads = num_threads();
+  threads_.resize(n_threads);
+  // Torch gets threads of its own only where it does the work: else a few small operators are left for it.
+  const TorchThreads torch_threads(fused_ == nullptr && on_device_ == nullptr ? n_threads : 1);
   if (on_device_ != nullptr) {
     const auto [list, positions] = list_of_graph(graph, rules);
     list_is_up_ = false;
@@ -571,7 +591,26 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
   return result;
 }
 
+/// What cannot work in a process that was forked would wait for threads that are gone.
+void Evaluator::Impl::refuse_after_fork() const {
+  const char* const remedy =
+      ": start processes with multiprocessing.get_context('spawn') or 'forkserver', or make the calculator "
+      "in "
+      "each of them";
+  if (device_.is_cuda() && process_ != getpid()) {
+    throw Error("device '" + device_name +
+                "' cannot be used in a forked process by a calculator that was made before the fork" +
+                remedy);
+  }
+  if (is_forked() && device_.is_cpu() && on_device_ == nullptr && fitting_ == nullptr) {
+    throw Error("TorchScript cannot run in a forked process, because its threads do not survive a fork (" +
+                backend_reason +
+                "): start processes with multiprocessing.get_context('spawn') or 'forkserver'");
+  }
+}
+
 void Evaluator::Impl::set_list(const NeighborList& list) {
+  const TorchThreads one_thread(1);
   list_ = {};  // one that is refused must not leave the one before in use
   list_ = checked_list(list, rules);
   n_rows_ = position_rows(list_);
@@ -581,6 +620,8 @@ void Evaluator::Impl::set_list(const NeighborList& list) {
 Evaluation Evaluator::Impl::evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
                                                const Request& request, GhostExchange* exchange) {
   if (!list_.types.defined()) throw Error("expected a list before positions, got none: call set_list first");
+  refuse_after_fork();
+  const TorchThreads one_thread(1);
   check_positions(list_, n_rows_, positions, cells);
   if (on_device_ == nullptr) return evaluate(graph_of_list(list_, positions, cells), request, exchange);
   if (!list_is_up_) {
@@ -703,6 +744,19 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   }
 }
 
+/// Energies (n_local,) of node features in model order, and their gradient if `dv` is given.
+at::Tensor Evaluator::Impl::read_out(const at::Tensor& v, const at::Tensor& types, at::Tensor* dv) {
+  if (fitting_ != nullptr) return fitting_->evaluate(v, types, dv);
+  const TorchThreads torch_threads(threads_.size());
+  const at::AutoGradMode grad_mode(dv != nullptr);
+  Segment readout(readout_, {v}, {dv != nullptr});
+  readout.forward({readout.leaf(0), types}, 1);
+  const at::Tensor energies = readout.output(0);
+  if (dv != nullptr) *dv = readout.backward({at::ones_like(energies)})[0];
+  if (dv != nullptr && !dv->defined()) *dv = at::zeros_like(v);
+  return energies.to(at::kDouble).reshape({v.size(0)});
+}
+
 void Evaluator::Impl::run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
                                 GhostExchange* exchange, Evaluation& result) {
   const bool gradients = request.forces || request.virial || request.atom_virial;
@@ -717,19 +771,14 @@ void Evaluator::Impl::run_fused(const PreparedGraph& graph, const at::Tensor& sy
   const at::Tensor v = fused_->forward(graph, group_features(graph, exchange), extend, gradients);
   result.timings.emplace_back("forward", seconds_since(mark));
   mark = std::chrono::steady_clock::now();
-  const at::AutoGradMode readout_mode(gradients);
-  Segment readout(readout_, {v}, {gradients});
-  readout.forward({readout.leaf(0), graph.types.narrow(0, 0, graph.n_local)}, 1);
-  const at::Tensor energies = readout.output(0);
-  result.energies = energies.to(at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
+  at::Tensor dv;
+  const at::Tensor energies = read_out(v, graph.types.narrow(0, 0, graph.n_local), gradients ? &dv : nullptr);
+  result.energies = energies.index_select(0, graph.model_row);
+  result.timings.emplace_back("readout", seconds_since(mark));
   if (!gradients) {
-    result.timings.emplace_back("readout", seconds_since(mark));
     fused_->take_timings(result.timings);
     return;
   }
-  at::Tensor dv = readout.backward({at::ones_like(energies)})[0];
-  if (!dv.defined()) dv = at::zeros_like(v);
-  result.timings.emplace_back("readout", seconds_since(mark));
   mark = std::chrono::steady_clock::now();
   const at::Tensor g = fused_->backward(graph, dv, reduce);
   result.timings.emplace_back("backward", seconds_since(mark));
@@ -749,6 +798,8 @@ std::vector<at::Tensor> Evaluator::Impl::run_layer(const AtomicGraph& graph, int
     throw Error("expected 6 inputs and 0 or 3 gradients, got " + std::to_string(inputs.size()) + " and " +
                 std::to_string(gradients.size()));
   }
+  threads_.resize(num_threads());
+  const TorchThreads one_thread(1);
   const at::NoGradGuard no_grad;
   const PreparedGraph prepared = prepare_graph(graph, rules, false);
   const LayerTensors in{inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], inputs[5]};
@@ -777,6 +828,14 @@ Evaluation Evaluator::evaluate_positions(const at::Tensor& positions, const at::
   return impl_->evaluate_positions(positions, cells, request, exchange);
 }
 
+void Evaluator::set_num_threads(int64_t n) {
+  if (n < 0 || n > 4096) {
+    throw Error("expected a number of threads from 1 to 4096, or 0 for the default, got " +
+                std::to_string(n));
+  }
+  impl_->set_num_threads(static_cast<int>(n));
+}
+int64_t Evaluator::num_threads() const { return impl_->num_threads(); }
 bool Evaluator::keeps_lists() const { return impl_->keeps_lists(); }
 const std::string& Evaluator::precision() const { return impl_->precision_name; }
 int64_t Evaluator::estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const {

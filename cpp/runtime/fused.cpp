@@ -1,7 +1,6 @@
 #include "fused.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
@@ -18,6 +17,7 @@
 
 #include "../ops/layer.h"
 #include "packed_weights.h"
+#include "threads.h"
 
 namespace moecalc {
 namespace {
@@ -74,8 +74,10 @@ int64_t available_memory() {
 template <class T>
 class Fused final : public FusedModel, private PackedWeights<T> {
  public:
-  Fused(const Module& geometry, const Module& embedding, const std::vector<Module>& layers)
-      : PackedWeights<T>(geometry, embedding, layers, ops::kernels<T>(std::getenv("MOECALC_CPU"))) {
+  Fused(const Module& geometry, const Module& embedding, const std::vector<Module>& layers,
+        ThreadPool& threads)
+      : PackedWeights<T>(geometry, embedding, layers, ops::kernels<T>(std::getenv("MOECALC_CPU"))),
+        threads_(threads) {
     for (auto* buffers : {&v_, &e_, &a_}) buffers->resize(layers_.size() + 1);
     for (auto* buffers : {&m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_, &edge_slope_, &edge_mix_})
       buffers->resize(layers_.size());
@@ -130,17 +132,15 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   /// so that the sums do not depend on which thread is faster.
   template <class F>
   void parallel(int64_t n, const F& f) {
-    const int64_t n_thread = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), n));
+    const int64_t n_thread = std::max<int64_t>(1, std::min<int64_t>(threads_.size(), n));
     if (scratch_.size() < static_cast<size_t>(n_thread)) scratch_.resize(static_cast<size_t>(n_thread));
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, n_thread, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        Scratch<T>& scratch = scratch_[static_cast<size_t>(thread)];
-        if (scratch.gradients != nullptr) {
-          for (int64_t task = thread; task < n; task += n_thread) f(task, scratch);
-        } else {
-          for (int64_t task = next++; task < n; task = next++) f(task, scratch);
-        }
+    threads_.run(static_cast<int>(n_thread), [&](int thread) {
+      Scratch<T>& scratch = scratch_[static_cast<size_t>(thread)];
+      if (scratch.gradients != nullptr) {
+        for (int64_t task = thread; task < n; task += n_thread) f(task, scratch);
+      } else {
+        for (int64_t task = next++; task < n; task = next++) f(task, scratch);
       }
     });
   }
@@ -165,6 +165,8 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   const int64_t keep_bytes_ = kept_bytes();
   bool keep_edges_ = false;                 // whether the backward finds slopes of the edge maps
   bool de_live_ = false, da_live_ = false;  // whether de_ and da_ hold gradients of the layer's outputs yet
+
+  ThreadPool& threads_;
 
   // Buffers; they grow and stay.
   std::vector<Scratch<T>> scratch_;
@@ -476,7 +478,7 @@ void Fused<T>::layer_backward_centres(LayerArgs<T>& x, bool nodes) {
   const int64_t columns = x.shape->edge_columns();
   const int64_t wanted = std::max<int64_t>(1, kBatchBytes / (columns * static_cast<int64_t>(sizeof(T))));
   std::vector<int64_t> first{0};  // centre that every batch begins with
-  int64_t rows = 0, smallest = kCentresPerThread * at::get_num_threads();
+  int64_t rows = 0, smallest = kCentresPerThread * threads_.size();
   while (first.back() < g_.n_local) {
     int64_t end = std::min(first.back() + smallest, g_.n_local);
     while (end < g_.n_local && g_.first_edge[end + 1] - g_.first_edge[first.back()] <= wanted) ++end;
@@ -576,7 +578,7 @@ void Fused<T>::decide_what_to_keep(bool gradients, int64_t n_edge, bool from_geo
     const LayerShape& s = layers_[l].shape;
     numbers += n_edge * (s.edge_columns() + s.heads * s.np);
   }
-  const int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)), threads = at::get_num_threads();
+  const int64_t bytes = numbers * static_cast<int64_t>(sizeof(T)), threads = threads_.size();
   if (keep_bytes_ >= 0) {
     keep_edges_ = gradients && bytes <= keep_bytes_ * threads;
     return;
@@ -824,7 +826,7 @@ void Fused<T>::set_weights(const TrainingWeights& weights) {
 
 template <class T>
 TrainingWeights Fused<T>::backward_to_train(const PreparedGraph& graph, const at::Tensor& dv_local) {
-  const auto n_thread = static_cast<size_t>(at::get_num_threads());
+  const auto n_thread = static_cast<size_t>(threads_.size());
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
   if (scratch_.size() < n_thread) scratch_.resize(n_thread);
   gradient_memory_.resize(scratch_.size());
@@ -1013,10 +1015,10 @@ int64_t Fused<T>::bytes() const {
 
 std::unique_ptr<FusedModel> make_fused_model(const Module& geometry, const Module& embedding,
                                              const std::vector<Module>& layers, at::ScalarType dtype,
-                                             std::string& reason) {
+                                             ThreadPool& threads, std::string& reason) {
   try {
-    if (dtype == at::kFloat) return std::make_unique<Fused<float>>(geometry, embedding, layers);
-    return std::make_unique<Fused<double>>(geometry, embedding, layers);
+    if (dtype == at::kFloat) return std::make_unique<Fused<float>>(geometry, embedding, layers, threads);
+    return std::make_unique<Fused<double>>(geometry, embedding, layers, threads);
   } catch (const Unsupported& option) {
     reason = option.reason;
   }

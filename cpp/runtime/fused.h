@@ -13,6 +13,7 @@
 
 #include "graph.h"
 #include "moecalc/trainer.h"
+#include "threads.h"
 
 namespace moecalc {
 
@@ -55,10 +56,11 @@ class FusedModel {
 };
 
 /// Reads the weights of a package in `dtype` (its modules already have it). Where the fused kernels do not
-/// cover an option, returns null and says which in `reason`.
+/// cover an option, returns null and says which in `reason`. `threads` runs the kernels and must outlive
+/// them.
 std::unique_ptr<FusedModel> make_fused_model(const torch::jit::Module& geometry,
                                              const torch::jit::Module& embedding,
                                              const std::vector<torch::jit::Module>& layers,
-                                             at::ScalarType dtype, std::string& reason);
+                                             at::ScalarType dtype, ThreadPool& threads, std::string& reason);
 
 }  // namespace moecalc

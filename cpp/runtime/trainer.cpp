@@ -9,6 +9,7 @@
 
 #include "fused.h"
 #include "graph.h"
+#include "threads.h"
 
 namespace moecalc {
 
@@ -16,13 +17,21 @@ class Trainer::Impl {
  public:
   GraphRules rules;
   PreparedGraph graph;
+  ThreadPool threads;
   std::unique_ptr<FusedModel> model;
+
+  /// Of every call: as many threads as torch would use, whose operators compute the rest of a training step.
+  FusedModel& ready() {
+    threads.resize(default_threads());
+    return *model;
+  }
 };
 
 Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std::make_unique<Impl>()) {
   if (dtype != "float32" && dtype != "float64") {
     throw Error("expected `dtype` to be 'float32' or 'float64', got '" + dtype + "'");
   }
+  const TorchThreads one_thread(1);
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const at::NoGradGuard no_grad;
   torch::jit::Module package = torch::jit::load(path);
@@ -39,8 +48,9 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
   std::vector<torch::jit::Module> layers;
   for (const auto& layer : package.attr("layers").toModule().named_children()) layers.push_back(layer.value);
   std::string reason;
-  impl_->model = make_fused_model(package.attr("geometry").toModule(), package.attr("embedding").toModule(),
-                                  layers, dtype == "float32" ? at::kFloat : at::kDouble, reason);
+  impl_->model =
+      make_fused_model(package.attr("geometry").toModule(), package.attr("embedding").toModule(), layers,
+                       dtype == "float32" ? at::kFloat : at::kDouble, impl_->threads, reason);
   if (impl_->model == nullptr) throw Error(path + ": no kernels to train this model with (" + reason + ")");
 }
 
@@ -63,22 +73,30 @@ void Trainer::set_edge_vec(const at::Tensor& edge_vec) {
   impl_->graph.edge_vec = edge_vec.to(at::kDouble).contiguous().clone();
 }
 
-void Trainer::set_weights(const TrainingWeights& weights) { impl_->model->set_weights(weights); }
+void Trainer::set_weights(const TrainingWeights& weights) {
+  const TorchThreads one_thread(1);
+  impl_->model->set_weights(weights);
+}
 
 at::Tensor Trainer::forward(bool keep_for_weights) {
   const at::NoGradGuard no_grad;
-  return keep_for_weights ? impl_->model->forward_to_train(impl_->graph)
-                          : impl_->model->forward(impl_->graph, {}, {}, true);
+  FusedModel& model = impl_->ready();
+  const TorchThreads one_thread(1);
+  return keep_for_weights ? model.forward_to_train(impl_->graph) : model.forward(impl_->graph, {}, {}, true);
 }
 
 at::Tensor Trainer::backward(const at::Tensor& dv) {
   const at::NoGradGuard no_grad;
-  return impl_->model->backward(impl_->graph, dv, {});
+  FusedModel& model = impl_->ready();
+  const TorchThreads one_thread(1);
+  return model.backward(impl_->graph, dv, {});
 }
 
 TrainingWeights Trainer::backward_to_weights(const at::Tensor& dv) {
   const at::NoGradGuard no_grad;
-  return impl_->model->backward_to_train(impl_->graph, dv);
+  FusedModel& model = impl_->ready();
+  const TorchThreads one_thread(1);
+  return model.backward_to_train(impl_->graph, dv);
 }
 
 }  // namespace moecalc

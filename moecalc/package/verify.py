@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moecalc._jit import jit_load, unoptimized
+from moecalc._torch_threads import torch_threads
 from moecalc.conditions import Conditions
 from moecalc.errors import PackageError
 from moecalc.nn.model import ModelOutput
@@ -163,13 +164,8 @@ def _symmetries(model: nn.Module, frame: ReferenceFrame) -> dict[str, float]:
 @contextmanager
 def _small_structures() -> Iterator[None]:
     """One thread and no TorchScript profiling: the frames have about ten atoms."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with unoptimized():
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(1), unoptimized():
+        yield
 
 
 def verify_package(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moecalc._jit import jit_save, jit_script
 from moecalc._lib import load
+from moecalc._torch_threads import torch_threads
 from moecalc.dataset import check_frames, read_frames, split_frames
 from moecalc.errors import MoecalcError
 from moecalc.nn import ModelConfig, MoEPotential
@@ -460,15 +461,14 @@ def fit_frames(
         config = ModelConfig.model_validate({**model, "type_map": elements})
     except ValidationError as error:
         raise MoecalcError(f"{path}: model: {first_error(error)}") from None
-    if threads is not None:
-        torch.set_num_threads(threads)
     held_out = set(split_frames(atoms, validation, options.seed))
     cutoff = config.descriptor.e_rcut
     train = [to_frame(smallest_cell(a), elements, cutoff) for k, a in enumerate(atoms) if k not in held_out]
     valid = [to_frame(atoms[k], elements, cutoff) for k in sorted(held_out)]
-    fit = begin(config, options, train, folder)
-    until = None if hours is None else started + 3600.0 * hours
-    fit.run(train, valid, folder, every, until, progress)
+    with torch_threads(threads):
+        fit = begin(config, options, train, folder)
+        until = None if hours is None else started + 3600.0 * hours
+        fit.run(train, valid, folder, every, until, progress)
     return fit
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,14 +90,26 @@ def read_dump(path: Path) -> list[Dump]:
 
 
 def lmp(
-    script: str, folder: Path, *, ranks: int = 1, limit: float = 120.0, env: dict[str, str] | None = None
+    script: str,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    limit: float = 120.0,
+    env: Mapping[str, str | None] | None = None,
+    args: Sequence[str] = (),
 ) -> Run:
-    """Run a script with `lmp`, under `mpirun` if ranks > 1, and end all of it when the time is over."""
+    """Run a script with `lmp`, under `mpirun` if ranks > 1, and end all of it when the time is over.
+
+    Args:
+        env: variables of the environment; None unsets one.
+        args: more arguments of `lmp`.
+    """
     (folder / "in.test").write_text(script)
-    command = [str(LMP), "-in", "in.test", "-log", "none", "-nocite"]
+    command = [str(LMP), "-in", "in.test", "-log", "none", "-nocite", *args]
     if ranks > 1:
         command = [str(MPIRUN), "-np", str(ranks), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    wanted = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment = {name: value for name, value in wanted.items() if value is not None}
     with subprocess.Popen(
         command,
         cwd=folder,

@@ -84,7 +84,8 @@ struct Evaluation {
   Timings timings;
 };
 
-/// A model loaded from a package file. Use one Evaluator per thread.
+/// A model loaded from a package file. Use one Evaluator per thread. It has threads of its own and leaves the
+/// settings of the process (OpenMP, MKL, torch) as they are.
 class MOECALC_API Evaluator {
  public:
   /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for
@@ -112,6 +113,10 @@ class MOECALC_API Evaluator {
   /// Otherwise as above.
   Evaluation evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
                                 const Request& request = {}, GhostExchange* exchange = nullptr);
+  /// CPU threads of the evaluations to come, 1 to 4096; 0: what torch would use, which is the default. The
+  /// results do not depend on it. Throws Error.
+  void set_num_threads(int64_t n);
+  int64_t num_threads() const;
   /// Whether lists pay: the list stays on the device. Where not, a graph is made of the list at every call.
   bool keeps_lists() const;
 

@@ -1,0 +1,357 @@
+"""Threads belong to a calculator: no setting of the process changes, and they come back after a fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+
+from moecalc import MoECalculator
+from moecalc.package.archive import read_metadata
+
+ENERGIES = [-205.4795, -207.3412]  # of tungsten at 3.1 and 3.2 Angstrom, 16 atoms
+
+FORK = """
+import multiprocessing
+from ase.build import bulk
+from moecalc import MoECalculator
+
+calc = MoECalculator(device="cpu")
+
+def work(a):
+    atoms = bulk("W", "bcc", a=a, cubic=True) * 2
+    atoms.calc = calc
+    return atoms.get_potential_energy()
+
+if __name__ == "__main__":
+    {before}
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(*pool.map(work, [3.1, 3.2]))
+    print(work(3.1))
+"""
+
+SETTINGS = """
+import ctypes, fcntl, gc, locale, os, signal, sys
+
+import numpy as np
+from ase.build import bulk
+import torch
+
+openmp = ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_LOCAL)
+libm = ctypes.CDLL("libm.so.6")
+
+def kept_after_free():
+    "MB that stay with the process after many arrays of a step's size were freed."
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+    before = resident()
+    blocks = [np.ones(25_000) for _ in range(1500)]  # 0.2 MB each
+    del blocks
+    gc.collect()
+    return resident() - before
+
+def settings():
+    tiny = np.full(4, 1e-310)
+    old_mask = os.umask(0o22)
+    os.umask(old_mask)
+    with open("/proc/self/status") as status:
+        masks = [line.split() for line in status if line.startswith(("SigBlk", "SigIgn", "SigCgt"))]
+    own = 3 << 31  # the C library takes signals 32 and 33 with the first thread
+    return dict(
+        openmp=openmp.omp_get_max_threads(),
+        dynamic=openmp.omp_get_dynamic(),
+        torch=torch.get_num_threads(),
+        denormals=bool((tiny * 0.5 != 0.0).all()),
+        rounding=libm.fegetround(),
+        traps=libm.fegetexcept(),
+        locale=locale.setlocale(locale.LC_ALL),
+        handlers=[str(signal.getsignal(s)) for s in sorted(signal.valid_signals())],
+        signals=[(name, int(mask, 16) & ~own) for name, mask in masks],
+        umask=old_mask,
+        folder=os.getcwd(),
+        environment=dict(os.environ),
+        affinity=os.sched_getaffinity(0),
+    )
+
+torch.get_num_threads()  # where it is first asked, torch sets OpenMP's number
+{setup}
+before = settings()
+{use}
+after = settings()
+for name in before:
+    assert before[name] == after[name], (name, before[name], after[name])
+kept = kept_after_free()
+assert kept < 60, f"{{kept:.0f}} MB of 300 stay with the process"
+print("unchanged")
+"""
+
+USE_CALCULATOR = """
+from moecalc import MoECalculator
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+for threads in (None, 1, 3):
+    atoms.calc = MoECalculator(device="cpu", threads=threads)
+    atoms.rattle(0.01)
+    atoms.get_forces(), atoms.get_stress()
+"""
+
+
+def python(code: str, *, openmp: str | None = None, limit: float = 120.0, **env: str) -> str:
+    """Output of a program that must end well, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | env
+    if openmp is not None:
+        environment["OMP_NUM_THREADS"] = openmp
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run.stdout
+
+
+def atoms_of(n: int = 2):
+    atoms = bulk("W", "bcc", a=3.2, cubic=True) * n
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+# --- fork -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("openmp", [None, "1", "2"])
+@pytest.mark.parametrize("before", ["pass", "work(3.1)"])
+def test_a_forked_pool_gives_the_right_energies(tmp_path, openmp, before):
+    """Also where the parent has used its threads before."""
+    script = tmp_path / "pool.py"
+    script.write_text(FORK.format(before=before))
+    output = python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", openmp=openmp)
+    values = [float(x) for x in output.split()]
+    assert values == pytest.approx([*ENERGIES, ENERGIES[0]], abs=1e-3)
+
+
+def test_a_child_that_is_forked_while_a_thread_computes_goes_on():
+    code = """
+import os, threading
+from ase.build import bulk
+from moecalc import MoECalculator
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 3
+atoms.calc = calc = MoECalculator(device="cpu", threads=2)
+expected = atoms.get_potential_energy()
+stop = False
+def work():
+    mine = atoms.copy()
+    mine.calc = MoECalculator(device="cpu", threads=2)
+    while not stop:
+        mine.rattle(0.001)
+        mine.get_forces()
+other = threading.Thread(target=work)
+other.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        calc.reset()
+        os._exit(0 if abs(atoms.get_potential_energy() - expected) < 1e-3 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop = True
+other.join()
+"""
+    python(code)
+
+
+def test_torchscript_in_a_forked_child_says_what_to_do():
+    code = """
+import os
+from ase.build import bulk
+from moecalc import MoECalculator
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+atoms.calc = MoECalculator(device="cpu")
+atoms.get_forces()
+child = os.fork()
+if child == 0:
+    try:
+        atoms.calc.reset()
+        atoms.get_forces()
+    except Exception as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    output = python(code, MOECALC_BACKEND="torchscript", PYTHONWARNINGS="ignore")
+    assert "TorchScript cannot run in a forked process" in output
+    assert "multiprocessing.get_context('spawn')" in output
+
+
+# --- settings of the process ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("openmp", [None, "1", "2"])
+def test_a_calculator_leaves_the_settings_of_the_process_alone(openmp):
+    assert "unchanged" in python(SETTINGS.format(setup="", use=USE_CALCULATOR), openmp=openmp)
+
+
+def test_torchscript_leaves_the_settings_of_the_process_alone():
+    code = SETTINGS.format(setup="", use=USE_CALCULATOR)
+    output = python(code, openmp="2", MOECALC_BACKEND="torchscript", PYTHONWARNINGS="ignore")
+    assert "unchanged" in output
+
+
+def test_numbers_of_torch_and_openmp_that_the_user_chose_stay():
+    setup = "torch.set_num_threads(3)\n"
+    assert "unchanged" in python(SETTINGS.format(setup=setup, use=USE_CALCULATOR), openmp="2")
+
+
+def test_verification_gives_torch_its_threads_back(shared_calculator):
+    from moecalc.package.verify import _small_structures
+
+    before = torch.get_num_threads()
+    with _small_structures():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+# --- the number of threads ------------------------------------------------------------------------
+
+
+def test_threads_are_those_of_one_calculator(small_bulk):
+    """Two calculators share a model, not their number of threads."""
+    one, three = MoECalculator(device="cpu", threads=1), MoECalculator(device="cpu", threads=3)
+    evaluator = one._model._evaluator
+    assert evaluator is three._model._evaluator
+    for calculator, expected in ((one, 1), (three, 3), (one, 1)):
+        atoms = small_bulk.copy()
+        atoms.calc = calculator
+        atoms.get_forces()
+        assert evaluator.num_threads == expected
+
+
+def test_the_default_number_of_threads_is_torchs(small_bulk):
+    calculator = MoECalculator(device="cpu")
+    atoms = small_bulk.copy()
+    atoms.calc = calculator
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        atoms.get_forces()
+        assert calculator._model._evaluator.num_threads == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_as_many_threads_as_asked_for_run():
+    code = """
+import os, sys
+from ase.build import bulk
+from moecalc import MoECalculator
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+atoms.calc = MoECalculator(device="cpu", threads=1)
+atoms.get_forces()
+before = len(os.listdir("/proc/self/task"))
+for threads in (4, 2, 1):
+    atoms.calc.set(threads=threads)
+    atoms.get_forces()
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert python(code, openmp="1").split() == ["3", "1", "1"]  # a region of one thread leaves the others asleep
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_results_do_not_depend_on_threads(dtype):
+    forces = []
+    for threads in (1, 2, 3, 5):
+        atoms = atoms_of()
+        atoms.calc = MoECalculator(device="cpu", dtype=dtype, threads=threads)
+        forces.append(atoms.get_forces())
+    assert all(np.array_equal(forces[0], f) for f in forces[1:])
+
+
+def test_threads_can_be_changed_later(small_bulk):
+    atoms = small_bulk.copy()
+    atoms.calc = MoECalculator(device="cpu", threads=1)
+    energy = atoms.get_potential_energy()
+    assert atoms.calc.set(threads=2) == {"threads": 2}
+    assert atoms.calc.threads == 2
+    assert atoms.get_potential_energy() == energy
+
+
+@pytest.mark.parametrize("threads", [-1, 4097])
+def test_a_senseless_number_is_refused_by_the_evaluator(shared_calculator, threads):
+    with pytest.raises(RuntimeError, match=f"expected a number of threads from 1 to 4096, .* got {threads}"):
+        shared_calculator._model._evaluator.num_threads = threads
+
+
+def test_calculators_of_two_python_threads_do_not_disturb_each_other():
+    structures = [atoms_of(), atoms_of(3)]
+    dtypes = ["float32", "float64"]  # two evaluators
+    expected = []
+    for atoms, dtype in zip(structures, dtypes, strict=True):
+        atoms.calc = MoECalculator(device="cpu", dtype=dtype, threads=2)
+        expected.append(atoms.get_forces())
+    wrong = []
+
+    def work(k: int) -> None:
+        atoms = structures[k].copy()
+        atoms.calc = MoECalculator(device="cpu", dtype=dtypes[k], threads=2)
+        for _ in range(10):
+            atoms.calc.reset()
+            if not np.array_equal(atoms.get_forces(), expected[k]):
+                wrong.append(k)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_idle_threads_sleep():
+    code = """
+import time
+from ase.build import bulk
+from moecalc import MoECalculator
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+atoms.calc = MoECalculator(device="cpu", threads=2)
+atoms.get_forces()
+start = time.process_time()
+time.sleep(0.5)
+print(time.process_time() - start)
+"""
+    assert float(python(code)) < 0.05
+
+
+def test_threads_take_over_the_rounding_of_the_caller():
+    """A worker that rounded or flushed otherwise would make results depend on which thread computed them."""
+    code = """
+import ctypes
+import numpy as np
+from ase.build import bulk
+from moecalc import MoECalculator
+libm = ctypes.CDLL("libm.so.6")
+forces = []
+for threads in (1, 2, 1, 2):
+    atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = MoECalculator(device="cpu", dtype="float64", threads=threads)
+    if len(forces) == 2:
+        assert libm.fesetround(0x800) == 0  # upwards
+    forces.append(atoms.get_forces())
+libm.fesetround(0)
+assert np.array_equal(forces[0], forces[1]) and np.array_equal(forces[2], forces[3])
+assert not np.array_equal(forces[0], forces[2])
+"""
+    python(code)
+
+
+def test_the_default_model_is_what_the_energies_are_of(shared_calculator):
+    assert read_metadata(Path(shared_calculator.path)).name == "metals10"
