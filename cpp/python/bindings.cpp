@@ -236,6 +236,15 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("backend_reason", &moecalc::Evaluator::backend_reason)
       .def_property_readonly("buffer_bytes", &moecalc::Evaluator::buffer_bytes)
       .def_property_readonly("metadata", &moecalc::Evaluator::metadata)
+      .def_property_readonly("n_packed_groups", &moecalc::Evaluator::n_packed_groups)
+      .def("release_weights", &moecalc::Evaluator::release_weights,
+           "Give back the weights that are laid out; those of atoms are laid out again.")
+      .def(
+          "record",
+          [](const moecalc::Evaluator& evaluator, const std::string& name) {
+            return py::bytes(evaluator.record(name));
+          },
+          py::arg("name"), "Bytes of one record of the package, for example 'extra/reference.json'.")
       .def("run_layer", &run_layer, py::arg("types"), py::arg("edge_index"), py::arg("edge_vec"),
            py::arg("layer"), py::arg("inputs"), py::arg("gradients") = std::vector<Doubles>{},
            "One layer of the fused kernels alone, for tests: see run_layer in evaluator.h.")

@@ -2,7 +2,9 @@
 
 #include <caffe2/serialize/inline_container.h>
 #include <caffe2/serialize/read_adapter_interface.h>
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -10,8 +12,9 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <vector>
 
-#include "memory_reader.h"
+#include "package_reader.h"
 
 namespace moecalc {
 
@@ -24,9 +27,10 @@ constexpr const char* incomplete =
     "incomplete file (truncated copy?): copy it again or package the checkpoint again";
 constexpr const char* foreign = "not a moecalc package; make one with `moecalc package CHECKPOINT -o ";
 
-// --- CRC-32 (polynomial of zlib), eight bytes per step -------------------------------------------
+// --- CRC-32 (polynomial of zlib), sixteen bytes per step ------------------------------------------
 
-using CrcTables = std::array<std::array<uint32_t, 256>, 8>;
+constexpr size_t crc_step = 16;
+using CrcTables = std::array<std::array<uint32_t, 256>, crc_step>;
 
 constexpr CrcTables make_crc_tables() {
   CrcTables tables{};
@@ -36,7 +40,7 @@ constexpr CrcTables make_crc_tables() {
     tables[0][byte] = crc;
   }
   for (uint32_t byte = 0; byte < 256; ++byte) {
-    for (size_t step = 1; step < 8; ++step) {
+    for (size_t step = 1; step < crc_step; ++step) {
       const uint32_t previous = tables[step - 1][byte];
       tables[step][byte] = (previous >> 8) ^ tables[0][previous & 0xFFU];
     }
@@ -44,20 +48,23 @@ constexpr CrcTables make_crc_tables() {
   return tables;
 }
 
-uint32_t crc32(const unsigned char* data, size_t size) {
+/// Goes on from the state `crc`, which begins with all bits set; the checksum is the complement of the last.
+uint32_t crc32(uint32_t crc, const unsigned char* data, size_t size) {
   static constexpr CrcTables tables = make_crc_tables();
-  uint32_t crc = 0xFFFFFFFFU;
-  while (size >= 8) {
-    const uint32_t low = crc ^ (static_cast<uint32_t>(data[0]) | static_cast<uint32_t>(data[1]) << 8 |
-                                static_cast<uint32_t>(data[2]) << 16 | static_cast<uint32_t>(data[3]) << 24);
-    crc = tables[7][low & 0xFFU] ^ tables[6][(low >> 8) & 0xFFU] ^ tables[5][(low >> 16) & 0xFFU] ^
-          tables[4][low >> 24] ^ tables[3][data[4]] ^ tables[2][data[5]] ^ tables[1][data[6]] ^
-          tables[0][data[7]];
-    data += 8;
-    size -= 8;
+  const auto word = [](const unsigned char* at) {
+    return static_cast<uint32_t>(at[0]) | static_cast<uint32_t>(at[1]) << 8 |
+           static_cast<uint32_t>(at[2]) << 16 | static_cast<uint32_t>(at[3]) << 24;
+  };
+  const auto part = [](uint32_t four, size_t last) {
+    return tables[last][four & 0xFFU] ^ tables[last - 1][(four >> 8) & 0xFFU] ^
+           tables[last - 2][(four >> 16) & 0xFFU] ^ tables[last - 3][four >> 24];
+  };
+  for (; size >= crc_step; data += crc_step, size -= crc_step) {
+    crc = part(crc ^ word(data), 15) ^ part(word(data + 4), 11) ^ part(word(data + 8), 7) ^
+          part(word(data + 12), 3);
   }
   for (; size > 0; --size, ++data) crc = (crc >> 8) ^ tables[0][(crc ^ *data) & 0xFFU];
-  return ~crc;
+  return crc;
 }
 
 // --- end of a zip file ---------------------------------------------------------------------------
@@ -86,10 +93,11 @@ size_t find_eocd(const std::string& bytes) {
 }
 
 /// The checksum does not cover the record that carries it, but its fields are determined by what precedes it.
-bool eocd_fields_agree(const std::string& bytes, size_t eocd) {
+/// `bytes`: end of the file, which begins at `base`; `eocd`: place in it.
+bool eocd_fields_agree(const std::string& bytes, uint64_t base, size_t eocd) {
   const char* field = bytes.data() + eocd;
   const bool zip64 = eocd >= zip64_size && has_signature(bytes, eocd - zip64_size, "PK\6\6");
-  const uint64_t directory_end = zip64 ? eocd - zip64_size : eocd;
+  const uint64_t directory_end = base + (zip64 ? eocd - zip64_size : eocd);
   const uint64_t directory_size =
       zip64 ? little_endian(field - zip64_size + 40, 8) : little_endian(field + 12, 4);
   const uint64_t offset = directory_end - std::min(directory_end, directory_size);
@@ -113,50 +121,96 @@ std::string damaged(uint32_t actual, uint32_t expected) {
   return text;
 }
 
-std::string read_file(const std::string& path) {
+}  // namespace
+
+// --- the file ------------------------------------------------------------------------------------
+
+PackageFile::PackageFile(const std::string& path) : path_(path) {
   struct stat status{};
   if (::stat(path.c_str(), &status) != 0) {
     throw Error(path + ": " + (errno == ENOENT || errno == ENOTDIR ? "no such file" : std::strerror(errno)));
   }
   if (!S_ISREG(status.st_mode)) throw Error(path + ": " + foreign + path + "`");
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
-  if (file == nullptr) throw Error(path + ": cannot be opened: " + std::strerror(errno));
-  std::string bytes(static_cast<size_t>(status.st_size), '\0');
-  const size_t n_read = std::fread(bytes.data(), 1, bytes.size(), file.get());
-  if (std::ferror(file.get()) != 0) throw Error(path + ": cannot be read: " + std::strerror(errno));
-  bytes.resize(n_read);
+  file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file_ < 0) throw Error(path + ": cannot be opened: " + std::strerror(errno));
+  try {
+    if (::fstat(file_, &status) != 0) throw Error(path + ": cannot be read: " + std::strerror(errno));
+    size_ = static_cast<uint64_t>(status.st_size);
+    changed_ns_ = int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
+    check_checksum();
+    check_format();
+  } catch (...) {
+    ::close(file_);
+    throw;
+  }
+}
+
+PackageFile::~PackageFile() { ::close(file_); }
+
+void PackageFile::read(uint64_t position, void* to, size_t n) const {
+  struct stat status{};
+  if (::fstat(file_, &status) != 0) throw Error(path_ + ": cannot be read: " + std::strerror(errno));
+  const int64_t changed = int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
+  if (static_cast<uint64_t>(status.st_size) != size_ || changed != changed_ns_) {
+    throw Error(
+        path_ +
+        ": the file was changed since it was loaded, and weights of elements are read when an element "
+        "first occurs: start again, and replace a package in use with `mv`, not `cp`");
+  }
+  auto* at = static_cast<char*>(to);
+  while (n > 0) {
+    const ssize_t got = ::pread(file_, at, n, static_cast<off_t>(position));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      throw Error(path_ + ": cannot be read: " + (got < 0 ? std::strerror(errno) : "it ends too early"));
+    }
+    at += got, position += static_cast<uint64_t>(got), n -= static_cast<size_t>(got);
+  }
+}
+
+std::string PackageFile::read(uint64_t position, size_t n) const {
+  std::string bytes(n, '\0');
+  read(position, bytes.data(), n);
   return bytes;
 }
 
-}  // namespace
-
-PackageFile::PackageFile(const std::string& path) : path_(path), bytes_(read_file(path)) {
-  check_checksum();
-  check_format();
-}
-
 void PackageFile::check_checksum() const {
-  const size_t eocd = find_eocd(bytes_);
+  constexpr uint64_t longest_tail = max_comment + eocd_size + zip64_size;
+  const uint64_t base = size_ - std::min(size_, longest_tail);
+  const std::string tail = read(base, static_cast<size_t>(size_ - base));
+  const size_t eocd = find_eocd(tail);
   if (eocd == std::string::npos) {
     // A zip file begins with PK\3\4: without an end it was cut short, anything else never was one.
+    const std::string head = read(0, static_cast<size_t>(std::min<uint64_t>(size_, 4)));
     throw Error(path_ + ": " +
-                (has_signature(bytes_, 0, "PK\3\4") ? std::string(incomplete) : foreign + path_ + "`"));
+                (has_signature(head, 0, "PK\3\4") ? std::string(incomplete) : foreign + path_ + "`"));
   }
-  const size_t comment_size = little_endian(bytes_.data() + eocd + 20, 2);
-  const std::string comment = bytes_.substr(eocd + eocd_size);
+  const size_t comment_size = little_endian(tail.data() + eocd + 20, 2);
+  const std::string comment = tail.substr(eocd + eocd_size);
   if (comment.size() < comment_size) throw Error(path_ + ": " + incomplete);
 
-  const uint32_t actual = crc32(reinterpret_cast<const unsigned char*>(bytes_.data()), eocd);
+  const uint64_t covered = base + eocd;
+  uint32_t actual = 0xFFFFFFFFU;
+  std::vector<unsigned char> chunk(static_cast<size_t>(std::min<uint64_t>(covered, 256 << 10)));  // in cache
+  for (uint64_t at = 0; at < covered;) {
+    const auto n = static_cast<size_t>(std::min<uint64_t>(chunk.size(), covered - at));
+    read(at, chunk.data(), n);
+    actual = crc32(actual, chunk.data(), n);
+    at += n;
+  }
+  actual = ~actual;
   uint32_t expected = 0;
   size_t expected_size = 0;
   if (std::sscanf(comment.c_str(), "moecalc crc32=%8x size=%zu", &expected, &expected_size) != 2) {
     // Our records under an unreadable comment: the flipped bit is in the comment itself.
-    const bool has_records = !comment.empty() && bytes_.find("/extra/format_version") != std::string::npos;
+    const bool has_records =
+        !comment.empty() &&
+        read(0, static_cast<size_t>(size_)).find("/extra/format_version") != std::string::npos;
     throw Error(path_ + ": " + (has_records ? damaged(actual, expected) : foreign + path_ + "`"));
   }
-  if (expected_size != eocd) throw Error(path_ + ": " + incomplete);
+  if (expected_size != covered) throw Error(path_ + ": " + incomplete);
   if (actual != expected || comment != stamp(expected, expected_size) || comment_size != comment.size() ||
-      !eocd_fields_agree(bytes_, eocd)) {
+      !eocd_fields_agree(tail, base, eocd)) {
     throw Error(path_ + ": " + damaged(actual, expected));
   }
 }
@@ -177,7 +231,7 @@ void PackageFile::check_format() const {
 
 std::string PackageFile::record(const std::string& name) const {
   try {
-    caffe2::serialize::PyTorchStreamReader reader(std::make_shared<MemoryReader>(bytes_));
+    caffe2::serialize::PyTorchStreamReader reader(std::make_shared<PackageReader>(*this));
     if (reader.hasRecord(name)) {
       const auto [data, size] = reader.getRecord(name);
       return {static_cast<const char*>(data.get()), size};

@@ -15,6 +15,7 @@
 
 #include "graph.h"
 #include "moecalc/evaluator.h"
+#include "package_reader.h"
 
 namespace moecalc {
 
@@ -42,6 +43,9 @@ class DeviceModel {
   /// Bytes held on the device, and bytes that a system of this size would need.
   virtual int64_t bytes() const = 0;
   virtual int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const = 0;
+  /// Routing groups whose weights are on the device. And gives them all back; a list must be set again.
+  virtual int64_t n_packed_groups() const = 0;
+  virtual void release_weights() = 0;
   /// What runs: "cuda fp32", "cuda float64", "cuda emulated float64", ...
   virtual std::string name() const = 0;
 };
@@ -52,6 +56,7 @@ std::unique_ptr<DeviceModel> make_device_model(const torch::jit::Module& geometr
                                                const std::vector<torch::jit::Module>& layers,
                                                const torch::jit::Module& readout, const GraphRules& rules,
                                                at::ScalarType dtype, const DeviceOptions& options,
-                                               std::string& reason);
+                                               std::string& reason,
+                                               const DeferredTensors* deferred = nullptr);
 
 }  // namespace moecalc

@@ -83,7 +83,7 @@ class CudaTarget {
 template <class N>
 std::unique_ptr<DeviceModel> make_cuda_model(const Package& package, const DeviceOptions& options) {
   return std::make_unique<Model<N, CudaTarget>>(package.geometry, package.embedding, package.layers,
-                                                package.readout, package.rules, options);
+                                                package.readout, package.rules, options, package.deferred);
 }
 
 template std::unique_ptr<DeviceModel> make_cuda_model<Float64>(const Package&, const DeviceOptions&);

@@ -15,6 +15,7 @@ struct Package {
   const std::vector<torch::jit::Module>& layers;
   const torch::jit::Module& readout;
   const GraphRules& rules;
+  const DeferredTensors* deferred;
 };
 
 /// N: Float64, Float32, Tf32 or Bf16x3. Throws Unsupported.

@@ -55,7 +55,7 @@ template <class N>
 std::unique_ptr<DeviceModel> make(const Package& package, const DeviceOptions& options) {
   if (options.emulate) {
     return std::make_unique<Model<N, HostTarget>>(package.geometry, package.embedding, package.layers,
-                                                  package.readout, package.rules, options);
+                                                  package.readout, package.rules, options, package.deferred);
   }
 #if defined(MOECALC_CUDA_KERNELS)
   return make_cuda_model<N>(package, options);
@@ -72,8 +72,8 @@ std::unique_ptr<DeviceModel> make_device_model(const torch::jit::Module& geometr
                                                const std::vector<torch::jit::Module>& layers,
                                                const torch::jit::Module& readout, const GraphRules& rules,
                                                at::ScalarType dtype, const DeviceOptions& options,
-                                               std::string& reason) {
-  const cuda::Package package{geometry, embedding, layers, readout, rules};
+                                               std::string& reason, const DeferredTensors* deferred) {
+  const cuda::Package package{geometry, embedding, layers, readout, rules, deferred};
   DeviceOptions limited = options;
   if (const char* mebibytes = std::getenv("MOECALC_DEVICE_MEMORY"); mebibytes != nullptr) {
     limited.memory_limit = std::strtoll(mebibytes, nullptr, 10) << 20;

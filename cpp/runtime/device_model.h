@@ -10,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -45,16 +46,17 @@ class Model final : public DeviceModel {
 
   Model(const torch::jit::Module& geometry, const torch::jit::Module& embedding,
         const std::vector<torch::jit::Module>& layers, const torch::jit::Module& readout,
-        const GraphRules& rules, const DeviceOptions& options)
+        const GraphRules& rules, const DeviceOptions& options, const DeferredTensors* deferred)
       : target_(options),
         options_(options),
         rules_(rules),
         embedding_(embedding),
-        packed_(geometry, embedding, layers, ops::kernels<T>()),
+        packed_(geometry, embedding, layers, ops::kernels<T>(), deferred),
         readout_(read_readout(readout, rules.n_types, kType)) {
     check_shared_memory();
+    packed_.memory_left_ = [this] { return target_.free_bytes() / 4; };
     if (!rules_.group_by_system) {
-      set_features(at::eye(rules_.n_types, at::TensorOptions().dtype(at::kDouble)));
+      set_features(at::eye(rules_.n_types, at::TensorOptions().dtype(at::kDouble)), {});
     }
     const typename Target::Scope scope(target_);
     upload_constants();
@@ -64,6 +66,8 @@ class Model final : public DeviceModel {
   Evaluation evaluate(const at::Tensor& positions, const at::Tensor& cells, const Request& request,
                       GhostExchange* exchange) override;
   int64_t bytes() const override;
+  int64_t n_packed_groups() const override { return packed_.n_packed_groups(); }
+  void release_weights() override;
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const override;
   std::string name() const override { return target_.name() + " " + N::name; }
 
@@ -87,8 +91,9 @@ class Model final : public DeviceModel {
 
   // --- weights ---
   void check_shared_memory() const;
-  void set_features(const at::Tensor& composition);
+  void set_features(const at::Tensor& composition, const std::vector<int64_t>& used);
   void upload_weights();
+  at::Tensor upload_block(const WeightBlock<T>& block) const;
   void upload_constants();
   at::Tensor to_device(const Upload& upload) const;
 
@@ -132,10 +137,14 @@ class Model final : public DeviceModel {
   torch::jit::Module embedding_;
   PackedWeights<T> packed_;
   ReadoutSource readout_;
-  at::Tensor composition_;  // for which the weights are routed, on the CPU
+  at::Tensor composition_;     // for which the weights are routed, on the CPU
+  at::Tensor features_;        // of it
+  std::vector<int64_t> used_;  // groups of the list that have atoms
+  bool weights_are_up_ = false;
 
-  // On the device: weights per layer and group, constants.
-  at::Tensor weight_memory_, group_memory_, constant_memory_;
+  // On the device: blocks of weights, pointers to them per layer and group, constants.
+  std::map<uint64_t, at::Tensor> weight_blocks_;  // by id
+  at::Tensor update_memory_, group_memory_, constant_memory_;
   std::vector<const ops::GroupWeights<T>*> weights_;
   std::vector<ops::UpdateVectors<T>> updates_;
   const T *node_table_ = nullptr, *edge_matrix_ = nullptr, *edge_bias_ = nullptr, *angle_row_ = nullptr;
@@ -188,20 +197,28 @@ void Model<N, Target>::check_shared_memory() const {
   }
 }
 
-/// Routes the groups of the compositions (G, n_types) and packs their weights, unless they are the same as
-/// before.
+/// Routes the groups of the compositions (G, n_types), and has the weights of the groups `used` on the
+/// device.
 template <class N, class Target>
-void Model<N, Target>::set_features(const at::Tensor& composition) {
-  if (composition_.defined() && composition_.sizes() == composition.sizes() &&
-      at::equal(composition_, composition)) {
-    return;
+void Model<N, Target>::set_features(const at::Tensor& composition, const std::vector<int64_t>& used) {
+  if (!composition_.defined() || composition_.sizes() != composition.sizes() ||
+      !at::equal(composition_, composition)) {
+    const at::NoGradGuard no_grad;
+    features_ = embedding_.get_method("group_features")({composition.to(target_.device(), kType)}).toTensor();
+    composition_ = composition;
   }
   const at::NoGradGuard no_grad;
-  const at::Tensor features =
-      embedding_.get_method("group_features")({composition.to(target_.device(), kType)}).toTensor();
-  composition_ = composition;
-  if (!packed_.set_groups(features)) return;
+  const bool were_up = std::exchange(weights_are_up_, false);  // also if one of these throws
+  if (packed_.set_groups(features_, used) || !were_up) upload_weights();
+  weights_are_up_ = true;
+}
+
+/// The list is lost as well: it may be of atoms whose weights are gone.
+template <class N, class Target>
+void Model<N, Target>::release_weights() {
+  packed_.release_groups();
   upload_weights();
+  listed_ = false;
 }
 
 template <class N, class Target>
@@ -213,38 +230,42 @@ at::Tensor Model<N, Target>::to_device(const Upload& upload) const {
   return host.to(target_.device(), /*non_blocking=*/false, /*copy=*/true);
 }
 
+/// A block as the products read it. The host's copy of it is given back.
+template <class N, class Target>
+at::Tensor Model<N, Target>::upload_block(const WeightBlock<T>& block) const {
+  Upload values;
+  for (size_t x = 0; x < block.parts.size(); ++x) {
+    const auto& part = block.parts[x];
+    const T* data = block.part(x);
+    values.add(part.matrix ? fragments<N>(data, part.rows, part.columns)
+                           : std::vector<T>(data, data + part.rows * part.columns));
+  }
+  return to_device(values);
+}
+
+/// Uploads what the device does not hold of the packed weights, and drops what is no longer packed.
 template <class N, class Target>
 void Model<N, Target>::upload_weights() {
   const typename Target::Scope scope(target_);
-  // matrices go up as the products read them, all else as it is
-  using W = ops::GroupWeights<T>;
-  std::set<const T*> matrices;
-  for (const auto& of_layer : packed_.weights_) {
-    for (const W& group : of_layer) {
-      for (const Weight<T> member :
-           {&W::node,      &W::node_t,    &W::sym,       &W::sym_t,     &W::edge_c,
-            &W::edge_c_t,  &W::edge_n,    &W::edge_n_t,  &W::edge_e,    &W::edge_e_t,
-            &W::angle_c,   &W::angle_c_t, &W::angle_j,   &W::angle_j_t, &W::angle_k,
-            &W::angle_k_t, &W::angle_a,   &W::angle_a_t, &W::angle2,    &W::angle2_t}) {
-        matrices.insert(group.*member);
-      }
+  std::set<uint64_t> packed;
+  for (const auto& group : packed_.groups_) {
+    for (const auto& block : group.blocks) packed.insert(block->id);
+  }
+  std::erase_if(weight_blocks_, [&](const auto& held) { return packed.count(held.first) == 0; });
+  for (const auto& group : packed_.groups_) {
+    for (const auto& block : group.blocks) {
+      if (weight_blocks_.count(block->id) > 0) continue;
+      weight_blocks_.emplace(block->id, upload_block(*block));
+      block->memory.discard();
     }
   }
-  Upload values;
-  std::vector<std::pair<const T*, int64_t>> places;  // host pointer, offset in bytes
-  for (const at::Tensor& tensor : packed_.memory_) {
-    const T* data = tensor.template const_data_ptr<T>();
-    places.emplace_back(
-        data, values.add(matrices.count(data) > 0 ? fragments<N>(data, tensor.size(0), tensor.size(1))
-                                                  : std::vector<T>(data, data + tensor.numel())));
-  }
-  std::sort(places.begin(), places.end());
-  weight_memory_ = to_device(values);
-  const char* base = at_<char>(weight_memory_);
+
+  // where every part of every block went: host pointer, device pointer
+  std::vector<std::pair<const T*, const T*>> places;
   const auto translate = [&](const T* host) -> const T* {
     if (host == nullptr) return nullptr;
-    const auto found = std::lower_bound(places.begin(), places.end(), std::pair<const T*, int64_t>(host, 0));
-    return reinterpret_cast<const T*>(base + found->second);
+    return std::lower_bound(places.begin(), places.end(), std::pair<const T*, const T*>(host, nullptr))
+        ->second;
   };
   // both structs are nothing but pointers to packed values
   const auto translated = [&](auto pointers) {
@@ -253,6 +274,31 @@ void Model<N, Target>::upload_weights() {
     for (size_t x = 0; x < sizeof(pointers) / sizeof(const T*); ++x) p[x] = translate(p[x]);
     return pointers;
   };
+  if (updates_.empty()) {
+    Upload values;
+    std::vector<std::pair<const T*, int64_t>> offsets;
+    for (const at::Tensor& tensor : packed_.memory_) {
+      const T* data = tensor.template const_data_ptr<T>();
+      offsets.emplace_back(data, values.add(std::vector<T>(data, data + tensor.numel())));
+    }
+    update_memory_ = to_device(values);
+    for (const auto& [host, offset] : offsets) {
+      places.emplace_back(host, reinterpret_cast<const T*>(at_<char>(update_memory_) + offset));
+    }
+    std::sort(places.begin(), places.end());
+    for (const ops::UpdateVectors<T>& update : packed_.updates_) updates_.push_back(translated(update));
+  }
+  places.clear();
+  std::set<uint64_t> placed;
+  for (const auto& group : packed_.groups_) {
+    for (const auto& block : group.blocks) {
+      if (!placed.insert(block->id).second) continue;
+      const T* base = at_<T>(weight_blocks_.at(block->id));
+      for (size_t x = 0; x < block->parts.size(); ++x)
+        places.emplace_back(block->part(x), base + block->parts[x].first);
+    }
+  }
+  std::sort(places.begin(), places.end());
   Upload groups;
   std::vector<int64_t> offsets;
   for (const auto& of_layer : packed_.weights_) {
@@ -265,8 +311,6 @@ void Model<N, Target>::upload_weights() {
   for (const int64_t offset : offsets) {
     weights_.push_back(reinterpret_cast<const ops::GroupWeights<T>*>(at_<char>(group_memory_) + offset));
   }
-  updates_.clear();
-  for (const ops::UpdateVectors<T>& update : packed_.updates_) updates_.push_back(translated(update));
 }
 
 template <class N, class Target>
@@ -508,10 +552,13 @@ void Model<N, Target>::set_list(const NeighborList& list) {
   engine_rows_ = at::empty({n_local}, at::TensorOptions().dtype(at::kLong));
   std::copy_n(engine_row.begin(), n_local, engine_rows_.mutable_data_ptr<int64_t>());
   if (rules_.group_by_system) {
+    // weights follow from the composition, which other ranks know of as well: see evaluate
     counts_of_types_ = at::zeros({list.n_systems, n_types}, at::TensorOptions().dtype(at::kDouble));
     auto* number = counts_of_types_.mutable_data_ptr<double>();
     for (int64_t i = 0; i < n_local; ++i) number[system[i] * n_types + type[i]] += 1.0;
   }
+  used_ = groups_in_use(splits);
+  if (!rules_.group_by_system) set_features(composition_, used_);
   listed_ = true;
 }
 
@@ -590,9 +637,10 @@ int64_t Model<N, Target>::planned_bytes(const Sizes& sizes) const {
 template <class N, class Target>
 int64_t Model<N, Target>::fixed_bytes() const {
   int64_t total = 0;
-  for (const at::Tensor* memory : {&weight_memory_, &group_memory_, &constant_memory_, &list_memory_}) {
+  for (const at::Tensor* memory : {&update_memory_, &group_memory_, &constant_memory_, &list_memory_}) {
     total += memory->defined() ? memory->numel() : 0;
   }
+  for (const auto& [id, memory] : weight_blocks_) total += memory.numel();
   return total;
 }
 
@@ -629,7 +677,15 @@ void Model<N, Target>::allocate(const Sizes& sizes) {
     if (held < bytes) more += bytes, released += held;
   });
   if (more > 0) {
-    const int64_t free = options_.memory_limit > 0 ? options_.memory_limit - bytes() : target_.free_bytes();
+    const auto left = [&] {
+      return options_.memory_limit > 0 ? options_.memory_limit - bytes() : target_.free_bytes();
+    };
+    int64_t free = left();
+    if (more > free + released && packed_.n_packed_groups() > static_cast<int64_t>(used_.size())) {
+      packed_.release_groups(used_);
+      upload_weights();
+      free = left();
+    }
     if (more > free + released) {
       const int64_t need = planned_bytes(sizes), fixed = fixed_bytes();
       const int64_t most = std::max<int64_t>(0, bytes() - fixed + free);
@@ -767,7 +823,7 @@ Evaluation Model<N, Target>::evaluate(const at::Tensor& positions, const at::Ten
                 " layers, got none: map periodic images to owned atoms or pass one");
   }
   const auto start = std::chrono::steady_clock::now();
-  if (rules_.group_by_system) set_features(composition(exchange));
+  if (rules_.group_by_system) set_features(composition(exchange), used_);
   if (g_.n_local == 0) return without_atoms(request, exchange);
   const typename Target::Scope scope(target_);
   const at::NoGradGuard no_grad;

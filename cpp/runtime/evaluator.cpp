@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/csrc/jit/serialization/import.h>
 #include <torch/cuda.h>
 #include <torch/version.h>
 #include <unistd.h>
@@ -17,12 +16,13 @@
 #include <cstdlib>
 #include <exception>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "device.h"
 #include "fused.h"
 #include "graph.h"
-#include "memory_reader.h"
+#include "package_reader.h"
 #include "readout.h"
 #include "threads.h"
 
@@ -121,11 +121,30 @@ ProductPrecision parse_precision(const std::string& name) {
 
 // --- TorchScript ---------------------------------------------------------------------------------
 
-/// Sets the dtype of all floating-point parameters and buffers (Module::to converts integer buffers too).
-void convert(const Module& module, at::ScalarType dtype) {
-  for (at::Tensor tensor : module.parameters()) tensor.set_data(tensor.to(dtype));
-  for (at::Tensor tensor : module.buffers()) {
-    if (tensor.is_floating_point()) tensor.set_data(tensor.to(dtype));
+/// f(tensor) for all parameters and buffers.
+template <class F>
+void for_tensors(const Module& module, const F& f) {
+  for (at::Tensor tensor : module.parameters()) f(tensor);
+  for (at::Tensor tensor : module.buffers()) f(tensor);
+}
+
+/// Sets the dtype of all floating-point parameters and buffers (Module::to converts integer buffers too), but
+/// for those that are still in the file.
+void convert(const Module& module, at::ScalarType dtype, const DeferredTensors& deferred) {
+  for_tensors(module, [&](at::Tensor& tensor) {
+    if (tensor.is_floating_point() && !deferred.holds(tensor)) tensor.set_data(tensor.to(dtype));
+  });
+}
+
+/// Matrices of experts: what a package is made of.
+template <class F>
+void for_expert_matrices(const std::vector<Module>& layers, const F& f) {
+  for (const Module& layer : layers) {
+    for (const auto& child : layer.named_children()) {
+      if (child.value.hasattr("matrix") && child.value.hasattr("router")) {
+        f(child.value.attr("matrix").toTensor());
+      }
+    }
   }
 }
 
@@ -290,6 +309,7 @@ class Evaluator::Impl {
   std::vector<std::string> elements;
   GraphRules rules;
   std::string dtype_name, device_name, metadata, precision_name;
+  std::shared_ptr<const PackageFile> file;
   std::vector<Module> layers;
   std::string backend = "torchscript", backend_reason;
 
@@ -300,7 +320,7 @@ class Evaluator::Impl {
   void run_fused(const PreparedGraph& graph, const at::Tensor& system, const Request& request,
                  GhostExchange* exchange, Evaluation& result);
   at::Tensor read_out(const at::Tensor& v, const at::Tensor& types, at::Tensor* dv);
-  void choose_backend();
+  void choose_backend(const DeferredTensors& deferred);
   Evaluation run_on_device(const NeighborList& list, const at::Tensor& positions, const at::Tensor& cells,
                            const Request& request, GhostExchange* exchange);
   Evaluation empty_result(int64_t n_node, int64_t n_local, int64_t n_systems, const Request& request) const;
@@ -322,6 +342,15 @@ class Evaluator::Impl {
   void set_num_threads(int n) { n_threads_ = n; }
   int num_threads() const { return n_threads_ > 0 ? n_threads_ : default_threads(); }
   void refuse_after_fork() const;
+  int64_t n_packed_groups() const {
+    if (on_device_ != nullptr) return on_device_->n_packed_groups();
+    return fused_ == nullptr ? 0 : fused_->n_packed_groups();
+  }
+  void release_weights() {
+    if (fused_ != nullptr) fused_->release_weights();
+    if (on_device_ != nullptr) on_device_->release_weights();
+    list_is_up_ = false;
+  }
 
  private:
   void run_without_atoms(int64_t n_node, int64_t n_systems, bool gradients, GhostExchange* exchange);
@@ -367,9 +396,9 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   const TorchThreads one_thread(1);
   const at::NoGradGuard no_grad;
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
-  const PackageFile file(path);
-  metadata = file.record("extra/metadata.json");
-  const Module model = torch::jit::load(std::make_shared<MemoryReader>(file.bytes()), device_);
+  file = std::make_shared<const PackageFile>(path);
+  metadata = file->record("extra/metadata.json");
+  auto [model, deferred] = load_module(file);
   for (const char* name : {"elements", "cutoff", "angle_cutoff", "routing_level", "pair_mask", "dtype_probe",
                            "geometry", "embedding", "layers", "readout"}) {
     if (!model.hasattr(name)) {
@@ -410,25 +439,47 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   readout_ = model.attr("readout").toModule();
   for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
 
+  // The matrices of the experts stay in the file, all else is needed in any case.
+  std::set<const void*> matrices;
+  for_expert_matrices(layers, [&](const at::Tensor& matrix) {
+    if (matrix.is_contiguous()) matrices.insert(matrix.storage().data());
+  });
+  for_tensors(model, [&](at::Tensor& tensor) {
+    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
+  });
   dtype_ = model.attr("dtype_probe").toTensor().scalar_type();
-  if (!dtype.empty()) {
-    dtype_ = parse_dtype(dtype);
-    // Not geometry and not the energy shifts: these are float64 whatever the dtype of the network.
-    convert(embedding_, dtype_);
-    for (const Module& layer : layers) convert(layer, dtype_);
-    convert(readout_.attr("net").toModule(), dtype_);
-  }
+  if (!dtype.empty()) dtype_ = parse_dtype(dtype);
+  const auto place = [&, converted = !dtype.empty()] {
+    if (converted) {
+      // Not geometry and not the energy shifts: these are float64 whatever the dtype of the network.
+      convert(embedding_, dtype_, deferred);
+      for (const Module& layer : layers) convert(layer, dtype_, deferred);
+      convert(readout_.attr("net").toModule(), dtype_, deferred);
+    }
+    if (device_.is_cpu()) return;
+    for_tensors(model, [&](at::Tensor& tensor) {
+      if (!deferred.holds(tensor)) tensor.set_data(tensor.to(device_));
+    });
+  };
+  place();
   dtype_name = dtype_ == at::kDouble ? "float64" : "float32";
 
   const at::Tensor identity = at::eye(rules.n_types, at::TensorOptions().dtype(dtype_).device(device_));
   element_features_ = embedding_.get_method("group_features")({identity}).toTensor();
   node_dim_ = element_features_.size(1);
-  choose_backend();
+  choose_backend(deferred);
+  if (fused_ != nullptr || on_device_ != nullptr) {
+    for_expert_matrices(layers,
+                        [&](at::Tensor matrix) { matrix.set_data(at::empty({0}, matrix.options())); });
+    return;
+  }
+  for_tensors(model, [&](const at::Tensor& tensor) { deferred.fill(tensor); });
+  place();
 }
 
 /// The kernels of the device where they cover the model. MOECALC_BACKEND asks for others: torchscript is the
 /// slower path, for comparisons; cuda-emulation runs the kernels of the GPU on the CPU, for tests.
-void Evaluator::Impl::choose_backend() {
+void Evaluator::Impl::choose_backend(const DeferredTensors& deferred) {
   const char* wanted = std::getenv("MOECALC_BACKEND");
   const std::string choice = wanted == nullptr ? "" : wanted;
   const bool emulate = choice == "cuda-emulation";
@@ -453,15 +504,15 @@ void Evaluator::Impl::choose_backend() {
   if (choice == "torchscript") {
     backend_reason = "MOECALC_BACKEND=torchscript";
   } else if (on_cpu) {
-    fused_ = make_fused_model(geometry_, embedding_, layers, dtype_, threads_, backend_reason);
+    fused_ = make_fused_model(geometry_, embedding_, layers, dtype_, threads_, backend_reason, &deferred);
     if (fused_ != nullptr) {
       backend = std::string("fused ") + fused_->instruction_set();
       fitting_ = make_readout(readout_, rules.n_types, threads_, backend_reason);
     }
   } else {
     const DeviceOptions options{device_, emulate, precision_, deterministic_};
-    on_device_ =
-        make_device_model(geometry_, embedding_, layers, readout_, rules, dtype_, options, backend_reason);
+    on_device_ = make_device_model(geometry_, embedding_, layers, readout_, rules, dtype_, options,
+                                   backend_reason, &deferred);
     if (on_device_ != nullptr) backend = on_device_->name();
   }
   if (fused_ != nullptr || on_device_ != nullptr) return;
@@ -857,6 +908,9 @@ std::vector<at::Tensor> Evaluator::run_layer(const AtomicGraph& graph, int64_t l
   return impl_->run_layer(graph, layer, inputs, gradients);
 }
 const std::string& Evaluator::metadata() const { return impl_->metadata; }
+std::string Evaluator::record(const std::string& name) const { return impl_->file->record(name); }
+int64_t Evaluator::n_packed_groups() const { return impl_->n_packed_groups(); }
+void Evaluator::release_weights() { impl_->release_weights(); }
 
 // --- version.h -----------------------------------------------------------------------------------
 

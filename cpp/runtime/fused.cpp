@@ -7,15 +7,14 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
-#include <fstream>
 #include <map>
 #include <numeric>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "../ops/layer.h"
+#include "memory.h"
 #include "packed_weights.h"
 #include "threads.h"
 
@@ -44,39 +43,12 @@ int64_t kept_bytes() {
   return static_cast<int64_t>(mebibytes * 1048576.0);
 }
 
-/// Memory that this process could still get, in bytes: what the system calls available, within the limits of
-/// its control groups. 0 where the system does not say.
-int64_t available_memory() {
-  int64_t available = 0;
-  std::ifstream system("/proc/meminfo");
-  for (std::string line; std::getline(system, line);) {
-    if (line.rfind("MemAvailable:", 0) == 0) available = std::strtoll(line.c_str() + 13, nullptr, 10) << 10;
-  }
-  // "0::/path" in version 2, "4:memory:/path" in version 1; a limit of a parent counts as well
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    const bool first = line.find(":memory:/") != std::string::npos;
-    if (!first && line.rfind("0::/", 0) != 0) continue;
-    const std::string root = first ? "/sys/fs/cgroup/memory" : "/sys/fs/cgroup";
-    for (std::string group = line.substr(line.find('/'));; group.resize(group.rfind('/'))) {
-      std::ifstream limits(root + group + (first ? "/memory.limit_in_bytes" : "/memory.max"));
-      std::ifstream use(root + group + (first ? "/memory.usage_in_bytes" : "/memory.current"));
-      int64_t limit = 0, used = 0;
-      if (limits >> limit && use >> used) {  // no number where there is no limit
-        available = std::min(available, std::max<int64_t>(0, limit - used));
-      }
-      if (group.empty()) break;
-    }
-  }
-  return available;
-}
-
 template <class T>
 class Fused final : public FusedModel, private PackedWeights<T> {
  public:
   Fused(const Module& geometry, const Module& embedding, const std::vector<Module>& layers,
-        ThreadPool& threads)
-      : PackedWeights<T>(geometry, embedding, layers, ops::kernels<T>(std::getenv("MOECALC_CPU"))),
+        ThreadPool& threads, const DeferredTensors* deferred)
+      : PackedWeights<T>(geometry, embedding, layers, ops::kernels<T>(std::getenv("MOECALC_CPU")), deferred),
         threads_(threads) {
     for (auto* buffers : {&v_, &e_, &a_}) buffers->resize(layers_.size() + 1);
     for (auto* buffers : {&m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_, &edge_slope_, &edge_mix_})
@@ -98,6 +70,8 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   LayerTensors one_layer_backward(int64_t layer, const LayerTensors& in,
                                   const LayerTensors& gradients) override;
   int64_t bytes() const override;
+  int64_t n_packed_groups() const override { return Packed::n_packed_groups(); }
+  void release_weights() override { Packed::release_groups(); }
   const char* instruction_set() const override { return kernels_.name; }
   void take_timings(Timings& timings) override {
     static constexpr const char* names[] = {"angles",          "edges",          "symmetrisation",
@@ -566,7 +540,7 @@ void Fused<T>::start_backward() {
 template <class T>
 at::Tensor Fused<T>::forward(const PreparedGraph& graph, const at::Tensor& features,
                              const Exchange& with_ghosts, bool gradients) {
-  if (!training_) set_groups(features);
+  if (!training_) set_groups(features, groups_in_use(graph.node_splits));
   decide_what_to_keep(gradients, graph.n_edge, true);
   return run_forward(graph, with_ghosts, true);
 }
@@ -590,8 +564,7 @@ void Fused<T>::decide_what_to_keep(bool gradients, int64_t n_edge, bool from_geo
   keep_edges_ = gradients;
   if (!gradients || bytes <= held) return;
   // A quarter of what is free to these threads: the other buffers of a first step need twice as much.
-  const int64_t cores = std::max<int64_t>(threads, std::thread::hardware_concurrency());
-  keep_edges_ = bytes - held <= available_memory() / 4 * threads / cores;
+  keep_edges_ = bytes - held <= quarter_of_available_memory();
 }
 
 /// `from_geometry`: products with the first layer's edge and angle features are outer products (see
@@ -667,7 +640,7 @@ template <class T>
 LayerTensors Fused<T>::one_layer(const PreparedGraph& graph, const at::Tensor& features, int64_t layer,
                                  const LayerTensors& in) {
   const auto l = static_cast<size_t>(layer);
-  set_groups(features);
+  set_groups(features, groups_in_use(graph.node_splits));
   view(graph);
   decide_what_to_keep(true, graph.n_edge, false);
   const LayerShape& s = layers_[l].shape;
@@ -999,7 +972,7 @@ TrainingWeights Fused<T>::backward_to_train(const PreparedGraph& graph, const at
 
 template <class T>
 int64_t Fused<T>::bytes() const {
-  int64_t total = 0;
+  int64_t total = Packed::packed_bytes();
   for (const auto* group :
        {&v_, &e_, &a_, &m_, &big_h_, &message_, &zc_, &zn_, &zca_, &node_slope_, &edge_slope_, &edge_mix_}) {
     for (const Buffer<T>& buffer : *group) total += buffer.bytes();
@@ -1015,10 +988,12 @@ int64_t Fused<T>::bytes() const {
 
 std::unique_ptr<FusedModel> make_fused_model(const Module& geometry, const Module& embedding,
                                              const std::vector<Module>& layers, at::ScalarType dtype,
-                                             ThreadPool& threads, std::string& reason) {
+                                             ThreadPool& threads, std::string& reason,
+                                             const DeferredTensors* deferred) {
   try {
-    if (dtype == at::kFloat) return std::make_unique<Fused<float>>(geometry, embedding, layers, threads);
-    return std::make_unique<Fused<double>>(geometry, embedding, layers, threads);
+    if (dtype == at::kFloat)
+      return std::make_unique<Fused<float>>(geometry, embedding, layers, threads, deferred);
+    return std::make_unique<Fused<double>>(geometry, embedding, layers, threads, deferred);
   } catch (const Unsupported& option) {
     reason = option.reason;
   }

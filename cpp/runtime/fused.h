@@ -13,6 +13,7 @@
 
 #include "graph.h"
 #include "moecalc/trainer.h"
+#include "package_reader.h"
 #include "threads.h"
 
 namespace moecalc {
@@ -48,19 +49,23 @@ class FusedModel {
                                  const LayerTensors& in) = 0;
   virtual LayerTensors one_layer_backward(int64_t layer, const LayerTensors& in,
                                           const LayerTensors& gradients) = 0;
-  /// Bytes of the buffers kept between calls.
+  /// Bytes of the buffers and weights kept between calls.
   virtual int64_t bytes() const = 0;
+  /// Routing groups whose weights are laid out: those that have had atoms. And gives them all back.
+  virtual int64_t n_packed_groups() const = 0;
+  virtual void release_weights() = 0;
   /// Adds seconds of thread time since the last call, by part, and starts anew.
   virtual void take_timings(Timings& timings) = 0;
   virtual const char* instruction_set() const = 0;
 };
 
-/// Reads the weights of a package in `dtype` (its modules already have it). Where the fused kernels do not
-/// cover an option, returns null and says which in `reason`. `threads` runs the kernels and must outlive
-/// them.
+/// Reads the weights of a package in `dtype` (its modules have it, but for weights in `deferred`). Where the
+/// fused kernels do not cover an option, returns null and says which in `reason`. `threads` runs the kernels
+/// and must outlive them.
 std::unique_ptr<FusedModel> make_fused_model(const torch::jit::Module& geometry,
                                              const torch::jit::Module& embedding,
                                              const std::vector<torch::jit::Module>& layers,
-                                             at::ScalarType dtype, ThreadPool& threads, std::string& reason);
+                                             at::ScalarType dtype, ThreadPool& threads, std::string& reason,
+                                             const DeferredTensors* deferred = nullptr);
 
 }  // namespace moecalc

@@ -1,6 +1,7 @@
 // Package files (`*.moe.pt`): integrity check and the records that can be read without loading the model.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -23,27 +24,38 @@ class MOECALC_API OutOfMemoryError : public Error {
   ~OutOfMemoryError() override;
 };
 
-/// A package file, read into memory and checked as a whole.
+/// A package file, checked as a whole and kept open.
 ///
 /// The check comes before anything is parsed, so that a truncated, damaged, foreign or too new file is
-/// reported as such instead of as an error of the zip reader or of the TorchScript loader.
+/// reported as such instead of as an error of the zip reader or of the TorchScript loader. Nothing of the
+/// file stays in memory: parts are read when they are needed.
 class MOECALC_API PackageFile {
  public:
-  /// Reads `path`. Throws Error, with a message that begins with `path`, if the file is unusable.
+  /// Opens and checks `path`. Throws Error, with a message that begins with `path`, if the file is unusable.
   explicit PackageFile(const std::string& path);
+  ~PackageFile();
+  PackageFile(const PackageFile&) = delete;
+  PackageFile& operator=(const PackageFile&) = delete;
 
   const std::string& path() const { return path_; }
-  const std::string& bytes() const { return bytes_; }
+  uint64_t size() const { return size_; }
+
+  /// `n` bytes from `position` on. Throws Error if the file was changed since it was checked. A file that was
+  /// deleted or replaced by another of its name can still be read.
+  void read(uint64_t position, void* to, size_t n) const;
 
   /// Content of a record, for example "extra/metadata.json". Throws Error if there is none of that name.
   std::string record(const std::string& name) const;
 
  private:
+  std::string read(uint64_t position, size_t n) const;
   void check_checksum() const;
   void check_format() const;
 
   std::string path_;
-  std::string bytes_;
+  int file_ = -1;
+  uint64_t size_ = 0;
+  int64_t changed_ns_ = 0;  // time of the last change
 };
 
 /// Throws Error if `path` is missing, truncated, damaged, not a moecalc package, or of a newer format.

@@ -131,7 +131,7 @@ class MOECALC_API Evaluator {
   /// "torchscript" where neither applies, for the reason that backend_reason() gives.
   const std::string& backend() const;
   const std::string& backend_reason() const;
-  /// Bytes of the buffers that the kernels keep between calls, on the device where they run.
+  /// Bytes of the buffers and weights that the kernels keep between calls, on the device where they run.
   int64_t buffer_bytes() const;
   /// Bytes that the CUDA kernels would need for a system of this size; 0 where others run.
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const;
@@ -143,6 +143,13 @@ class MOECALC_API Evaluator {
                                     const std::vector<at::Tensor>& inputs,
                                     const std::vector<at::Tensor>& gradients = {});
   const std::string& metadata() const;  // text of the package's metadata.json
+  /// Content of a record of the package, for example "extra/reference.json". Throws Error if there is none.
+  std::string record(const std::string& name) const;
+  /// Routing groups (elements, or structures of a batch) whose weights are laid out for the kernels: those
+  /// that have had atoms, of which absent ones are dropped when memory is short. 0 in TorchScript.
+  int64_t n_packed_groups() const;
+  /// Gives back the weights of all groups. They are laid out again when they have atoms.
+  void release_weights();
 
  private:
   class Impl;
