@@ -1,7 +1,5 @@
 #include "moecalc/archive.h"
 
-#include <caffe2/serialize/inline_container.h>
-#include <caffe2/serialize/read_adapter_interface.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -11,7 +9,8 @@
 #include <cstring>
 #include <memory>
 
-#include "memory_reader.h"
+#include "moecalc/text.h"
+#include "records.h"
 
 namespace moecalc {
 
@@ -130,8 +129,13 @@ std::string read_file(const std::string& path) {
 
 }  // namespace
 
-PackageFile::PackageFile(const std::string& path) : path_(path), bytes_(read_file(path)) {
+PackageFile::PackageFile(const std::string& path) : path_(printable(path, 4096)), bytes_(read_file(path)) {
   check_checksum();
+  try {
+    records_ = read_directory(bytes_, find_eocd(bytes_));
+  } catch (const Error& error) {
+    throw Error(path_ + ": " + error.what());
+  }
   check_format();
 }
 
@@ -163,10 +167,12 @@ void PackageFile::check_checksum() const {
 
 void PackageFile::check_format() const {
   const std::string text = record("extra/format_version");
-  int format = 0;
-  if (std::sscanf(text.c_str(), "%d", &format) != 1 || format < 1) {
-    throw Error(path_ + ": expected a positive integer in `extra/format_version`, got '" + text +
-                "': package the checkpoint again");
+  int format = 0, used = 0;
+  // a line end is forgiven
+  if (text.size() > 6 || std::sscanf(text.c_str(), "%d %n", &format, &used) != 1 || format < 1 ||
+      used != static_cast<int>(text.size())) {
+    throw Error(path_ + ": expected a positive integer in `extra/format_version`, got '" +
+                printable(text, 40) + "': package the checkpoint again");
   }
   if (format > package_format_version) {
     throw Error(path_ + ": package format " + std::to_string(format) + " is newer than this moecalc (" +
@@ -176,17 +182,11 @@ void PackageFile::check_format() const {
 }
 
 std::string PackageFile::record(const std::string& name) const {
-  try {
-    caffe2::serialize::PyTorchStreamReader reader(std::make_shared<MemoryReader>(bytes_));
-    if (reader.hasRecord(name)) {
-      const auto [data, size] = reader.getRecord(name);
-      return {static_cast<const char*>(data.get()), size};
-    }
-  } catch (const c10::Error& error) {
-    std::string message = error.what_without_backtrace();
-    throw Error(path_ + ": cannot be read: " + message.substr(0, message.find('\n')));
+  const auto found = records_.find(name);
+  if (found == records_.end()) {
+    throw Error(path_ + ": not a moecalc package: it has no record `" + name + "`");
   }
-  throw Error(path_ + ": not a moecalc package: it has no record `" + name + "`");
+  return std::string(found->second);
 }
 
 void check_archive(const std::string& path) { const PackageFile checked(path); }

@@ -6,10 +6,10 @@
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/csrc/jit/serialization/import.h>
 #include <torch/cuda.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cmath>
@@ -21,7 +21,8 @@
 #include "device.h"
 #include "fused.h"
 #include "graph.h"
-#include "memory_reader.h"
+#include "package_check.h"
+#include "reference_check.h"
 
 namespace moecalc {
 
@@ -287,6 +288,7 @@ class Evaluator::Impl {
   std::vector<std::string> elements;
   GraphRules rules;
   std::string dtype_name, device_name, metadata, precision_name;
+  void check_reference(const std::vector<std::string>& wanted);
   std::vector<Module> layers;
   std::string backend = "torchscript", backend_reason;
 
@@ -335,6 +337,7 @@ class Evaluator::Impl {
   bool list_is_up_ = false;      // list_ is what on_device_ holds
   at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
+  std::string reference_ = "[]";  // text of reference.json
 };
 
 Evaluator::Impl::Impl(const std::string& path, const std::string& device, const std::string& dtype,
@@ -357,14 +360,9 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const PackageFile file(path);
   metadata = file.record("extra/metadata.json");
-  const Module model = torch::jit::load(std::make_shared<MemoryReader>(file.bytes()), device_);
-  for (const char* name : {"elements", "cutoff", "angle_cutoff", "routing_level", "pair_mask", "dtype_probe",
-                           "geometry", "embedding", "layers", "readout"}) {
-    if (!model.hasattr(name)) {
-      throw Error(path + ": expected a model with `" + name +
-                  "`, got one without: package the checkpoint again");
-    }
-  }
+  if (file.records().count("extra/reference.json") != 0) reference_ = file.record("extra/reference.json");
+  const Module model = load_module(file, device_);
+  check_model(model, metadata, path);
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
 
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
@@ -372,17 +370,8 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   rules.cutoff = model.attr("cutoff").toDouble();
   rules.angle_cutoff = model.attr("angle_cutoff").toDouble();
   const std::string level = model.attr("routing_level").toStringRef();
-  if (level != "element" && level != "configuration") {
-    throw Error(path + ": expected routing level 'element' or 'configuration', got '" + level +
-                "': upgrade with `pip install -U moecalc`");
-  }
   rules.group_by_system = level == "configuration";
   const at::Tensor mask = model.attr("pair_mask").toTensor().to(at::kCPU, at::kByte).contiguous();
-  if (mask.numel() != rules.n_types * rules.n_types) {
-    throw Error(path + ": expected a pair mask of " + std::to_string(rules.n_types) + " x " +
-                std::to_string(rules.n_types) + ", got " + std::to_string(mask.numel()) +
-                " entries: package the checkpoint again");
-  }
   rules.pair_mask.assign(mask.const_data_ptr<uint8_t>(), mask.const_data_ptr<uint8_t>() + mask.numel());
 
   geometry_ = model.attr("geometry").toModule();
@@ -760,6 +749,30 @@ Evaluator& Evaluator::operator=(Evaluator&&) noexcept = default;
 
 Evaluation Evaluator::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
   return impl_->evaluate(graph, request, exchange);
+}
+
+/// Precision of the reference frames' check: keys.REFERENCE_TOLERANCE of Python, and what reduced products
+/// add.
+static double reference_tolerance(at::ScalarType dtype, ProductPrecision precision) {
+  if (dtype == at::kDouble) return 1e-8;
+  return precision == ProductPrecision::tf32 ? 2e-3 : 2e-5;
+}
+
+void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
+  std::vector<bool> types(elements.size(), wanted.empty());
+  for (size_t t = 0; t < elements.size(); ++t) {
+    if (std::find(wanted.begin(), wanted.end(), elements[t]) != wanted.end()) types[t] = true;
+  }
+  const std::vector<ReferenceFrame> frames = read_reference(reference_, elements);
+  std::vector<const ReferenceFrame*> chosen;
+  for (const size_t k : covering_frames(frames, types)) chosen.push_back(&frames[k]);
+  const AtomicGraph graph = reference_graph(chosen, rules.cutoff);
+  compare_with_reference(chosen, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
+                         "on " + device_name + " in " + dtype_name);
+}
+
+void Evaluator::check_reference(const std::vector<std::string>& elements) {
+  impl_->check_reference(elements);
 }
 
 void Evaluator::set_list(const NeighborList& list) { impl_->set_list(list); }

@@ -3,12 +3,12 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/csrc/jit/serialization/import.h>
 
 #include <utility>
 
 #include "fused.h"
 #include "graph.h"
+#include "package_check.h"
 
 namespace moecalc {
 
@@ -25,7 +25,9 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
   }
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const at::NoGradGuard no_grad;
-  torch::jit::Module package = torch::jit::load(path);
+  const PackageFile file(path);
+  torch::jit::Module package = load_module(file, at::kCPU);
+  check_model(package, file.record("extra/metadata.json"), path);
   GraphRules& rules = impl_->rules;
   rules.n_types = static_cast<int64_t>(package.attr("elements").toList().size());
   rules.cutoff = package.attr("cutoff").toDouble();

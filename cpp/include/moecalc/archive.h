@@ -2,8 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "moecalc/version.h"
 
@@ -32,11 +36,17 @@ class MOECALC_API PackageFile {
   /// Reads `path`. Throws Error, with a message that begins with `path`, if the file is unusable.
   explicit PackageFile(const std::string& path);
 
+  /// For messages: without control characters.
   const std::string& path() const { return path_; }
   const std::string& bytes() const { return bytes_; }
 
   /// Content of a record, for example "extra/metadata.json". Throws Error if there is none of that name.
   std::string record(const std::string& name) const;
+  /// All records, in place: name -> bytes within bytes().
+  const std::map<std::string, std::string_view, std::less<>>& records() const { return records_; }
+
+  PackageFile(const PackageFile&) = delete;
+  PackageFile& operator=(const PackageFile&) = delete;
 
  private:
   void check_checksum() const;
@@ -44,10 +54,20 @@ class MOECALC_API PackageFile {
 
   std::string path_;
   std::string bytes_;
+  std::map<std::string, std::string_view, std::less<>> records_;
 };
 
 /// Throws Error if `path` is missing, truncated, damaged, not a moecalc package, or of a newer format.
 MOECALC_API void check_archive(const std::string& path);
+
+/// Throws Error, which begins with the file's path, if the package holds anything that moecalc does not write
+/// into one: other records, TorchScript that could do more than compute, pickles of other things than numbers
+/// and tensors. To be called before torch sees the file, because torch runs code of a file while it loads it.
+MOECALC_API void check_package(const PackageFile& file);
+
+/// The words of a package's code that `check_package` looks at, sorted: to compare with the allowed ones.
+MOECALC_API std::vector<std::string> words_of_code(const PackageFile& file);
+MOECALC_API std::vector<std::string> allowed_words();
 
 /// Content of one record of a checked package file.
 MOECALC_API std::string read_record(const std::string& path, const std::string& name);
