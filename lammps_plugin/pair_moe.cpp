@@ -364,6 +364,15 @@ void PairMoE::load_model() {
     impl->evaluator = std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node),
                                                            impl->dtype, impl->precision);
     impl->description = Description(impl->evaluator->metadata());
+    std::vector<std::string> used;
+    for (const std::string& label : impl->type_labels) {
+      if (label != "NULL") used.push_back(label);
+    }
+    try {
+      impl->evaluator->check_reference(used);
+    } catch (const moecalc::Error& exception) {
+      message = path + ": " + exception.what();
+    }
   } catch (const std::exception& exception) {
     message = exception.what();
     if (message.empty()) message = path + ": cannot be loaded";

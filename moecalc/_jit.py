@@ -33,7 +33,21 @@ def jit_save(module: torch.jit.ScriptModule, path: Path, records: Mapping[str, s
 
 
 def jit_load(path: str | Path) -> torch.jit.ScriptModule:
-    """Load a scripted module on the CPU."""
+    """Load the module of a package on the CPU, after a check that its code can do nothing but compute.
+
+    torch runs code of a file while it loads it, so nothing in moecalc calls `torch.jit.load` but this.
+
+    Raises:
+        PackageError: the file is damaged, or holds what packages do not.
+    """
+    from moecalc._lib import load
+    from moecalc.errors import PackageError
+
+    native = load()
+    try:
+        native.check_package(str(path))
+    except native.Error as error:
+        raise PackageError(str(error)) from None
     with _quiet():
         return torch.jit.load(str(path), map_location="cpu")
 

@@ -37,8 +37,6 @@ STRESSES: Final = "stresses"
 MAX_NEIGHBORS: Final = "max_neighbors"
 MAX_ANGLE_NEIGHBORS: Final = "max_angle_neighbors"
 
-REFERENCE_RECORD: Final = "extra/reference.json"
-"""Record of a package that holds the reference frames."""
 
 DTYPES: Final = ("float32", "float64")
 """Precisions in which a package can be evaluated."""

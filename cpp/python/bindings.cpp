@@ -207,6 +207,16 @@ PYBIND11_MODULE(_C, module) {
              py::call_guard<py::gil_scoped_release>(),
              "Raise Error unless `path` is an intact package file of a known format.");
   module.def(
+      "check_package", [](const std::string& path) { moecalc::check_package(moecalc::PackageFile(path)); },
+      py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+      "Raise Error unless `path` is an intact package that torch may load: its code can do nothing but "
+      "compute.");
+  module.def(
+      "words_of_code",
+      [](const std::string& path) { return moecalc::words_of_code(moecalc::PackageFile(path)); },
+      py::arg("path"), "Words of a package's code that check_package looks at, sorted.");
+  module.def("allowed_words", &moecalc::allowed_words, "Words that check_package lets through, sorted.");
+  module.def(
       "read_record",
       [](const std::string& path, const std::string& name) {
         return py::bytes(moecalc::read_record(path, name));
@@ -251,6 +261,10 @@ PYBIND11_MODULE(_C, module) {
       .def("estimate_bytes", &moecalc::Evaluator::estimate_bytes, py::arg("n_node"), py::arg("n_edge"),
            py::arg("n_angle"),
            "Bytes that the CUDA kernels would need for a system of this size; 0 where others run.")
+      .def("check_reference", &moecalc::Evaluator::check_reference,
+           py::arg("elements") = std::vector<std::string>{}, py::call_guard<py::gil_scoped_release>(),
+           "Raise Error unless stored reference frames that hold these elements (default: all) come out as "
+           "stored.")
       .def("set_list", &set_list, py::arg("types"), py::arg("edge_index"), py::arg("edge_shift"),
            py::arg("system_index"), py::arg("n_systems") = 1,
            "The list of the evaluate_positions calls to come; edge_shift (n_edge, 3) counts cells, None: no "

@@ -1,7 +1,5 @@
 #include "moecalc/archive.h"
 
-#include <caffe2/serialize/inline_container.h>
-#include <caffe2/serialize/read_adapter_interface.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -14,7 +12,8 @@
 #include <memory>
 #include <vector>
 
-#include "package_reader.h"
+#include "moecalc/text.h"
+#include "records.h"
 
 namespace moecalc {
 
@@ -125,19 +124,19 @@ std::string damaged(uint32_t actual, uint32_t expected) {
 
 // --- the file ------------------------------------------------------------------------------------
 
-PackageFile::PackageFile(const std::string& path) : path_(path) {
+PackageFile::PackageFile(const std::string& path) : path_(printable(path, 4096)) {
   struct stat status{};
   if (::stat(path.c_str(), &status) != 0) {
-    throw Error(path + ": " + (errno == ENOENT || errno == ENOTDIR ? "no such file" : std::strerror(errno)));
+    throw Error(path_ + ": " + (errno == ENOENT || errno == ENOTDIR ? "no such file" : std::strerror(errno)));
   }
-  if (!S_ISREG(status.st_mode)) throw Error(path + ": " + foreign + path + "`");
+  if (!S_ISREG(status.st_mode)) throw Error(path_ + ": " + foreign + path_ + "`");
   file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file_ < 0) throw Error(path + ": cannot be opened: " + std::strerror(errno));
+  if (file_ < 0) throw Error(path_ + ": cannot be opened: " + std::strerror(errno));
   try {
     if (::fstat(file_, &status) != 0) throw Error(path + ": cannot be read: " + std::strerror(errno));
     size_ = static_cast<uint64_t>(status.st_size);
     changed_ns_ = int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
-    check_checksum();
+    read_records(check_checksum());
     check_format();
   } catch (...) {
     ::close(file_);
@@ -174,7 +173,17 @@ std::string PackageFile::read(uint64_t position, size_t n) const {
   return bytes;
 }
 
-void PackageFile::check_checksum() const {
+void PackageFile::read_records(uint64_t eocd) {
+  const auto copy = [this](uint64_t position, void* to, size_t n) { read(position, to, n); };
+  try {
+    records_ = read_directory(copy, size_, eocd);
+  } catch (const Error& error) {
+    throw Error(path_ + ": " + error.what());
+  }
+}
+
+/// Returns the place of the end record.
+uint64_t PackageFile::check_checksum() const {
   constexpr uint64_t longest_tail = max_comment + eocd_size + zip64_size;
   const uint64_t base = size_ - std::min(size_, longest_tail);
   const std::string tail = read(base, static_cast<size_t>(size_ - base));
@@ -213,14 +222,17 @@ void PackageFile::check_checksum() const {
       !eocd_fields_agree(tail, base, eocd)) {
     throw Error(path_ + ": " + damaged(actual, expected));
   }
+  return covered;
 }
 
 void PackageFile::check_format() const {
   const std::string text = record("extra/format_version");
-  int format = 0;
-  if (std::sscanf(text.c_str(), "%d", &format) != 1 || format < 1) {
-    throw Error(path_ + ": expected a positive integer in `extra/format_version`, got '" + text +
-                "': package the checkpoint again");
+  int format = 0, used = 0;
+  // a line end is forgiven
+  if (text.size() > 6 || std::sscanf(text.c_str(), "%d %n", &format, &used) != 1 || format < 1 ||
+      used != static_cast<int>(text.size())) {
+    throw Error(path_ + ": expected a positive integer in `extra/format_version`, got '" +
+                printable(text, 40) + "': package the checkpoint again");
   }
   if (format > package_format_version) {
     throw Error(path_ + ": package format " + std::to_string(format) + " is newer than this moecalc (" +
@@ -230,17 +242,11 @@ void PackageFile::check_format() const {
 }
 
 std::string PackageFile::record(const std::string& name) const {
-  try {
-    caffe2::serialize::PyTorchStreamReader reader(std::make_shared<PackageReader>(*this));
-    if (reader.hasRecord(name)) {
-      const auto [data, size] = reader.getRecord(name);
-      return {static_cast<const char*>(data.get()), size};
-    }
-  } catch (const c10::Error& error) {
-    std::string message = error.what_without_backtrace();
-    throw Error(path_ + ": cannot be read: " + message.substr(0, message.find('\n')));
+  const auto found = records_.find(name);
+  if (found == records_.end()) {
+    throw Error(path_ + ": not a moecalc package: it has no record `" + name + "`");
   }
-  throw Error(path_ + ": not a moecalc package: it has no record `" + name + "`");
+  return read(found->second.position, static_cast<size_t>(found->second.size));
 }
 
 void check_archive(const std::string& path) { const PackageFile checked(path); }

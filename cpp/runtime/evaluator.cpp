@@ -10,6 +10,7 @@
 #include <torch/version.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cmath>
@@ -22,8 +23,10 @@
 #include "device.h"
 #include "fused.h"
 #include "graph.h"
+#include "package_check.h"
 #include "package_reader.h"
 #include "readout.h"
+#include "reference_check.h"
 #include "threads.h"
 
 namespace moecalc {
@@ -146,6 +149,13 @@ void for_expert_matrices(const std::vector<Module>& layers, const F& f) {
       }
     }
   }
+}
+
+/// The same by name, in a module that is not known to be whole.
+bool is_expert_matrix(const std::string& name) {
+  const std::string ending = ".matrix";
+  return name.rfind("layers.", 0) == 0 && name.size() > ending.size() &&
+         name.compare(name.size() - ending.size(), ending.size(), ending) == 0;
 }
 
 std::vector<at::Tensor> tensors_of(const IValue& value) {
@@ -310,6 +320,7 @@ class Evaluator::Impl {
   GraphRules rules;
   std::string dtype_name, device_name, metadata, precision_name;
   std::shared_ptr<const PackageFile> file;
+  void check_reference(const std::vector<std::string>& wanted);
   std::vector<Module> layers;
   std::string backend = "torchscript", backend_reason;
 
@@ -375,6 +386,7 @@ class Evaluator::Impl {
   bool list_is_up_ = false;           // list_ is what on_device_ holds
   at::Tensor element_features_;       // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
+  std::string reference_ = "[]";  // text of reference.json
 };
 
 Evaluator::Impl::Impl(const std::string& path, const std::string& device, const std::string& dtype,
@@ -398,22 +410,17 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   file = std::make_shared<const PackageFile>(path);
   metadata = file->record("extra/metadata.json");
+  if (file->records().count("extra/reference.json") != 0) reference_ = file->record("extra/reference.json");
   auto [model, deferred] = load_module(file);
-  for (const char* name : {"elements", "cutoff", "angle_cutoff", "routing_level", "pair_mask", "dtype_probe",
-                           "geometry", "embedding", "layers", "readout"}) {
-    if (!model.hasattr(name)) {
-      throw Error(path + ": expected a model with `" + name +
-                  "`, got one without: package the checkpoint again");
-    }
+  // The matrices of the experts stay in the file, all else is needed in any case.
+  std::set<const void*> matrices;
+  for (const auto& [name, parameter] : model.named_parameters()) {
+    if (is_expert_matrix(name) && parameter.is_contiguous()) matrices.insert(parameter.storage().data());
   }
-  if (model.hasattr("conditions")) {
-    const Module conditions = model.attr("conditions").toModule();
-    if (conditions.attr("takes_charge_spin").toBool() || conditions.attr("n_fparam").toInt() > 0) {
-      throw Error(path +
-                  ": expected a model without charge, spin or frame parameters, got one that takes them: fix "
-                  "them with `moecalc package --charge Q --spin M --fparam ...`");
-    }
-  }
+  for_tensors(model, [&](at::Tensor& tensor) {
+    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
+  });
+  check_model(model, deferred, metadata, path);
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
 
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
@@ -421,17 +428,8 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   rules.cutoff = model.attr("cutoff").toDouble();
   rules.angle_cutoff = model.attr("angle_cutoff").toDouble();
   const std::string level = model.attr("routing_level").toStringRef();
-  if (level != "element" && level != "configuration") {
-    throw Error(path + ": expected routing level 'element' or 'configuration', got '" + level +
-                "': upgrade with `pip install -U moecalc`");
-  }
   rules.group_by_system = level == "configuration";
   const at::Tensor mask = model.attr("pair_mask").toTensor().to(at::kCPU, at::kByte).contiguous();
-  if (mask.numel() != rules.n_types * rules.n_types) {
-    throw Error(path + ": expected a pair mask of " + std::to_string(rules.n_types) + " x " +
-                std::to_string(rules.n_types) + ", got " + std::to_string(mask.numel()) +
-                " entries: package the checkpoint again");
-  }
   rules.pair_mask.assign(mask.const_data_ptr<uint8_t>(), mask.const_data_ptr<uint8_t>() + mask.numel());
 
   geometry_ = model.attr("geometry").toModule();
@@ -439,14 +437,6 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   readout_ = model.attr("readout").toModule();
   for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
 
-  // The matrices of the experts stay in the file, all else is needed in any case.
-  std::set<const void*> matrices;
-  for_expert_matrices(layers, [&](const at::Tensor& matrix) {
-    if (matrix.is_contiguous()) matrices.insert(matrix.storage().data());
-  });
-  for_tensors(model, [&](at::Tensor& tensor) {
-    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
-  });
   dtype_ = model.attr("dtype_probe").toTensor().scalar_type();
   if (!dtype.empty()) dtype_ = parse_dtype(dtype);
   const auto place = [&, converted = !dtype.empty()] {
@@ -870,6 +860,30 @@ Evaluator& Evaluator::operator=(Evaluator&&) noexcept = default;
 
 Evaluation Evaluator::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
   return impl_->evaluate(graph, request, exchange);
+}
+
+/// Precision of the reference frames' check: keys.REFERENCE_TOLERANCE of Python, and what reduced products
+/// add.
+static double reference_tolerance(at::ScalarType dtype, ProductPrecision precision) {
+  if (dtype == at::kDouble) return 1e-8;
+  return precision == ProductPrecision::tf32 ? 2e-3 : 2e-5;
+}
+
+void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
+  std::vector<bool> types(elements.size(), wanted.empty());
+  for (size_t t = 0; t < elements.size(); ++t) {
+    if (std::find(wanted.begin(), wanted.end(), elements[t]) != wanted.end()) types[t] = true;
+  }
+  const std::vector<ReferenceFrame> frames = read_reference(reference_, elements);
+  std::vector<const ReferenceFrame*> chosen;
+  for (const size_t k : covering_frames(frames, types)) chosen.push_back(&frames[k]);
+  const AtomicGraph graph = reference_graph(chosen, rules.cutoff);
+  compare_with_reference(chosen, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
+                         "on " + device_name + " in " + dtype_name);
+}
+
+void Evaluator::check_reference(const std::vector<std::string>& elements) {
+  impl_->check_reference(elements);
 }
 
 void Evaluator::set_list(const NeighborList& list) { impl_->set_list(list); }

@@ -53,6 +53,34 @@ uint64_t DeferredTensors::position(const at::Tensor& tensor) const {
          static_cast<uint64_t>(tensor.storage_offset()) * tensor.element_size();
 }
 
+namespace {
+
+/// Infinities and NaN have all bits of the exponent set.
+template <class Bits>
+bool all_finite(const Bits* bits, size_t n, Bits exponent) {
+  Bits found = 0;
+  for (size_t i = 0; i < n; ++i) found |= static_cast<Bits>((bits[i] & exponent) == exponent);
+  return found == 0;
+}
+
+}  // namespace
+
+bool DeferredTensors::is_finite(const at::Tensor& tensor) const {
+  const Place& place = places_.at(tensor.storage().data());
+  std::vector<uint64_t> chunk(32 << 10);  // in cache
+  for (size_t at = 0; at < place.size;) {
+    const size_t n = std::min(chunk.size() * sizeof(uint64_t), place.size - at);
+    file_->read(place.position + at, chunk.data(), n);
+    const bool finite =
+        tensor.scalar_type() == at::kDouble
+            ? all_finite<uint64_t>(chunk.data(), n / 8, 0x7FF0000000000000U)
+            : all_finite<uint32_t>(reinterpret_cast<const uint32_t*>(chunk.data()), n / 4, 0x7F800000U);
+    if (!finite) return false;
+    at += n;
+  }
+  return true;
+}
+
 void DeferredTensors::fill(const at::Tensor& tensor) {
   const auto found = places_.find(tensor.storage().data());
   if (found == places_.end()) return;
@@ -61,6 +89,7 @@ void DeferredTensors::fill(const at::Tensor& tensor) {
 }
 
 LoadedPackage load_module(std::shared_ptr<const PackageFile> file) {
+  check_package(*file);
   DeferredTensors deferred(file);
   const auto reader = std::make_shared<DeferringReader>(*file);
   torch::jit::Module model = torch::jit::load(reader, at::Device(at::kCPU));

@@ -3,12 +3,12 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
-#include <torch/csrc/jit/serialization/import.h>
 
 #include <utility>
 
 #include "fused.h"
 #include "graph.h"
+#include "package_check.h"
 #include "threads.h"
 
 namespace moecalc {
@@ -34,7 +34,11 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
   const TorchThreads one_thread(1);
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const at::NoGradGuard no_grad;
-  torch::jit::Module package = torch::jit::load(path);
+  const auto file = std::make_shared<const PackageFile>(path);
+  auto [package, deferred] = load_module(file);
+  for (const at::Tensor& tensor : package.parameters()) deferred.fill(tensor);
+  for (const at::Tensor& tensor : package.buffers()) deferred.fill(tensor);
+  check_model(package, deferred, file->record("extra/metadata.json"), path);
   GraphRules& rules = impl_->rules;
   rules.n_types = static_cast<int64_t>(package.attr("elements").toList().size());
   rules.cutoff = package.attr("cutoff").toDouble();

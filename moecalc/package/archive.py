@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from moecalc.errors import PackageError
+from moecalc.errors import PackageError, printable
 from moecalc.package.metadata import FORMAT_VERSION, Metadata, ReferenceFrame, VerificationReport
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _END = b"PK\x05\x06"
 _STAMP = re.compile(rb"^moecalc crc32=([0-9a-f]{8}) size=(\d+)$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
 def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[str, str]) -> None:
@@ -91,8 +92,13 @@ def check_archive(path: str | Path) -> None:
     found = zlib.crc32(body[:end])
     if found != crc:
         raise PackageError(f"{path}: damaged file (checksum {found:08x}, expected {crc:08x}): {again}")
+    _check_directory(path, body, end)
     version = read_record(path, "format_version").strip()
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", version):
+        raise PackageError(
+            f"{path}: expected a positive integer as format_version, got {version[:40]!r}: {again}"
+        )
+    if int(version) > FORMAT_VERSION:
         from moecalc import __version__
 
         raise PackageError(
@@ -101,25 +107,101 @@ def check_archive(path: str | Path) -> None:
         )
 
 
+def _check_directory(path: Path, body: bytes, end: int) -> None:
+    """Every reader of zip files must see the same records; the same rule as `read_directory` (cpp/runtime/records.cpp)."""
+
+    def refuse(what: str) -> PackageError:
+        return PackageError(
+            f"{path}: damaged or edited file ({what}): copy it again or package the checkpoint again"
+        )
+
+    zip64 = end >= 76 and body[end - 76 :].startswith(b"PK\6\6") and body[end - 20 :].startswith(b"PK\6\7")
+    disks, here, count, size, begin = struct.unpack("<IHHII", body[end + 4 : end + 20])
+    stop = end - 76 if zip64 else end
+    if zip64:
+        wide = struct.unpack("<QQQQ", body[stop + 24 : stop + 56])
+        limits = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+        if any(
+            low != min(high, top)
+            for low, high, top in zip((here, count, size, begin), wide, limits, strict=True)
+        ):
+            raise refuse("an end record that contradicts itself")
+        here, count, size, begin = wide
+    if disks or here != count or begin > stop or size != stop - begin:
+        raise refuse("a directory of another size than the end record says")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise refuse(f"a bad directory: {printable(str(error))}") from None
+    if len(entries) != count:
+        raise refuse("another number of records than the end record says")
+    seen: set[str] = set()
+    spans: list[tuple[int, int]] = []
+    for entry in entries:
+        name = entry.orig_filename
+        shown = f"record {printable(name)!r}"
+        if not _PLAIN_NAME.fullmatch(name) or len(name) > 200 or {"", ".", ".."} & set(name.split("/")):
+            raise refuse(f"{shown}, expected letters, digits and `_-.` between single slashes")
+        if name.lower() in seen:
+            raise refuse(f"{shown} is there twice")
+        seen.add(name.lower())
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise refuse(f"{shown} is compressed")
+        if entry.flag_bits & 1:
+            raise refuse(f"{shown} is encrypted")
+        header = body[entry.header_offset : entry.header_offset + 30]
+        if len(header) < 30 or not header.startswith(b"PK\3\4"):
+            raise refuse(f"{shown} has no header")
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        data = entry.header_offset + 30 + name_size + extra_size
+        written = body[entry.header_offset + 30 : entry.header_offset + 30 + name_size]
+        if written != name.encode() or header[8:10] != b"\0\0":
+            raise refuse(f"{shown} differs from its header")
+        spans.append((entry.header_offset, data + entry.file_size))
+    if len({name.partition("/")[0] for name in seen}) != 1 or any("/" not in name for name in seen):
+        raise refuse("records in more than one folder")
+    spans.sort()
+    for (_, last), (first, _) in zip(spans, [*spans[1:], (begin, 0)], strict=True):
+        if last > first:
+            raise refuse("records that overlap")
+
+
 def read_record(path: str | Path, name: str) -> str:
-    """Text of an extra record; does not check integrity.
+    """Text of an extra record; checks no more of the file than what it needs.
 
     Raises:
-        PackageError: no such record.
+        PackageError: no such record, or one that is compressed or no text.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.read(f"model/extra/{name}").decode()
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
+            entry = archive.getinfo(f"model/extra/{name}")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise zipfile.BadZipFile("it is compressed")
+            return archive.read(entry).decode()
+    except (KeyError, zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise PackageError(
             f"{path}: no record {name!r} in this package ({error}): package the checkpoint again"
         ) from None
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    known = dict(pairs)
+    if len(known) != len(pairs):
+        raise ValueError("a key is there twice")
+    return known
+
+
 def _read_json(path: str | Path, name: str) -> object:
     try:
-        return json.loads(read_record(path, name))
-    except json.JSONDecodeError as error:
+        return json.loads(
+            read_record(path, name), parse_constant=_refuse_constant, object_pairs_hook=_distinct_keys
+        )
+    except (ValueError, RecursionError) as error:
         raise PackageError(
             f"{path}: record {name!r} is not JSON ({error}): package the checkpoint again"
         ) from None
@@ -136,20 +218,43 @@ def read_metadata(path: str | Path) -> Metadata:
         return Metadata.model_validate(_read_json(path, "metadata.json"))
     except ValidationError as error:
         raise PackageError(
-            f"{path}: metadata do not fit their schema ({error.errors()[0]['loc']}): package again"
+            f"{path}: metadata do not fit their schema ({_first(error)}): package again"
         ) from None
 
 
+def _first(error: ValidationError) -> str:
+    """Place and reason of the first of several errors."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(printable(str(part), 40) for part in first["loc"])
+    return f"{place}: {printable(first['msg'], 120)}" if place else printable(first["msg"], 120)
+
+
 def read_reference(path: str | Path) -> list[ReferenceFrame]:
-    """Reference frames of a package."""
+    """Reference frames of a package, at least one.
+
+    Raises:
+        PackageError: not a list of whole frames of finite numbers.
+    """
     frames = _read_json(path, "reference.json")
     if not isinstance(frames, list):
         raise PackageError(
             f"{path}: reference.json holds {type(frames).__name__}, expected a list: package again"
         )
-    return [ReferenceFrame.model_validate(frame) for frame in frames]
+    if not frames:
+        raise PackageError(f"{path}: expected reference frames, got none: package again")
+    try:
+        return [ReferenceFrame.model_validate(frame) for frame in frames]
+    except ValidationError as error:
+        raise PackageError(
+            f"{path}: a reference frame is not whole ({_first(error)}): package again"
+        ) from None
 
 
 def read_verification(path: str | Path) -> VerificationReport:
     """The verification that was stored when the package was made."""
-    return VerificationReport.model_validate(_read_json(path, "verification.json"))
+    try:
+        return VerificationReport.model_validate(_read_json(path, "verification.json"))
+    except ValidationError as error:
+        raise PackageError(
+            f"{path}: the stored verification is not whole ({_first(error)}): package again"
+        ) from None

@@ -15,7 +15,7 @@ from ase import Atoms
 
 from moecalc._jit import jit_script
 from moecalc.conditions import Conditions, ModelConditions, fix
-from moecalc.errors import PackageError
+from moecalc.errors import PackageError, printable
 from moecalc.nn import MoEPotential
 from moecalc.package.archive import check_archive, write_archive
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
@@ -30,6 +30,8 @@ from moecalc.package.metadata import (
     Source,
     VerificationReport,
     format_version,
+    has_control,
+    worst,
 )
 from moecalc.package.reference import (
     reference_cases,
@@ -90,6 +92,11 @@ def package_checkpoint(
         raise PackageError(f"{out}: expected a file name that ends in .moe.pt")
     if dtype not in (None, "float32", "float64"):
         raise PackageError(f"dtype {dtype!r}, expected float32 or float64")
+    for field, text in (("name", name or ""), ("note", note), ("license", license), ("citation", citation)):
+        if has_control(text) or (field == "name" and "\n" in text):
+            raise PackageError(
+                f"{field} {printable(text, 60)!r}, expected text without control characters: they would reach terminals and logs"
+            )
     if not out.parent.is_dir():
         raise PackageError(f"{out.parent}: no such folder, expected an existing one for the package")
     say("reading the checkpoint")
@@ -177,7 +184,7 @@ def _compare_with_full(
         )
     ]
     if dtype == "float32":
-        rounding = max(frame_deviation(got, want) for got, want in zip(frames, wanted, strict=True))
+        rounding = worst(*(frame_deviation(got, want) for got, want in zip(frames, wanted, strict=True)))
         checks.append(
             Check(
                 name="rounding of the weights to float32",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moecalc.conditions import Conditions, ModelConditions
 
@@ -17,8 +19,42 @@ def format_version(conditions: ModelConditions | None) -> int:
     return 2 if conditions is not None and conditions.open else 1
 
 
+# besides tabs and ends of lines; a terminal or a log would act on them
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def worst(*deviations: float) -> float:
+    """The largest of some deviations, at least 0; NaN if one of them is NaN, which `max` would pass over."""
+    return math.nan if any(math.isnan(d) for d in deviations) else max(0.0, *deviations)
+
+
+def has_control(text: str) -> bool:
+    """Whether a text has control characters besides tabs and ends of lines."""
+    return _CONTROL.search(text) is not None
+
+
+def _check_texts(value: object) -> None:
+    if isinstance(value, str) and has_control(value):
+        raise ValueError(f"expected text without control characters, got {value[:40]!r}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_texts(key)
+            _check_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_texts(item)
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    """Numbers are finite, and texts have no control characters."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_texts(cls, value: object) -> object:
+        _check_texts(value)
+        return value
 
 
 class Source(_Record):
@@ -127,9 +163,25 @@ class ReferenceFrame(_Record):
         """What the model was given beside the structure."""
         return Conditions(self.charge, self.spin, None if self.fparam is None else tuple(self.fparam))
 
+    @model_validator(mode="after")
+    def _whole(self) -> ReferenceFrame:
+        n = len(self.symbols)
+        if n == 0:
+            raise ValueError("expected at least one atom, got none")
+        for name, rows in (("positions", n), ("forces", n), ("cell", 3), ("virial", 3)):
+            value: list[list[float]] = getattr(self, name)
+            if len(value) != rows or any(len(row) != 3 for row in value):
+                raise ValueError(f"expected {name} of shape ({rows}, 3), got {len(value)} rows")
+        if len(self.energies) != n or len(self.pbc) != 3:
+            raise ValueError(f"expected {n} energies and 3 pbc, got {len(self.energies)} and {len(self.pbc)}")
+        return self
+
 
 class Check(_Record):
     """One line of a verification: the largest deviation found, and what is allowed."""
+
+    # what was found may be NaN: it does not pass, and the report says so
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True, ser_json_inf_nan="strings")
 
     name: str
     value: float
@@ -140,7 +192,7 @@ class Check(_Record):
     @property
     def passed(self) -> bool:
         """Whether the deviation is allowed (NaN is not)."""
-        return self.value <= self.tolerance
+        return math.isfinite(self.value) and math.isfinite(self.tolerance) and self.value <= self.tolerance
 
 
 class VerificationReport(_Record):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moecalc.conditions import Conditions, ModelConditions
+from moecalc.errors import PackageError
 from moecalc.nn.model import ModelOutput, evaluate
 from moecalc.package.metadata import ReferenceFrame
 from moecalc.testing import brute_force_edges
@@ -170,10 +171,20 @@ def reference_structures(elements: list[str], cutoffs: tuple[float, ...]) -> lis
 def reference_frame(
     model: nn.Module, label: str, atoms: Atoms, conditions: Conditions | None = None
 ) -> ReferenceFrame:
-    """Evaluate a structure and record it."""
+    """Evaluate a structure and record it.
+
+    Raises:
+        PackageError: the model's answer is not finite.
+    """
     symbols = atoms.get_chemical_symbols()
     given = conditions or Conditions()
     out = evaluate_structure(model, symbols, atoms.positions, atoms.cell.array, tuple(atoms.pbc), given)
+    for name, value in (("energies", out.energies), ("forces", out.forces), ("virial", out.virial)):
+        if not bool(torch.isfinite(value).all()):
+            raise PackageError(
+                f"reference frame {label!r}: expected finite {name} of the model, got NaN or infinity: "
+                "check the weights of the checkpoint"
+            )
     return ReferenceFrame(
         label=label,
         charge=given.charge,

@@ -20,7 +20,7 @@ from moecalc.errors import PackageError
 from moecalc.nn.model import ModelOutput
 from moecalc.package.archive import read_metadata, read_reference
 from moecalc.package.importers import set_precision
-from moecalc.package.metadata import Check, ReferenceFrame, VerificationReport
+from moecalc.package.metadata import Check, ReferenceFrame, VerificationReport, worst
 from moecalc.package.reference import condition_tensors, evaluate_structure, graph_tensors
 
 Floats = NDArray[np.float64]
@@ -46,14 +46,14 @@ def _deviation(energy: float, forces: Floats, virial: Floats, frame: ReferenceFr
     """Largest deviation from a frame, relative to the scale of each quantity."""
     n = max(len(frame.symbols), 1)
     # per-element shifts are exact in every path: what can deviate is the rest, of the order of eV per atom
-    worst = abs(energy - frame.energy) / n
+    found = [abs(energy - frame.energy) / n]
     for got, want in (
         (forces, np.array(frame.forces).reshape(-1, 3)),
         (virial / n, np.array(frame.virial) / n),
     ):
         scale = max(1.0, float(np.abs(want).max(initial=0.0)))
-        worst = max(worst, float(np.abs(got - want).max(initial=0.0)) / scale)
-    return worst if np.isfinite(worst) else float("nan")
+        found.append(float(np.abs(got - want).max(initial=0.0)) / scale)
+    return worst(*found)
 
 
 def _of(out: ModelOutput) -> tuple[float, Floats, Floats]:
@@ -67,11 +67,11 @@ def frame_deviation(got: ReferenceFrame, want: ReferenceFrame) -> float:
 
 def compare_frames(model: nn.Module, frames: list[ReferenceFrame]) -> float:
     """Largest relative deviation of a (scripted) model from the frames."""
-    return max(_deviation(*_of(_of_frame(model, f)), f) for f in frames)
+    return worst(*(_deviation(*_of(_of_frame(model, f)), f) for f in frames))
 
 
 def _evaluator_deviation(evaluator: Any, frames: list[ReferenceFrame]) -> float:
-    worst = 0.0
+    found = []
     for f in frames:
         symbols, positions, cell, pbc = _arrays(f)
         types, edge_index, edge_vec = graph_tensors(
@@ -81,8 +81,8 @@ def _evaluator_deviation(evaluator: Any, frames: list[ReferenceFrame]) -> float:
         out = evaluator.evaluate(
             types.numpy(), edge_index.numpy(), edge_vec.numpy(), np.zeros(len(symbols), dtype=np.int64), 1
         )
-        worst = max(worst, _deviation(float(out["energy"][0]), out["forces"], out["virial"][0], f))
-    return worst
+        found.append(_deviation(float(out["energy"][0]), out["forces"], out["virial"][0], f))
+    return worst(*found)
 
 
 def _give_conditions(evaluator: Any, conditions: Conditions) -> None:
@@ -122,7 +122,7 @@ def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float,
         direction /= np.linalg.norm(direction)
         slope = _fourth_order(lambda h, d=direction: energy(positions + h * d, cell))  # type: ignore[misc]
         exact = -float((out.forces.numpy() * direction).sum())
-        force_error = max(force_error, abs(slope - exact) / max(1.0, abs(exact)))
+        force_error = worst(force_error, abs(slope - exact) / max(1.0, abs(exact)))
     if all(pbc):
         for a in range(3):
             for b in range(a, 3):
@@ -133,7 +133,7 @@ def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float,
                 )
                 w = out.virial[0].numpy()
                 exact = -float((w * strain).sum())
-                virial_error = max(virial_error, abs(slope - exact) / max(1.0, abs(exact)))
+                virial_error = worst(virial_error, abs(slope - exact) / max(1.0, abs(exact)))
     return force_error, virial_error
 
 
@@ -147,17 +147,17 @@ def _symmetries(model: nn.Module, frame: ReferenceFrame) -> dict[str, float]:
     q = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
     e, f, w = _of(evaluate_structure(model, symbols, positions @ q.T, cell @ q.T, pbc, given))
     w_scale = max(1.0, float(np.abs(w0).max()))
-    rotation = max(
+    rotation = worst(
         abs(e - e0) / len(symbols),
         float(np.abs(f - f0 @ q.T).max()) / scale,
         float(np.abs(w - q @ w0 @ q.T).max()) / w_scale,
     )
     moved = positions + np.array([3.3, -7.1, 0.4])
     e, f, _ = _of(evaluate_structure(model, symbols, moved, cell, pbc, given))
-    translation = max(abs(e - e0) / len(symbols), float(np.abs(f - f0).max()) / scale)
+    translation = worst(abs(e - e0) / len(symbols), float(np.abs(f - f0).max()) / scale)
     p = np.random.default_rng(3).permutation(len(symbols))
     e, f, _ = _of(evaluate_structure(model, [symbols[k] for k in p], positions[p], cell, pbc, given))
-    permutation = max(abs(e - e0) / len(symbols), float(np.abs(f - f0[p]).max()) / scale)
+    permutation = worst(abs(e - e0) / len(symbols), float(np.abs(f - f0[p]).max()) / scale)
     return {"rotation": rotation, "translation": translation, "permutation": permutation}
 
 
@@ -227,16 +227,20 @@ def verify_package(
                 add(f"{name} ({frame.label})", value, exact)
 
         say("isolated atoms")
-        worst = 0.0
+        isolated = []
         for element in metadata.elements:
             alone = np.zeros((1, 3)), np.zeros((3, 3)), (False,) * 3
             out = evaluate_structure(scripted, [element], *alone, frames[0].conditions)
-            worst = max(
-                worst,
+            isolated += [
                 float(out.forces.abs().max()),
                 0.0 if bool(torch.isfinite(out.energy)) else float("nan"),
-            )
-        add("isolated atoms: zero force, finite energy", worst, 0.0, f"{len(metadata.elements)} elements")
+            ]
+        add(
+            "isolated atoms: zero force, finite energy",
+            worst(*isolated),
+            0.0,
+            f"{len(metadata.elements)} elements",
+        )
     return VerificationReport(
         checks=checks,
         torch=torch.__version__,

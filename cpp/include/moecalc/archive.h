@@ -3,8 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "moecalc/version.h"
 
@@ -24,6 +27,13 @@ class MOECALC_API OutOfMemoryError : public Error {
   ~OutOfMemoryError() override;
 };
 
+/// Where the bytes of a record are in the file.
+struct Record {
+  uint64_t position = 0, size = 0;
+};
+/// By name, without the archive's top folder.
+using Records = std::map<std::string, Record, std::less<>>;
+
 /// A package file, checked as a whole and kept open.
 ///
 /// The check comes before anything is parsed, so that a truncated, damaged, foreign or too new file is
@@ -37,6 +47,7 @@ class MOECALC_API PackageFile {
   PackageFile(const PackageFile&) = delete;
   PackageFile& operator=(const PackageFile&) = delete;
 
+  /// For messages: without control characters.
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
 
@@ -46,20 +57,32 @@ class MOECALC_API PackageFile {
 
   /// Content of a record, for example "extra/metadata.json". Throws Error if there is none of that name.
   std::string record(const std::string& name) const;
+  const Records& records() const { return records_; }
 
  private:
   std::string read(uint64_t position, size_t n) const;
-  void check_checksum() const;
+  uint64_t check_checksum() const;
+  void read_records(uint64_t eocd);
   void check_format() const;
 
   std::string path_;
   int file_ = -1;
   uint64_t size_ = 0;
   int64_t changed_ns_ = 0;  // time of the last change
+  Records records_;
 };
 
 /// Throws Error if `path` is missing, truncated, damaged, not a moecalc package, or of a newer format.
 MOECALC_API void check_archive(const std::string& path);
+
+/// Throws Error, which begins with the file's path, if the package holds anything that moecalc does not write
+/// into one: other records, TorchScript that could do more than compute, pickles of other things than numbers
+/// and tensors. To be called before torch sees the file, because torch runs code of a file while it loads it.
+MOECALC_API void check_package(const PackageFile& file);
+
+/// The words of a package's code that `check_package` looks at, sorted: to compare with the allowed ones.
+MOECALC_API std::vector<std::string> words_of_code(const PackageFile& file);
+MOECALC_API std::vector<std::string> allowed_words();
 
 /// Content of one record of a checked package file.
 MOECALC_API std::string read_record(const std::string& path, const std::string& name);

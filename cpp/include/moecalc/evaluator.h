@@ -106,6 +106,11 @@ class MOECALC_API Evaluator {
   Evaluation evaluate(const AtomicGraph& graph, const Request& request = {},
                       GhostExchange* exchange = nullptr);
 
+  /// Evaluates stored reference frames, the fewest that hold all of `elements` (none given: of the package),
+  /// and throws Error unless energies, forces and virial are the stored ones: a package whose weights, cutoff
+  /// or elements were changed, or a device, driver or library that computes something else.
+  void check_reference(const std::vector<std::string>& elements = {});
+
   /// The list of the evaluations to come. Throws Error if it is invalid.
   void set_list(const NeighborList& list);
   /// Evaluates the list for positions (n_position, 3) float64 on the CPU, pinned or not, and cells
