@@ -73,6 +73,17 @@ bool contains(const std::vector<std::string>& words, const std::string& word) {
   return std::find(words.begin(), words.end(), word) != words.end();
 }
 
+bool is_ascii(const std::string& text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+}
+
+/// The text with ? for what is not ASCII: LAMMPS leaves broken UTF-8 of names in an input.
+std::string printable(std::string text) {
+  std::replace_if(
+      text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) >= 0x80; }, '?');
+  return text;
+}
+
 /// Folder of libmoecalc.so, which is that of the Python package.
 std::string package_folder() {
   Dl_info info;
@@ -416,6 +427,12 @@ void PairMoE::load_model() {
     if (!found.empty()) path = found;
   }
   try {
+    if (!is_ascii(impl->file) && !platform::file_is_readable(path)) {
+      throw moecalc::Error(
+          printable(impl->file) +
+          ": no such file, for LAMMPS alters characters of an input that are not ASCII: give "
+          "its folder as LAMMPS_POTENTIALS, start in its folder, or rename it");
+    }
     impl->n_threads = choose_threads(node);
     at::set_num_threads(impl->n_threads);
     keep_memory();

@@ -23,7 +23,7 @@ for name, script in json.load(open("cases.json")).items():
     except Exception as exception:
         error = str(exception)
     engine.close()
-    results[name] = {"error": error, "energy": energy, "log": open("case.log").read()}
+    results[name] = {"error": error, "energy": energy, "log": open("case.log", errors="replace").read()}
 json.dump(results, open("results.json", "w"))
 """
 
