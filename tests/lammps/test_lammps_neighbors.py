@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from ase import Atoms
 from lammps_cases import Case, run_cases
@@ -45,7 +44,9 @@ Special Bonds
 3 2 1
 """
 
-LOOSE = MOLECULE.split("Bonds")[0].replace("2 bonds\n", "")  # no bonds: a molecule for fix deposit
+LOOSE = MOLECULE.split("Bonds", maxsplit=1)[0].replace(
+    "2 bonds\n", ""
+)  # no bonds: a molecule for fix deposit
 
 # box: what create_box takes; atoms: how they come
 START = """
@@ -154,8 +155,8 @@ REFUSED = {
     "exclude_absent_type": (atomic("neigh_modify exclude type 2 1\n" + RUN), "got neigh_modify exclude type 2 1"),
     "exclude_group": (
         atomic("group g id 2 3\nneigh_modify exclude group g g\n" + RUN),
-        f"got neigh_modify exclude group g g: {NO_SUM}, so a pair that is left out changes the others as well: use "
-        "`neigh_modify exclude none`"),
+        (f"got neigh_modify exclude group g g: {NO_SUM}, so a pair that is left out changes the others as well: use "
+        "`neigh_modify exclude none`")),
     "exclude_two_groups": (
         atomic("group g id 2\ngroup h id 3\nneigh_modify exclude group g h\n" + RUN), "got neigh_modify exclude group g h"),
     "exclude_group_without_init": (
@@ -277,6 +278,9 @@ def test_lists_that_are_too_old_are_told_once_per_run(name, flights):
     expected = 1 if name in {"once", "rarely"} else 0
     assert len(case.warnings()) == expected
     if expected:
-        assert "at step 3 an atom is 0.326 A from where it was when the neighbor list was built" in case.warnings()[0]
+        assert (
+            "at step 3 an atom is 0.326 A from where it was when the neighbor list was built"
+            in case.warnings()[0]
+        )
         assert "more than half of the skin of 0.5 A" in case.warnings()[0]
         assert "`neigh_modify every 1 delay 0 check yes once no`" in case.warnings()[0]

@@ -21,7 +21,9 @@ run 0
 MOE = "moe dtype float64 device cpu"
 
 
-def setup(lines: str, elements: str = "Nb Mo", style: str = MOE, coeff: str = "pair_coeff * * default {}") -> str:
+def setup(
+    lines: str, elements: str = "Nb Mo", style: str = MOE, coeff: str = "pair_coeff * * default {}"
+) -> str:
     return SETUP.format(lines=lines, style=style, coeff=coeff.format(elements))
 
 
@@ -63,7 +65,10 @@ def results(tmp_path_factory) -> dict[str, Case]:
 def test_types_that_contradict_their_elements_are_told_once(name, results):
     case = results[name]
     assert case.error == ""
-    warnings = [line.removeprefix("WARNING: Pair style moe: ").rsplit(" (type_check", 1)[0] for line in case.warnings()]
+    warnings = [
+        line.removeprefix("WARNING: Pair style moe: ").rsplit(" (type_check", 1)[0]
+        for line in case.warnings()
+    ]
     assert warnings == CASES[name][1]
 
 
@@ -71,7 +76,9 @@ def test_types_that_contradict_their_elements_are_told_once(name, results):
 def test_heavy_hydrogen_is_hydrogen(element, packages, tmp_path):
     """Deuterium and tritium are; a mass of 2 is no oxygen."""
     package = packages("E1_moe_all")
-    script = setup("mass 1 2.014\nmass 2 3.016", f"{element} {element}", coeff=f"pair_coeff * * {package} {{}}")
+    script = setup(
+        "mass 1 2.014\nmass 2 3.016", f"{element} {element}", coeff=f"pair_coeff * * {package} {{}}"
+    )
     output = succeed(script, tmp_path).output
     assert output.count("but pair_coeff says") == (0 if element == "H" else 2)
 
@@ -86,12 +93,17 @@ def test_folders_that_are_not_ascii(ranks, metals, tmp_path):
     environment = {"LANG": "C", "LC_ALL": "C"}
     assert "model metals10 from model.moe.pt" in succeed(script, folder, ranks=ranks, env=environment).output
     environment["LAMMPS_POTENTIALS"] = str(folder)
-    assert "model metals10 from model.moe.pt" in succeed(script, tmp_path, ranks=ranks, env=environment).output
+    assert (
+        "model metals10 from model.moe.pt" in succeed(script, tmp_path, ranks=ranks, env=environment).output
+    )
 
 
 def test_name_that_lammps_alters(metals, tmp_path):
     (tmp_path / "modèle.moe.pt").write_bytes(metals.read_bytes())
     script = setup("mass * 50", coeff="pair_coeff * * modèle.moe.pt {}")
     (case,) = run_cases({"name": script}, tmp_path).values()
-    assert "mod?le.moe.pt: no such file, for LAMMPS alters characters of an input that are not ASCII" in case.error
+    assert (
+        "mod?le.moe.pt: no such file, for LAMMPS alters characters of an input that are not ASCII"
+        in case.error
+    )
     assert "give its folder as LAMMPS_POTENTIALS, start in its folder, or rename it" in case.error
