@@ -92,9 +92,8 @@ void NeighborRules::check_types(const NeighList* list, const std::vector<int>& e
       if (list->ijskip[i][j] == 0 || !both(element_of_type, i, j)) continue;
       error->all(
           FLERR,
-          "Pair style moe: expected all pairs of its atom types, got a pair_coeff that gives types {} {} "
-          "to another style: {}use NULL for a type that another style describes, or pair_style "
-          "hybrid/overlay",
+          "Pair style moe: expected all pairs of its atom types, got a pair_coeff that takes types {} {} "
+          "from it: {}use NULL for a type that another style describes, or pair_style hybrid/overlay",
           i, j, no_sum);
     }
   }

@@ -169,7 +169,11 @@ REFUSED = {
         "got neigh_modify exclude molecule/inter all"),
     "pair_of_another_style": (
         atomic(RUN, pair=f"hybrid {MOE} lj/cut 5.0", coeff="pair_coeff * * moe default W W\npair_coeff 1 2 lj/cut 0.1 2.0"),
-        "got a pair_coeff that gives types 1 2 to another style"),
+        "got a pair_coeff that takes types 1 2 from it"),
+    "pair_of_no_style": (
+        atomic(RUN, pair=f"hybrid {MOE} lj/cut 5.0", coeff="pair_coeff * * moe default W W\npair_coeff 2 2 lj/cut 0.1 2.0\npair_coeff 1 2 none"),
+        "got a pair_coeff that takes types 1 2 from it",
+    ),
     "type_of_another_style": (
         atomic(RUN, pair=f"hybrid {MOE} lj/cut 5.0",
                coeff="pair_coeff * * moe default W W\npair_coeff 1*2 2 lj/cut 0.1 2.0"),

@@ -196,6 +196,14 @@ def test_self_test():
     assert [name for name, *_ in checks][-1] == "two atoms in LAMMPS, 2 ranks"
 
 
+def test_self_test_of_a_package_in_any_folder(metals, tmp_path):
+    package = tmp_path / "größe Å" / "modèle 1.moe.pt"
+    package.parent.mkdir()
+    package.write_bytes(metals.read_bytes())
+    checks = self_test(package)
+    assert all(passed for _, passed, _ in checks), checks
+
+
 def test_self_test_names_what_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(_lammps_entry, "folder", lambda: tmp_path)
     (tmp_path / "moeplugin.so").write_text("no library")
