@@ -763,9 +763,9 @@ void PairMoE::build_list() {
   s.kind_of_atom.resize(n_all);
   for (int i = 0; i < n_all; ++i) s.kind_of_atom[i] = kind(i, hidden);
   start_nodes(hidden);
-  // While LAMMPS keeps its list, no atom moves by more than half of the skin, from whatever lies as far
-  // behind.
-  const double near = min_distance + 2.0 * neighbor->skin, near2 = near * near;
+  // While LAMMPS keeps its list, no atom is further than half of the skin from where it was at the start;
+  // twice that if our list comes later than LAMMPS' own.
+  const double near = min_distance + (neighbor->ago == 0 ? 1.1 : 2.1) * neighbor->skin, near2 = near * near;
   s.near_from.clear();
   s.near_to.clear();
   int64_t most = 0;
@@ -789,7 +789,7 @@ void PairMoE::build_list() {
       rows_from[n_edge] = i;
       rows_to[n_edge] = j;
       ++n_edge;
-      if (distance2(i, j) <= near2) {
+      if (atom->tag[i] <= atom->tag[j] && distance2(i, j) <= near2) {
         s.near_from.push_back(i);
         s.near_to.push_back(j);
       }
