@@ -18,7 +18,9 @@
 #include "domain.h"
 #include "error.h"
 #include "exceptions.h"
+#include "extremes.h"
 #include "force.h"
+#include "group.h"
 #include "json.h"
 #include "memory.h"
 #include "modify.h"
@@ -26,7 +28,9 @@
 #include "moecalc/threads.h"
 #include "neigh_list.h"
 #include "neighbor.h"
+#include "neighbor_rules.h"
 #include "node.h"
+#include "type_check.h"
 #include "update.h"
 #include "utils.h"
 
@@ -65,6 +69,17 @@ std::string joined(const std::vector<std::string>& words, const std::string& sep
 
 bool contains(const std::vector<std::string>& words, const std::string& word) {
   return std::find(words.begin(), words.end(), word) != words.end();
+}
+
+bool is_ascii(const std::string& text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+}
+
+/// The text with ? for what is not ASCII: LAMMPS leaves broken UTF-8 of names in an input.
+std::string printable(std::string text) {
+  std::replace_if(
+      text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) >= 0x80; }, '?');
+  return text;
 }
 
 /// Folder of libmoecalc.so, which is that of the Python package.
@@ -129,6 +144,16 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   int n_cores = 1;                   // of the node, that are this rank's
   int n_threads = 0;                 // in use, and in the log
   bool density_checked = false;
+  bool types_checked = false;  // since the model was loaded
+
+  // of the run
+  bool run_starts = true;       // nothing has been evaluated since init_style()
+  bool warned_of_pair = false;  // two atoms are closer than any training data
+  bool warned_of_list = false;  // atoms moved too far for LAMMPS' list
+  Displacements displacements;
+
+  // of the current step
+  Extremes extremes;  // of all ranks, from check_extremes() on
 
   // of the current step, where the evaluator takes graphs
   moecalc::AtomicGraph graph;
@@ -138,9 +163,10 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   // since LAMMPS built its list, where the evaluator keeps lists
   moecalc::NeighborList list;
   bool has_list = false;
-  double n_lists = 0;             // made so far
-  std::vector<int> kind_of_atom;  // what each atom was when the list was made: see PairMoE::kind
-  bigint neighbor_calls = -1;     // of Neighbor::build, when the list was made
+  double n_lists = 0;                   // made so far
+  std::vector<int> kind_of_atom;        // what each atom was when the list was made: see PairMoE::kind
+  bigint neighbor_calls = -1;           // of Neighbor::build, when the list was made
+  std::vector<int> near_from, near_to;  // pairs that can come closer than min_distance before the next list
 
   // of either
   std::vector<int> atom_of_row;  // node of the graph -> index of the atom in LAMMPS
@@ -196,12 +222,14 @@ class PairMoE::Impl : public moecalc::GhostExchange {
 
   double memory() const {
     const double listed = has_list ? static_cast<double>(4 * list.edge_index.size(1) * sizeof(int64_t)) : 0.0;
-    return listed + static_cast<double>(buffer_.capacity() + edge_vec.capacity() * sizeof(double) +
-                                        (centre.capacity() + neighbor.capacity() + types.capacity()) *
-                                            sizeof(int64_t) +
-                                        (atom_of_row.capacity() + row_of_atom.capacity() +
-                                         canonical.capacity() + kind_of_atom.capacity()) *
-                                            sizeof(int));
+    return listed +
+           static_cast<double>(buffer_.capacity() + edge_vec.capacity() * sizeof(double) +
+                               (centre.capacity() + neighbor.capacity() + types.capacity()) *
+                                   sizeof(int64_t) +
+                               (atom_of_row.capacity() + row_of_atom.capacity() + canonical.capacity() +
+                                kind_of_atom.capacity() + near_from.capacity() + near_to.capacity()) *
+                                   sizeof(int)) +
+           displacements.memory();
   }
 
  private:
@@ -351,6 +379,7 @@ void PairMoE::load_model() {
   const Node node(world);
   impl->evaluator.reset();
   impl->density_checked = false;
+  impl->types_checked = false;
   std::string path = impl->file, message;
   if (path == "default") {
     path = package_folder() + "/models/metals10.moe.pt";
@@ -359,6 +388,12 @@ void PairMoE::load_model() {
     if (!found.empty()) path = found;
   }
   try {
+    if (!is_ascii(impl->file) && !platform::file_is_readable(path)) {
+      throw moecalc::Error(
+          printable(impl->file) +
+          ": no such file, for LAMMPS alters characters of an input that are not ASCII: give "
+          "its folder as LAMMPS_POTENTIALS, start in its folder, or rename it");
+    }
     impl->n_cores = node.n_cores;
     impl->has_list = false;
     impl->evaluator = std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node),
@@ -462,15 +497,16 @@ void PairMoE::log_model() {
 void PairMoE::init_style() {
   if (force->newton_pair == 0) error->all(FLERR, "Pair style moe: expected newton on, got newton pair off");
   if (atom->tag_enable == 0) error->all(FLERR, "Pair style moe: expected atom IDs, got atom_modify id no");
-  if (neighbor->includegroup != 0) {
-    error->all(FLERR, "Pair style moe: expected all atoms in the neighbor list, got neigh_modify include");
-  }
   check_units();
-  check_special_bonds();
   if (impl->evaluator == nullptr) load_model();  // from a restart file, or after another pair_style command
   update_threads();
   impl->density_checked = false;
   impl->has_list = false;
+  impl->run_starts = true;
+  impl->warned_of_pair = impl->warned_of_list = false;
+  impl->displacements.reset();
+  if (!impl->types_checked) TypeCheck(lmp).warn(impl->type_labels);
+  impl->types_checked = true;
 
   // A hybrid style read the size of our exchange before the model was known.
   if (force->pair != nullptr && force->pair != this) {
@@ -484,27 +520,6 @@ void PairMoE::init_style() {
     atom->map_set();
   }
   neighbor->add_request(this, NeighConst::REQ_FULL);
-}
-
-/// With a weight of exactly 0, LAMMPS leaves bonded neighbours out of the list.
-void PairMoE::check_special_bonds() {
-  if (atom->molecular == Atom::ATOMIC || atom->nspecial == nullptr) return;
-  std::array<int, 3> excluded{};
-  for (int i = 0; i < atom->nlocal; ++i) {
-    const int* n = atom->nspecial[i];  // cumulative: 1-2, 1-3, 1-4
-    const std::array<int, 3> count = {n[0], n[1] - n[0], n[2] - n[1]};
-    for (int k = 0; k < 3; ++k) {
-      const bool left_out = force->special_lj[k + 1] == 0.0 && force->special_coul[k + 1] == 0.0;
-      if (count[k] > 0 && left_out) excluded[k] = 1;
-    }
-  }
-  MPI_Allreduce(MPI_IN_PLACE, excluded.data(), 3, MPI_INT, MPI_MAX, world);
-  if (excluded[0] + excluded[1] + excluded[2] > 0) {
-    error->all(
-        FLERR,
-        "Pair style moe: expected bonded atoms in the neighbor list, got special_bonds with weight 0: use "
-        "`special_bonds lj/coul 1.0 1.0 1.0`");
-  }
 }
 
 double PairMoE::init_one(int /*i*/, int /*j*/) { return impl->evaluator->cutoff(); }
@@ -551,8 +566,10 @@ void PairMoE::read_restart_settings(FILE* fp) {
 int PairMoE::hidden_groups() const {
   int hidden = 0;
   for (int m = 0; m < neighbor->nex_group; ++m) {
-    if (neighbor->ex2_bit[m] == 1) hidden |= neighbor->ex1_bit[m];
-    if (neighbor->ex1_bit[m] == 1) hidden |= neighbor->ex2_bit[m];
+    // not ex1_bit and ex2_bit, which are made at the next init
+    const int first = group->bitmask[neighbor->ex1_group[m]], second = group->bitmask[neighbor->ex2_group[m]];
+    if (second == 1) hidden |= first;
+    if (first == 1) hidden |= second;
   }
   return hidden;
 }
@@ -594,6 +611,12 @@ int PairMoE::node_of(int j, int kind) {
   return impl->row_of_atom[k];
 }
 
+double PairMoE::distance2(int i, int j) const {
+  const double *a = atom->x[i], *b = atom->x[j];
+  const double d[3] = {b[0] - a[0], b[1] - a[1], b[2] - a[2]};
+  return d[0] * d[0] + d[1] * d[1] + d[2] * d[2];
+}
+
 void PairMoE::check_positions() {
   double** const x = atom->x;
   for (int i = 0; i < atom->nlocal; ++i) {
@@ -604,12 +627,64 @@ void PairMoE::check_positions() {
   }
 }
 
-void PairMoE::fail_at_overlap(int i, int j) {
-  const double* x = atom->x[i];
-  error->one(FLERR,
-             "Pair style moe: expected distinct positions, got atoms {} and {} both at {:.8g} {:.8g} {:.8g}: "
-             "remove the duplicate, for example with delete_atoms overlap",
-             atom->tag[i], atom->tag[j], x[0], x[1], x[2]);
+std::string PairMoE::overlap(const Extremes& pair) {
+  return fmt::format(
+      "Pair style moe: expected distinct positions, got {} both at {:.8g} {:.8g} {:.8g}: remove the "
+      "duplicate, "
+      "for example with delete_atoms overlap",
+      pair.pair(), pair.x[0], pair.x[1], pair.x[2]);
+}
+
+/// Keeps the pair if it is the closest so far.
+void PairMoE::note_pair(int i, int j, double distance2) {
+  Extremes& closest = impl->extremes;
+  const auto first = static_cast<double>(atom->tag[i]);
+  if (distance2 > closest.distance2 || (distance2 == closest.distance2 && first >= closest.first)) return;
+  closest.distance2 = distance2;
+  closest.first = first;
+  closest.second = static_cast<double>(atom->tag[j]);
+  std::copy_n(atom->x[i], 3, closest.x);
+}
+
+/// What all ranks know before they evaluate. Where a run starts, atoms that are too close are an error; later
+/// they may be meant (a collision, a trial of fix gcmc), and one warning per run does.
+void PairMoE::check_extremes(int hidden) {
+  Impl& s = *impl;
+  s.extremes.moved2 = s.displacements.largest2(atom->x, atom->nlocal, neighbor->ncalls,
+                                               [&](int i) { return kind(i, hidden) != not_mapped; });
+  if (comm->nprocs > 1) s.extremes.reduce(world);
+  const Extremes& all = s.extremes;
+  const bool too_close = all.distance2 < min_distance * min_distance;
+  if (too_close && s.run_starts) {
+    if (all.distance2 == 0.0) error->all(FLERR, overlap(all));
+    error->all(FLERR,
+               "Pair style moe: {} are {:.3f} A apart, expected at least {:g} A where a run starts: move or "
+               "remove one of them (for example with delete_atoms overlap), and check the box and the units",
+               all.pair(), all.distance(), min_distance);
+  }
+  s.run_starts = false;
+  if (too_close && !s.warned_of_pair) {
+    s.warned_of_pair = true;
+    if (comm->me == 0) {
+      error->warning(
+          FLERR,
+          "Pair style moe: {} are {:.3f} A apart at step {}: below {:g} A there is no training data "
+          "and the energies mean nothing, unless a short-range guard such as zbl is added (said "
+          "once per run)",
+          all.pair(), all.distance(), update->ntimestep, min_distance);
+    }
+  }
+  if (!s.warned_of_list && 4.0 * all.moved2 > neighbor->skin * neighbor->skin * (1.0 + 1e-9)) {
+    s.warned_of_list = true;
+    if (comm->me == 0) {
+      error->warning(
+          FLERR,
+          "Pair style moe: at step {} an atom is {:.3g} A from where it was when the neighbor list "
+          "was built, more than half of the skin of {:g} A: neighbors may be missing. Use "
+          "`neigh_modify every 1 delay 0 check yes once no` or a larger skin (said once per run)",
+          update->ntimestep, std::sqrt(all.moved2), neighbor->skin);
+    }
+  }
 }
 
 /// From LAMMPS' neighbour list to the graph of this step. Only atoms within the cutoff become nodes.
@@ -635,7 +710,7 @@ void PairMoE::build_graph() {
       if (distance2 > reach2) continue;
       const int element = kind(j, hidden);
       if (element == not_mapped) continue;
-      if (distance2 == 0.0) fail_at_overlap(i, j);
+      note_pair(i, j, distance2);
       s.neighbor.push_back(node_of(j, element));
       s.centre.push_back(row);
       s.edge_vec.insert(s.edge_vec.end(), d, d + 3);
@@ -678,6 +753,11 @@ void PairMoE::build_list() {
   s.kind_of_atom.resize(n_all);
   for (int i = 0; i < n_all; ++i) s.kind_of_atom[i] = kind(i, hidden);
   start_nodes(hidden);
+  // While LAMMPS keeps its list, no atom is further than half of the skin from where it was at the start;
+  // twice that if our list comes later than LAMMPS' own.
+  const double near = min_distance + (neighbor->ago == 0 ? 1.1 : 2.1) * neighbor->skin, near2 = near * near;
+  s.near_from.clear();
+  s.near_to.clear();
   int64_t most = 0;
   for (int ii = 0; ii < list->inum; ++ii) most += list->numneigh[list->ilist[ii]];
   at::Tensor index = at::empty({2, most}, at::kLong), from = at::empty({most}, at::kLong),
@@ -699,6 +779,10 @@ void PairMoE::build_list() {
       rows_from[n_edge] = i;
       rows_to[n_edge] = j;
       ++n_edge;
+      if (atom->tag[i] <= atom->tag[j] && distance2(i, j) <= near2) {
+        s.near_from.push_back(i);
+        s.near_to.push_back(j);
+      }
     }
   }
   s.list.types = at::from_blob(s.types.data(), {static_cast<int64_t>(s.types.size())}, at::kLong).clone();
@@ -718,12 +802,20 @@ moecalc::Evaluation PairMoE::evaluate(const moecalc::Request& request) {
   const moecalc::TorchThreads one_thread(1);
   // All ranks take part in every exchange, also those without atoms; one rank alone has none to make.
   moecalc::GhostExchange* exchange = comm->nprocs > 1 ? impl.get() : nullptr;
+  const int hidden = hidden_groups();
+  NeighborRules(lmp).check(list, s.element_of_type, hidden);
   check_positions();
+  s.extremes = Extremes();
   if (!s.evaluator->keeps_lists()) {
     build_graph();
+    check_extremes(hidden);
     return s.evaluator->evaluate(s.graph, request, exchange);
   }
   if (!list_is_current()) build_list();
+  for (size_t k = 0; k < s.near_from.size(); ++k) {
+    note_pair(s.near_from[k], s.near_to[k], distance2(s.near_from[k], s.near_to[k]));
+  }
+  check_extremes(hidden);
   const int n_all = atom->nlocal + atom->nghost;
   const at::Tensor positions =
       n_all == 0 ? at::empty({0, 3}, at::kDouble) : at::from_blob(atom->x[0], {n_all, 3}, at::kDouble);
@@ -821,41 +913,26 @@ void PairMoE::fail(const std::string& message, bool out_of_memory, bool not_fini
   if (!not_finite) error->one(FLERR, "Pair style moe (rank " + std::to_string(comm->me) + "): " + message);
 
   // What the user can look at is the atom in the most extreme environment, which is where the closest
-  // neighbour is.
+  // neighbour is, of whichever rank.
   const Impl& s = *impl;
-  const bool listed = s.evaluator->keeps_lists();
-  const int64_t n_edge = !listed      ? static_cast<int64_t>(s.centre.size())
-                         : s.has_list ? s.list.edge_from.size(0)
-                                      : 0;
-  double shortest = std::numeric_limits<double>::infinity();
-  int i = not_mapped, j = not_mapped;
-  for (int64_t edge = 0; edge < n_edge; ++edge) {
-    std::array<double, 3> d{};
-    int from = 0, to = 0;
-    if (listed) {
-      from = static_cast<int>(s.list.edge_from.const_data_ptr<int64_t>()[edge]);
-      to = static_cast<int>(s.list.edge_to.const_data_ptr<int64_t>()[edge]);
-      for (int k = 0; k < 3; ++k) d[k] = atom->x[to][k] - atom->x[from][k];
-    } else {
-      from = s.atom_of_row[s.centre[edge]];
-      to = s.atom_of_row[s.neighbor[edge]];
-      std::copy_n(s.edge_vec.data() + 3 * edge, 3, d.data());
+  if (s.evaluator->keeps_lists()) {  // where only the nearest pairs have been looked at
+    const int64_t n_edge = s.has_list ? s.list.edge_from.size(0) : 0;
+    for (int64_t edge = 0; edge < n_edge; ++edge) {
+      const auto i = static_cast<int>(s.list.edge_from.const_data_ptr<int64_t>()[edge]);
+      const auto j = static_cast<int>(s.list.edge_to.const_data_ptr<int64_t>()[edge]);
+      note_pair(i, j, distance2(i, j));
     }
-    const double length = std::sqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2]);
-    if (length >= shortest) continue;
-    shortest = length;
-    i = from;
-    j = to;
   }
-  if (i == not_mapped)
+  const Extremes& closest = s.extremes;
+  if (!std::isfinite(closest.distance2))
     error->one(FLERR, "Pair style moe (rank " + std::to_string(comm->me) + "): " + message);
-  if (shortest == 0.0) fail_at_overlap(i, j);
+  if (closest.distance2 == 0.0) error->one(FLERR, overlap(closest));
   error->one(FLERR,
              "Pair style moe: energies or forces are not finite on rank {}: the closest atoms are {} at "
              "{:.6g} {:.6g} {:.6g} "
              "and {}, {:.4g} A apart ({})",
-             comm->me, atom->tag[i], atom->x[i][0], atom->x[i][1], atom->x[i][2], atom->tag[j], shortest,
-             message);
+             comm->me, static_cast<tagint>(closest.first), closest.x[0], closest.x[1], closest.x[2],
+             static_cast<tagint>(closest.second), closest.distance(), message);
 }
 
 // --- communication: a row of the exchange buffer per atom ----------------------------------------

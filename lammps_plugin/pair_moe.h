@@ -16,6 +16,8 @@ struct Request;
 
 namespace LAMMPS_NS {
 
+struct Extremes;
+
 class PairMoE : public Pair {
  public:
   explicit PairMoE(class LAMMPS* lmp);
@@ -46,7 +48,6 @@ class PairMoE : public Pair {
 
   void allocate();
   void check_units();
-  void check_special_bonds();
   void load_model();
   int choose_threads() const;
   void update_threads();
@@ -61,7 +62,10 @@ class PairMoE : public Pair {
   bool list_is_current() const;
   void build_list();
   moecalc::Evaluation evaluate(const moecalc::Request& request);
-  [[noreturn]] void fail_at_overlap(int i, int j);
+  double distance2(int i, int j) const;
+  void note_pair(int i, int j, double distance2);
+  void check_extremes(int hidden);
+  static std::string overlap(const Extremes& pair);
   void warn_about_density(int max_neighbors, int max_angle_neighbors);
   [[noreturn]] void fail(const std::string& message, bool out_of_memory, bool not_finite);
 };

@@ -47,7 +47,7 @@ def lammps(name: str = "", cmdargs: Sequence[str] | None = None, ptr: Any = None
 
     instance = make_lammps(name=name, cmdargs=None if cmdargs is None else list(cmdargs), ptr=ptr, comm=comm)
     if not instance.has_style("pair", "moe"):
-        instance.command(f"plugin load {_lammps_entry.folder() / _lammps_entry.PLUGIN}")
+        instance.command(f'plugin load "{_lammps_entry.folder() / _lammps_entry.PLUGIN}"')
     if not instance.has_style("pair", "moe"):
         instance.close()
         raise MoecalcError("LAMMPS did not accept the plugin with pair_style moe: `moecalc doctor` tells why")
@@ -189,7 +189,9 @@ def _energy_in_lammps(package: Path, element: str, ranks: int) -> float | str:
     """Energy of the same atoms in LAMMPS, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "in.two_atoms"
-        script.write_text(_TWO_ATOMS.format(package=package, element=element))
+        # LAMMPS alters names that are not ASCII, and splits those with spaces
+        (Path(folder) / "model.moe.pt").symlink_to(package.resolve())
+        script.write_text(_TWO_ATOMS.format(package="model.moe.pt", element=element))
         command = [sys.executable, "-c", _LMP, "-in", str(script), "-log", "none"]
         if ranks > 1:
             command = [str(mpirun()), "-np", str(ranks), *command]
@@ -219,6 +221,7 @@ def _run(command: list[str], folder: str | None = None) -> tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             timeout=_TIME_LIMIT,
             check=False,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,3 +83,21 @@ def test_driver(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-2]) < 1e-9
+
+
+def test_python_of_the_manual_page(tmp_path):
+    """All blocks of docs/pair_moe.md, one after the other; ASE's LAMMPSlib gives what the calculator gives."""
+    page = (EXAMPLES.parents[1] / "docs" / "pair_moe.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert any("LAMMPSlib" in block for block in blocks)
+    check = """
+from moecalc import MoECalculator
+atoms.calc = MoECalculator(dtype="float64", device="cpu")
+assert abs(energy - atoms.get_potential_energy()) < 1e-8
+assert abs(forces - atoms.get_forces()).max() < 1e-8
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*blocks, check])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
