@@ -184,13 +184,62 @@ def test_expert_parallel_partial_file_of_the_pack_branch_is_refused(write):
         write(data)
 
 
-def test_unknown_options_become_remarks(tmp_path):
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.warp_drive", 9),
+        ("descriptor.add_case_embd", True),
+        ("descriptor.repflow.add_edge_readout", True),
+        ("descriptor.repflow.use_gated_mlp", True),
+        ("descriptor.repflow.gated_mlp_norm", "rms"),
+        ("descriptor.repflow.update_use_layernorm", True),
+        ("fitting_net.use_tebd", [0.0]),
+    ],
+)
+def test_unknown_options_that_are_not_off_are_refused(write, path, value):
     data = raw()
-    params_of(data)["descriptor"]["repflow"]["warp_drive"] = 9
+    *sections, option = path.removeprefix("model.").split(".")
+    target = params_of(data)
+    for section in sections:
+        target = target[section]
+    target[option] = value
+    with pytest.raises(CheckpointError, match=rf"changed\.pt: option {path} = .* is not known to moecalc"):
+        write(data)
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", "none", [], {}])
+def test_unknown_options_that_are_off_change_nothing(write, value):
+    data = raw()
+    params_of(data)["descriptor"]["repflow"]["warp_drive"] = value
+    write(data)
+
+
+@pytest.mark.parametrize("option", ["seed", "trainable", "use_loc_mapping"])
+def test_options_of_training_alone_may_have_any_value(write, option):
+    data = raw()
+    params_of(data)["descriptor"][option] = "anything"
+    write(data)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("use_env_envelope", "use_exp_switch"), ("edge_use_dist", "edge_init_use_dist")]
+)
+def test_old_option_names_are_translated(tmp_path, old, new):
+    data = raw()
+    repflow = params_of(data)["descriptor"]["repflow"]
+    repflow[old] = repflow.pop(new)
+    assert repflow[old] is True
     torch.save(data, tmp_path / "x.pt")
-    assert load_checkpoint(tmp_path / "x.pt").remarks == [
-        "unknown option repflow.warp_drive = 9 was not used"
-    ]
+    assert getattr(load_checkpoint(tmp_path / "x.pt").config.descriptor, new) is True
+
+
+def test_old_and_new_option_name_that_contradict_are_refused(write):
+    data = raw()
+    params_of(data)["descriptor"]["repflow"]["use_env_envelope"] = False
+    with pytest.raises(
+        CheckpointError, match=r"use_env_envelope = False .* contradicts .*use_exp_switch = True"
+    ):
+        write(data)
 
 
 def test_missing_tensor_is_named(write):
