@@ -14,6 +14,8 @@ from moecalc.nn.config import ModelConfig
 from moecalc.package.importers.options import shown
 
 _LARGEST = 10**7
+_MOST_REPEATED = 10**8
+"""An expanded tensor claims more elements than the file holds: up to this number, so that a small file stays small in memory."""
 
 
 def check_tensors(tensors: Mapping[str, Any], dtype_of: Callable[[str], tuple[torch.dtype, ...]]) -> None:
@@ -53,7 +55,12 @@ def check_kind(name: object, value: object) -> None:
     )  # fmt: skip
     if special:
         raise CheckpointError(f"tensor {name!r} is a {special} tensor, expected a plain one with values")
-    if _distinct(value).numel() * value.element_size() > max(value.untyped_storage().nbytes(), 1):
+    stored, distinct = value.untyped_storage().nbytes(), _distinct(value).numel() * value.element_size()
+    if value.numel() > _MOST_REPEATED and value.numel() * value.element_size() > stored:
+        raise CheckpointError(
+            f"tensor {name!r} of shape {tuple(value.shape)} repeats {stored:,} bytes, expected at most {_MOST_REPEATED:,} elements"
+        )
+    if distinct > max(stored, 1):
         raise CheckpointError(
             f"tensor {name!r} of shape {tuple(value.shape)} has overlapping elements, expected one value for each"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
 from moecalc.package.importers.checks import check_config, check_finite, check_kind, check_statistics
-from moecalc.package.importers.options import shown
+from moecalc.package.importers.options import same, shown
 
 State = dict[str, Tensor]
 
@@ -188,7 +188,7 @@ def check_supported(params: Mapping[str, Any]) -> None:
         CheckpointError: names the option, its value and what was expected.
     """
     for option, inert in _INERT.items():
-        if params.get(option, inert[0]) not in inert:
+        if not any(same(params.get(option, inert[0]), value) for value in inert):
             raise _reject(f"model.{option}", params[option], f"{inert[0]!r}")
     descriptor, fitting = params["descriptor"], params["fitting_net"]
     if descriptor.get("add_chg_spin_ebd"):

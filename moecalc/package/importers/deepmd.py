@@ -32,7 +32,7 @@ from moecalc.package.importers.common import (
     read_fitting,
     trained_elements,
 )
-from moecalc.package.importers.options import check_experts, clean_params, shown
+from moecalc.package.importers.options import check_experts, clean_params, same, shown
 
 _MOE_GROUPS = {
     "use_node_moe": ("node_self_mlp", "node_sym_linear", "node_edge_linear"),
@@ -79,7 +79,7 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     """
     params, branch, head, remarks = _choose(_model_params(state_dict), head)
     descriptor = params.get("descriptor") if isinstance(params, Mapping) else None
-    plugin = isinstance(descriptor, Mapping) and descriptor.get("type") == DESCRIPTOR
+    plugin = isinstance(descriptor, Mapping) and same(descriptor.get("type"), DESCRIPTOR)
     layout = DESCRIPTOR if plugin else detect_layout([str(name) for name in state_dict])
     params = clean_params(params)
     check_supported(params)

@@ -265,11 +265,18 @@ _OLD_NAMES = {
 _OTHER_NAMES = {"repflow_args": "repflow"}
 
 
+def same(a: object, b: object) -> bool:
+    """Whether two values are of one type and equal; never raises, as tensors do when they are compared."""
+    return type(a) is type(b) and not hasattr(a, "shape") and a == b
+
+
 def _is_neutral(value: object) -> bool:
     """Whether an unknown option says "off": none of these values switches anything on."""
     if isinstance(value, str):
         return value.strip().lower() in {"", "none"}
-    return value is None or value is False or value in (0, 0.0, [], (), {})
+    if isinstance(value, list | tuple | dict):
+        return not value
+    return value is None or (isinstance(value, bool | int | float) and value == 0)
 
 
 def _translate(section: dict[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -282,7 +289,7 @@ def _translate(section: dict[str, Any], names: Mapping[str, str], where: str) ->
     for old, new in names.items():
         if old not in section:
             continue
-        if new in section and section[new] != section[old]:
+        if new in section and not same(section[new], section[old]):
             raise CheckpointError(
                 f"option {where}.{old} = {shown(section[old])} contradicts {where}.{new} = {shown(section[new])}, "
                 "expected two names of one option to agree: take one out"
@@ -340,14 +347,14 @@ def clean_params(params: object, where: str = "model") -> dict[str, Any]:
         raise CheckpointError(f"{where} = {shown(params)}, expected a dictionary of options by name")
     # a model of another kind has other options: say the kind, not the first of them
     kind = params.get("type", "standard")
-    if kind != "standard":
+    if not isinstance(kind, str) or kind != "standard":
         raise CheckpointError(
             f"option model.type = {shown(kind)} is not supported, expected 'standard': moecalc runs DPA3"
         )
     model = _clean_section(params, MODEL, "model")
     check_type_map(model["type_map"])
     kind = model["descriptor"].get("type")
-    if kind not in {"dpa3", DESCRIPTOR}:
+    if not isinstance(kind, str) or kind not in {"dpa3", DESCRIPTOR}:
         raise CheckpointError(
             f"option descriptor.type = {shown(kind)} is not supported, expected 'dpa3' or {DESCRIPTOR!r}: moecalc runs DPA3"
         )
@@ -366,7 +373,7 @@ def clean_params(params: object, where: str = "model") -> dict[str, Any]:
         descriptor["moe"] = section | _clean_section(typed, PLUGIN_MOE, "descriptor.moe")
     fitting = _translate(model["fitting_net"], _OLD_NAMES["fitting_net"], "fitting_net")
     kind = fitting.get("type", "ener")
-    if kind != "ener":
+    if not isinstance(kind, str) or kind != "ener":
         raise CheckpointError(f"option fitting_net.type = {shown(kind)} is not supported, expected 'ener'")
     fitting = _clean_section(fitting, FITTING, "fitting_net")
     return model | {"descriptor": descriptor, "fitting_net": fitting}
