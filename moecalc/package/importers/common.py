@@ -199,7 +199,7 @@ def check_supported(params: Mapping[str, Any]) -> None:
     if fitting.get("use_aparam_as_mask"):
         raise _reject("fitting_net.use_aparam_as_mask", True, "false")
     atom_ener = fitting.get("atom_ener") or []
-    if not isinstance(atom_ener, list | tuple) or any(x is not None for x in atom_ener):
+    if any(x is not None for x in atom_ener):
         raise _reject("fitting_net.atom_ener", atom_ener, "an empty list")
 
 
@@ -238,7 +238,12 @@ def first_error(error: ValidationError) -> str:
     """One line for the first problem that pydantic found."""
     first = error.errors()[0]
     where = ".".join(str(x) for x in first["loc"])
-    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+    got = (
+        ""
+        if first["type"] in {"missing", "value_error", "extra_forbidden"}
+        else f", got {shown(first['input'])}"
+    )
+    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{got}"
 
 
 def read_common(t: Tensors, config: ModelConfig) -> State:

@@ -96,6 +96,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ints": (_list(_int), f"a list of whole numbers up to {_LARGEST:,}"),
     "floats": (_list(_float), "a list of finite numbers"),
     "pairs": (_list(_pair), "a list of pairs of type indices"),
+    "list": (_list(_anything), "a list"),
     "dict": (_mapping, "a dictionary"),
     "any": (_anything, "any value"),
 }
@@ -250,7 +251,7 @@ FITTING: dict[str, Option] = {
     "default_fparam": _nullable("floats"),
     "numb_aparam": Option("int"),
     "use_aparam_as_mask": Option("bool"),
-    "atom_ener": Option("any"),  # looked at by `check_supported`
+    "atom_ener": _nullable("list"),  # looked at by `check_supported`
     "trainable": TRAINING,
     "rcond": TRAINING,
     "seed": TRAINING,
