@@ -115,6 +115,13 @@ def _wrong_tensors(value: torch.Tensor, rng: np.random.Generator) -> tuple[str, 
     return name, choices[name]
 
 
+def fresh(data: Any) -> Any:
+    """A copy of a loaded checkpoint that shares the tensors, which `mutate` replaces and never changes."""
+    if isinstance(data, dict):
+        return {key: fresh(value) for key, value in data.items()}
+    return [fresh(value) for value in data] if isinstance(data, list) else data
+
+
 def mutate(data: dict[str, Any], head: str | None, rng: np.random.Generator) -> str:
     """Damage a loaded checkpoint in one place.
 

@@ -3,13 +3,12 @@
 Set MOECALC_MUTATIONS to the number of damages per layout (300 take a minute), MOECALC_SEED to another seed.
 """
 
-import copy
 import os
 
 import numpy as np
 import pytest
 import torch
-from mutations import LAYOUTS, mutate, outcome, reference_of, source_of
+from mutations import LAYOUTS, fresh, mutate, outcome, reference_of, source_of
 
 NUMBER = int(os.environ.get("MOECALC_MUTATIONS", "60"))
 SEED = int(os.environ.get("MOECALC_SEED", "20260"))
@@ -24,7 +23,7 @@ def test_damaged_checkpoints_are_refused_in_one_line_or_read(tmp_path, layout):
     counts = {"refused": 0, "harmless": 0, "changed": 0}
     for i in range(NUMBER):
         seed = SEED + i
-        damaged = copy.deepcopy(data)
+        damaged = fresh(data)
         what = mutate(damaged, head, np.random.default_rng(seed))
         torch.save(damaged, path)
         try:

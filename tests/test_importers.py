@@ -443,6 +443,7 @@ def test_two_names_of_a_fitting_layer_that_differ_are_refused(write):
         ("descriptor.repflow.e_rcut", float("nan"), "expected a finite number"),
         ("descriptor.repflow.use_exp_switch", 1, "expected true or false"),
         ("descriptor.activation_function", None, "expected a word"),
+        ("descriptor.activation_function", "silut:nan", "expected a finite threshold"),
         ("descriptor.exclude_types", [[0]], "expected a list of pairs"),
         ("fitting_net.neuron", 24, "expected a list of whole numbers"),
         ("fitting_net.neuron", [24, "24"], "expected a list of whole numbers"),

@@ -17,7 +17,7 @@ from moecalc.package.importers.deepmd import import_deepmd
 from moecalc.package.importers.frozen import read_frozen
 from moecalc.package.importers.native import KEY, import_native, save_checkpoint
 
-__all__ = ["ImportedModel", "build_model", "load_checkpoint", "save_checkpoint"]
+__all__ = ["ImportedModel", "build_model", "load_checkpoint", "read_data", "save_checkpoint"]
 
 
 def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:

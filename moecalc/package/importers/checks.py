@@ -140,6 +140,15 @@ def check_config(config: ModelConfig) -> None:
                 raise CheckpointError(
                     f"option {where} has type index {index}, expected 0 to {n - 1} for a type_map of {n} elements"
                 )
+    for where, name in (
+        ("descriptor", config.descriptor.activation_function),
+        ("fitting_net", config.fitting.activation_function),
+    ):
+        threshold = name.partition(":")[2]
+        if threshold and not math.isfinite(float(threshold)):
+            raise CheckpointError(
+                f"option {where}.activation_function = {shown(name)}, expected a finite threshold after the colon"
+            )
     for width in config.fitting.neuron:
         if width <= 0:
             raise CheckpointError(
