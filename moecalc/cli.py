@@ -92,9 +92,18 @@ def _options(
 
 @app.command()
 def package(
-    checkpoint: Annotated[Path, typer.Argument(help="Trained checkpoint (.pt); its layout is detected.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Trained checkpoint (.pt; its layout is detected), frozen model (.pth), "
+            "or a name of DeePMD-kit's registry: DPA-3.3-1M."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Package to write, *.moe.pt.")],
-    head: Annotated[str | None, typer.Option(help="Head of a multi-task checkpoint.")] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Head of a multi-task checkpoint. Default: the one with the alias Default."),
+    ] = None,
     elements: Annotated[
         str | None, typer.Option(help="Elements to keep, in this order: Nb,Mo,Ta,W. Default: all.")
     ] = None,

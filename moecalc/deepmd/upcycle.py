@@ -29,7 +29,7 @@ from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, MoEConfig, RouterConfig
 from moecalc.nn.descriptor import TypeEmbedding
 from moecalc.nn.moe import MoERouter
-from moecalc.package.importers import ImportedModel, load_checkpoint
+from moecalc.package.importers import ImportedModel, load_checkpoint, read_data
 from moecalc.package.importers.common import live_positions
 
 # how much the sum of routed weights may differ between elements before the start counts as inexact
@@ -148,7 +148,7 @@ def _read_input(path: str | Path) -> dict[str, Any]:
 
 def _single_task(path: str | Path, imported: ImportedModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors of the chosen head by their names below it, and its model_params."""
-    data = torch.load(path, map_location="cpu", weights_only=True)
+    data = read_data(Path(path))
     state = data.get("model", data)
     params = copy.deepcopy(state["_extra_state"]["model_params"])
     if imported.head is not None:

@@ -19,6 +19,7 @@ from moecalc.errors import PackageError, printable
 from moecalc.nn import MoEPotential
 from moecalc.package.archive import check_archive, write_archive
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
+from moecalc.package.importers.registry import resolve_checkpoint
 from moecalc.package.lower import count_parameters, lower
 from moecalc.package.metadata import (
     Check,
@@ -65,9 +66,10 @@ def package_checkpoint(
     Nothing is written unless every check of the verification passes.
 
     Args:
-        checkpoint: `.pt` file of any supported layout (detected from the file).
+        checkpoint: `.pt` file of any supported layout (detected from the file), frozen model (`.pth`), or a name of DeePMD-kit's
+            registry of pretrained models.
         out: package to write, `*.moe.pt`.
-        head: head of a multi-task checkpoint.
+        head: head of a multi-task checkpoint; None takes the one with the alias `Default`.
         elements: symbols to keep; None = all of the checkpoint.
         dtype: "float32" or "float64"; None = the checkpoint's.
         charge, spin: charge (e) and multiplicity 2S+1 to fold into the package, for models that take them; with one of them, the
@@ -87,7 +89,7 @@ def package_checkpoint(
         PackageError: wrong file name or dtype, or a failed verification (names the checks).
     """
     say = progress or (lambda _: None)
-    checkpoint, out = Path(checkpoint), Path(out)
+    out = Path(out)
     if not out.name.endswith(".moe.pt"):
         raise PackageError(f"{out}: expected a file name that ends in .moe.pt")
     if dtype not in (None, "float32", "float64"):
@@ -99,8 +101,13 @@ def package_checkpoint(
             )
     if not out.parent.is_dir():
         raise PackageError(f"{out.parent}: no such folder, expected an existing one for the package")
+    checkpoint, registered = resolve_checkpoint(checkpoint, say)
     say("reading the checkpoint")
     imported = load_checkpoint(checkpoint, head)
+    if registered:
+        imported.remarks.append(f"checkpoint {registered} of DeePMD-kit's registry")
+    for remark in imported.remarks:
+        say(remark)
     taken = imported.config.conditions()
     fixed, left = fix(taken, charge, spin, fparam)
     full = build_model(imported, torch.float64)

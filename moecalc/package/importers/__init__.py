@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,24 @@ import torch
 
 from moecalc.errors import CheckpointError
 from moecalc.nn import MoEPotential
+from moecalc.package.importers.checks import check_config, check_finite, check_shape
 from moecalc.package.importers.common import ImportedModel
+from moecalc.package.importers.container import check_container, is_torchscript, load_plain
 from moecalc.package.importers.deepmd import import_deepmd
+from moecalc.package.importers.frozen import read_frozen
 from moecalc.package.importers.native import KEY, import_native, save_checkpoint
 
-__all__ = ["ImportedModel", "build_model", "load_checkpoint", "save_checkpoint"]
+__all__ = ["ImportedModel", "build_model", "load_checkpoint", "read_data", "save_checkpoint"]
 
 
 def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     """Read a checkpoint of any supported layout.
 
-    Only tensors and plain containers are unpickled (`weights_only=True`): a checkpoint cannot run code.
+    Only tensors and plain containers are unpickled, so that a checkpoint cannot run code.
 
     Args:
-        path: the `.pt` file.
-        head: head of a multi-task checkpoint.
+        path: the `.pt` file of a training, or the `.pth` file of `dp --pt freeze`.
+        head: head of a multi-task checkpoint; None takes the one with the alias `Default`.
 
     Raises:
         CheckpointError: missing or unreadable file, unknown layout, unsupported option, missing or unknown head.
@@ -34,31 +35,39 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, expected a trained checkpoint (.pt)")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise CheckpointError(
-                    f"{path}: a TorchScript archive (a frozen model or a package), expected a trained checkpoint: "
-                    "use the .pt file of the training folder"
-                )
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({reason[:200]}): copy or train it again"
-        ) from None
-    try:
-        if not isinstance(data, Mapping):
-            raise CheckpointError(f"holds {type(data).__name__}, expected a dictionary as trainers write it")
-        if KEY in data:
-            return import_native(data, head)
-        state = data.get("model", data)
-        if not isinstance(state, Mapping):
-            raise CheckpointError("entry 'model' is not a state dict, expected what `dp --pt train` writes")
-        return import_deepmd(state, head)
+        imported = _import(read_data(path), head)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    imported.path = str(path)
+    return imported
+
+
+def read_data(path: Path) -> Mapping[str, Any]:
+    """The content of a checkpoint or of a frozen model, by entries as a trainer writes them.
+
+    Raises:
+        CheckpointError: unreadable, foreign, or with more than tensors and plain containers in it.
+    """
+    names = check_container(path)
+    if is_torchscript(names):
+        return read_frozen(path)
+    data = load_plain(path)
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"holds {type(data).__name__}, expected a dictionary as trainers write it")
+    return data
+
+
+def _import(data: Mapping[str, Any], head: str | None) -> ImportedModel:
+    if KEY in data:
+        return import_native(data, head)
+    state = data.get("model", data)
+    if not isinstance(state, Mapping):
+        raise CheckpointError("entry 'model' is not a state dict, expected what `dp --pt train` writes")
+    imported = import_deepmd(state, head)
+    if data.get("frozen"):
+        imported.remarks.append("read from a frozen model (.pth)")
+    return imported
 
 
 def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> MoEPotential:
@@ -71,32 +80,57 @@ def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> Mo
     Raises:
         CheckpointError: tensors that do not fit the configuration (names them).
     """
+    try:
+        return _build(imported, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{imported.path}: {error}" if imported.path else str(error)) from None
+
+
+def _build(imported: ImportedModel, dtype: torch.dtype | None) -> MoEPotential:
     config = imported.config
+    check_config(config)
+    _check_against(imported)
     model = MoEPotential(config)
     set_precision(model, config.descriptor.precision, config.fitting.precision)
     own = model.state_dict()
-    # derived from the configuration, not part of a checkpoint
-    derived = {"pair_mask", "dtype_probe", "readout.energy_weight"}
-    missing = sorted(set(own) - set(imported.state) - derived)
-    surplus = sorted(set(imported.state) - set(own))
-    if missing or surplus:
-        raise CheckpointError(
-            f"tensors do not fit the configuration: missing {missing[:3] or 'none'}, unexpected {surplus[:3] or 'none'}"
-        )
-    for key, value in imported.state.items():
-        if own[key].shape != value.shape:
-            raise CheckpointError(
-                f"tensor {key!r} has shape {tuple(value.shape)}, expected {tuple(own[key].shape)} by the configuration"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"tensor {key!r} has non-finite values: the training diverged, use an earlier checkpoint"
-            )
-    model.load_state_dict(imported.state, strict=False)
+    for key in _DERIVED & set(imported.state):
+        if key != "dtype_probe" and not torch.equal(own[key], imported.state[key].to(own[key])):
+            raise CheckpointError(f"tensor {key!r} contradicts the configuration that it is made from")
+    model.load_state_dict({k: v for k, v in imported.state.items() if k not in _DERIVED}, strict=False)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         set_precision(model, name, name)
     return model.eval()
+
+
+# made from the configuration, not part of a checkpoint
+_DERIVED = {"pair_mask", "dtype_probe", "readout.energy_weight"}
+
+
+def _check_against(imported: ImportedModel) -> None:
+    """Compare names and shapes of the tensors with the configuration, without the memory that it asks for.
+
+    Raises:
+        CheckpointError: names a tensor that is missing, has no place or another shape.
+    """
+    config, state = imported.config, imported.state
+    if max(config.descriptor.nlayers, len(config.fitting.neuron)) > len(state) + 100:
+        raise CheckpointError(
+            f"option nlayers = {config.descriptor.nlayers} or the {len(config.fitting.neuron)} entries of neuron, expected "
+            f"fewer for a checkpoint of {len(state)} tensors"
+        )
+    with torch.device("meta"):
+        own = MoEPotential(config).state_dict()
+    missing = sorted(set(own) - set(state) - _DERIVED)
+    surplus = sorted(set(state) - set(own))
+    if missing or surplus:
+        raise CheckpointError(
+            f"tensors do not fit the configuration: missing {missing[:3] or 'none'}, unexpected {surplus[:3] or 'none'}"
+        )
+    for key, value in state.items():
+        in_file = imported.keys.get(key, key)
+        check_shape(key, value, tuple(own[key].shape), in_file)
+        check_finite(key, value, in_file)
 
 
 def set_precision(model: Any, descriptor: str, fitting: str) -> None:

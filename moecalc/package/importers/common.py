@@ -10,9 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moecalc.deepmd.options import DESCRIPTOR
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
+from moecalc.package.importers.checks import check_config, check_finite, check_kind, check_statistics
+from moecalc.package.importers.options import same, shown
 
 State = dict[str, Tensor]
 
@@ -29,6 +30,8 @@ class ImportedModel:
         trained_elements: elements that training data covered, as far as the file tells.
         n_parameters: numbers of network parameters in the file's model (of this head), dead ones included.
         remarks: what the user should know (shown in the report and kept in the metadata).
+        keys: names in the file of the tensors in `state`, for messages.
+        path: the file, for messages.
     """
 
     config: ModelConfig
@@ -38,14 +41,21 @@ class ImportedModel:
     trained_elements: list[str] = field(default_factory=list)
     n_parameters: int = 0
     remarks: list[str] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+    path: str = ""
 
 
 class Tensors:
-    """Read access to the tensors of a state dict under a prefix, with errors that name the key."""
+    """Read access to the tensors of a state dict under a prefix, with errors that name the key.
+
+    It remembers what was read, so that nothing of a file is left out unnoticed.
+    """
 
     def __init__(self, tensors: Mapping[str, Any], prefix: str = "") -> None:
         self._tensors = tensors
         self._prefix = prefix
+        self._read: set[str] = set()
+        self._stored: dict[int, str] = {}  # names by the address of their values
 
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self._tensors
@@ -57,13 +67,65 @@ class Tensors:
                 f"checkpoint has no tensor {name!r}, expected by its configuration: retrain or re-save it"
             )
         value = self._tensors[name]
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"checkpoint entry {name!r} is {type(value).__name__}, expected a tensor")
+        check_kind(name, value)
+        self._read.add(name)
+        self._stored[_address(value)] = name
         return value.detach()
+
+    def shaped(self, key: str, *shape: int | None) -> Tensor:
+        """A tensor of a known shape; None stands for any size.
+
+        Raises:
+            CheckpointError: another shape.
+        """
+        value = self[key]
+        fits = value.dim() == len(shape) and all(
+            n in (None, m) for n, m in zip(shape, value.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise CheckpointError(
+                f"tensor {self._prefix + key!r} has shape {tuple(value.shape)}, expected ({wanted})"
+            )
+        return value
+
+    def stack(self, keys: list[str]) -> Tensor:
+        """Tensors of one shape along a new first axis.
+
+        Raises:
+            CheckpointError: a tensor whose shape differs from the first one's.
+        """
+        values = [self[keys[0]]]
+        values += [self.shaped(key, *values[0].shape) for key in keys[1:]]
+        return self.named(torch.stack(values), keys[0])
+
+    def named(self, value: Tensor, key: str) -> Tensor:
+        """Let messages about a tensor made from others call it by `key`."""
+        self._stored[_address(value)] = self._prefix + key
+        return value
+
+    def names_in_file(self, state: State) -> dict[str, str]:
+        """Names in the file of an imported state's tensors, where they are known."""
+        known = ((name, self._stored.get(_address(value))) for name, value in state.items())
+        return {name: key for name, key in known if key is not None}
+
+    def skip(self, key: str) -> None:
+        """Count a tensor as read."""
+        self._read.add(self._prefix + key)
+
+    def unread(self) -> list[str]:
+        """Names below the prefix that nobody asked for."""
+        return [name for name in self.names() if self._prefix + name not in self._read]
 
     def under(self, prefix: str) -> Tensors:
         """The tensors below a further prefix."""
-        return Tensors(self._tensors, self._prefix + prefix)
+        below = Tensors(self._tensors, self._prefix + prefix)
+        below._read, below._stored = self._read, self._stored
+        return below
+
+    def full(self, key: str) -> str:
+        """The name of a tensor in the file."""
+        return self._prefix + key
 
     def names(self) -> list[str]:
         """Names below the prefix."""
@@ -76,6 +138,10 @@ class Tensors:
         while any(key.startswith(f"{prefix}{n}.") for key in self.names()):
             n += 1
         return n
+
+
+def _address(value: Tensor) -> int:
+    return int(value.untyped_storage().data_ptr())
 
 
 PRECISIONS = {
@@ -96,35 +162,6 @@ def precision(value: object, where: str) -> Any:
     return PRECISIONS[str(value)]
 
 
-# options of the descriptor's `repflow` section that training alone needs
-_TRAINING_ONLY = {
-    "update_residual",
-    "update_residual_init",
-    "skip_stat",
-    "optim_update",
-    "fix_stat_std",
-    "smooth_edge_update",
-    "moe_ep_size",
-    "moe_gpu_level_a2a",
-}
-_KNOWN_MODEL_KEYS = {
-    "type_map",
-    "descriptor",
-    "fitting_net",
-    "type",
-    "info",
-    "pair_exclude_types",
-    "atom_exclude_types",
-    "preset_out_bias",
-    "model_branch_alias",
-    "data_stat_nbatch",
-    "data_stat_protect",
-    "data_bias_nsample",
-    "srtab_add_bias",
-    "finetune_head",
-    "type_embedding",
-    "hessian_mode",
-}
 # a value other than these would change the energy in a way moecalc does not implement
 _INERT: dict[str, tuple[object, ...]] = {
     "bridging_method": ("None", None, "none", ""),
@@ -137,60 +174,37 @@ _INERT: dict[str, tuple[object, ...]] = {
 
 def _reject(option: str, value: object, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"option {option} = {value!r} is not supported, expected {expected}: retrain without it or ask for it in an issue"
+        f"option {option} = {shown(value)} is not supported, expected {expected}: retrain without it or ask for it in an issue"
     )
 
 
-def check_supported(params: Mapping[str, Any]) -> list[str]:
-    """Refuse what moecalc cannot evaluate; list options that it does not know.
+def check_supported(params: Mapping[str, Any]) -> None:
+    """Refuse what moecalc cannot evaluate among the options that it knows.
 
     Args:
-        params: a `model_params` dictionary of one head.
-
-    Returns:
-        Remarks on unknown options.
+        params: a `model_params` dictionary of one head, as `clean_params` returns it.
 
     Raises:
         CheckpointError: names the option, its value and what was expected.
     """
-    remarks = []
-    kind = params.get("type", "standard")
-    if kind != "standard":
-        raise _reject("model.type", kind, "'standard'")
     for option, inert in _INERT.items():
-        if params.get(option, inert[0]) not in inert:
+        if not any(same(params.get(option, inert[0]), value) for value in inert):
             raise _reject(f"model.{option}", params[option], f"{inert[0]!r}")
     descriptor, fitting = params["descriptor"], params["fitting_net"]
-    if descriptor.get("type") not in {"dpa3", DESCRIPTOR}:
-        raise _reject("descriptor.type", descriptor.get("type"), f"'dpa3' or {DESCRIPTOR!r}")
-    if fitting.get("type", "ener") != "ener":
-        raise _reject("fitting_net.type", fitting.get("type"), "'ener'")
     if fitting.get("numb_aparam", 0):
         raise _reject("fitting_net.numb_aparam", fitting["numb_aparam"], "0")
     if fitting.get("use_aparam_as_mask"):
         raise _reject("fitting_net.use_aparam_as_mask", True, "false")
-    if any(x is not None for x in fitting.get("atom_ener") or []):
-        raise _reject("fitting_net.atom_ener", fitting["atom_ener"], "an empty list")
-    unknown = sorted(set(params) - _KNOWN_MODEL_KEYS - set(_INERT) - {"bridging_r_inner", "bridging_r_outer"})
-    remarks += [
-        f"unknown option model.{key} = {params[key]!r} was not used" for key in unknown if params[key]
-    ]
-    return remarks
+    atom_ener = fitting.get("atom_ener") or []
+    if any(x is not None for x in atom_ener):
+        raise _reject("fitting_net.atom_ener", atom_ener, "an empty list")
 
 
-def descriptor_config(descriptor: Mapping[str, Any], skip: set[str]) -> tuple[DescriptorConfig, list[str]]:
-    """Build the descriptor configuration; `skip` names repflow options that the caller handles.
-
-    Returns:
-        The configuration, and remarks on options that are not known.
-    """
+def descriptor_config(descriptor: Mapping[str, Any]) -> DescriptorConfig:
+    """Build the descriptor configuration."""
     repflow = descriptor.get("repflow") or {}
     known = set(DescriptorConfig.model_fields)
     values = {k: v for k, v in repflow.items() if k in known}
-    unknown = sorted(set(repflow) - known - _TRAINING_ONLY - skip)
-    remarks = [
-        f"unknown option repflow.{key} = {repflow[key]!r} was not used" for key in unknown if repflow[key]
-    ]
     for key in ("concat_output_tebd", "use_tebd_bias", "use_econf_tebd", "env_protection", "exclude_types"):
         if descriptor.get(key) is not None:
             values[key] = descriptor[key]
@@ -201,7 +215,7 @@ def descriptor_config(descriptor: Mapping[str, Any], skip: set[str]) -> tuple[De
     values["activation_function"] = descriptor.get("activation_function", "silu")
     values["precision"] = precision(descriptor.get("precision", "float64"), "descriptor")
     try:
-        return DescriptorConfig.model_validate(values), remarks
+        return DescriptorConfig.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(f"descriptor options: {first_error(error)}") from None
 
@@ -221,17 +235,18 @@ def fitting_config(fitting: Mapping[str, Any], atom_exclude_types: list[int]) ->
         )
     except ValidationError as error:
         raise CheckpointError(f"fitting_net options: {first_error(error)}") from None
-    except KeyError as error:
-        raise CheckpointError(
-            f"fitting_net option {error} is missing, expected in the checkpoint's model_params"
-        ) from None
 
 
 def first_error(error: ValidationError) -> str:
     """One line for the first problem that pydantic found."""
     first = error.errors()[0]
     where = ".".join(str(x) for x in first["loc"])
-    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+    got = (
+        ""
+        if first["type"] in {"missing", "value_error", "extra_forbidden"}
+        else f", got {shown(first['input'])}"
+    )
+    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{got}"
 
 
 def read_common(t: Tensors, config: ModelConfig) -> State:
@@ -239,8 +254,8 @@ def read_common(t: Tensors, config: ModelConfig) -> State:
     d = t.under("atomic_model.descriptor.")
     flow = d.under("repflows.")
     state: State = {
-        "geometry.mean": flow["mean"][:, 0, :].to(torch.float64),
-        "geometry.stddev": flow["stddev"][:, 0, :].to(torch.float64),
+        "geometry.mean": _statistics(flow, "mean", config),
+        "geometry.stddev": _statistics(flow, "stddev", config),
         "embedding.edge_matrix": flow["edge_embd.matrix"],
         "embedding.edge_bias": flow["edge_embd.bias"],
         "embedding.angle_matrix": flow["angle_embd.matrix"],
@@ -268,18 +283,33 @@ def read_common(t: Tensors, config: ModelConfig) -> State:
             if angle:
                 counts["a"] = 1
             for kind, n in counts.items():
-                state[f"{dst}{kind}_residual"] = torch.stack([src[f"{kind}_residual.{q}"] for q in range(n)])
+                state[f"{dst}{kind}_residual"] = src.stack([f"{kind}_residual.{q}" for q in range(n)])
     state.update(read_fitting(t, config))
     return state
+
+
+def _statistics(flow: Tensors, name: str, config: ModelConfig) -> Tensor:
+    """Mean or standard deviation of the environment (T, 4), which the file repeats for every neighbour."""
+    n_types, n_sel = len(config.type_map), config.descriptor.e_sel
+    value = flow.shaped(name, n_types, n_sel, 4)
+    check_finite(flow.full(name), value)
+    if not torch.equal(value, value[:, :1, :].expand_as(value)):
+        raise CheckpointError(
+            f"tensor {flow.full(name)!r} differs between neighbours of one element, expected the same values for all of axis 1"
+        )
+    if name == "stddev":
+        check_statistics(flow.full(name), value)
+    return flow.named(value[:, 0, :].to(torch.float64), name)
 
 
 def read_fitting(t: Tensors, config: ModelConfig) -> State:
     """The fitting net and the energy shifts of a DeePMD-kit state dict, which are the same for all descriptors."""
     state: State = {}
     f = t.under("atomic_model.fitting_net.")
-    shift = t["atomic_model.out_bias"][0, :, 0].to(torch.float64)
+    n_types = len(config.type_map)
+    shift = t.shaped("atomic_model.out_bias", 1, n_types, 1)[0, :, 0].to(torch.float64)
     if "bias_atom_e" in f:
-        shift = shift + f["bias_atom_e"][:, 0].to(torch.float64)
+        shift = shift + f.shaped("bias_atom_e", n_types, 1)[:, 0].to(torch.float64)
     state["readout.energy_shift"] = shift
     if config.fitting.dim_case_embd:
         # models with conditions read it with the frame parameters
@@ -287,10 +317,8 @@ def read_fitting(t: Tensors, config: ModelConfig) -> State:
         state[f"{owner}.case_embedding"] = f["case_embd"]
     if config.fitting.numb_fparam:
         for name in ("fparam_avg", "fparam_inv_std"):
-            state[f"conditions.{name}"] = f[name]
-    layers = f.under("filter_layers.networks.0.layers.")
-    if "0.matrix" not in layers:
-        layers = f.under("filter_layers._networks.0.layers.")
+            state[f"conditions.{name}"] = f.shaped(name, config.fitting.numb_fparam)
+    layers = _filter_layers(f)
     n_hidden = len(config.fitting.neuron)
     for k in range(n_hidden):
         for name in ("matrix", "bias", "idt"):
@@ -342,6 +370,24 @@ def is_fparam_charge_spin(params: Mapping[str, Any]) -> bool:
     )
 
 
+def _filter_layers(f: Tensors) -> Tensors:
+    """The fitting net's layers, which files hold under two names.
+
+    Raises:
+        CheckpointError: the two differ: which one counts would be a guess.
+    """
+    layers, again = (f.under(f"filter_layers.{name}.0.layers.") for name in ("networks", "_networks"))
+    if not layers.names():
+        return again
+    for name in again.names():
+        check_finite(again.full(name), again[name])
+        if name not in layers or not torch.equal(layers[name], again[name]):
+            raise CheckpointError(
+                f"tensor {again.full(name)!r} differs from {layers.full(name)!r}, expected two names of one tensor"
+            )
+    return layers
+
+
 def live_positions(config: DescriptorConfig, layer: int) -> list[str]:
     """Positions of a layer that can reach the energy."""
     edge, angle = config.layer_is_live(layer)
@@ -355,14 +401,14 @@ def live_positions(config: DescriptorConfig, layer: int) -> list[str]:
     return names
 
 
-def build_config(params: Mapping[str, Any], moe: MoEConfig, skip: set[str]) -> tuple[ModelConfig, list[str]]:
-    """Model configuration of a DeePMD-kit `model_params` dictionary.
+def build_config(params: Mapping[str, Any], moe: MoEConfig) -> ModelConfig:
+    """Model configuration of a DeePMD-kit `model_params` dictionary, as `clean_params` returns it.
 
     Raises:
         CheckpointError: unsupported or inconsistent options.
     """
-    remarks = check_supported(params)
-    descriptor, more = descriptor_config(params["descriptor"], skip)
+    check_supported(params)
+    descriptor = descriptor_config(params["descriptor"])
     fitting = fitting_config(params["fitting_net"], params.get("atom_exclude_types") or [])
     try:
         config = ModelConfig(
@@ -375,7 +421,8 @@ def build_config(params: Mapping[str, Any], moe: MoEConfig, skip: set[str]) -> t
         )
     except ValidationError as error:
         raise CheckpointError(f"model options: {first_error(error)}") from None
-    return config, remarks + more
+    check_config(config)
+    return config
 
 
 def trained_elements(params: Mapping[str, Any], t: Tensors) -> list[str]:
@@ -387,6 +434,10 @@ def trained_elements(params: Mapping[str, Any], t: Tensors) -> list[str]:
     type_map = list(params["type_map"])
     observed = (params.get("info") or {}).get("observed_type")
     if observed:
+        if not isinstance(observed, list | tuple) or not all(isinstance(e, str) for e in observed):
+            raise CheckpointError(
+                f"option model.info.observed_type = {shown(observed)}, expected a list of element symbols"
+            )
         return [e for e in type_map if e in set(observed)]
     bias = t["atomic_model.out_bias"][0, :, 0]
     trained = bias != 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,35 +11,35 @@ from pydantic import ValidationError
 
 from moecalc.deepmd.options import DESCRIPTOR, OptionError, moe_config
 from moecalc.errors import CheckpointError
-from moecalc.nn.config import ModelConfig, MoEConfig, PositionConfig, RouterConfig
+from moecalc.nn.config import DescriptorConfig, ModelConfig, MoEConfig, PositionConfig, RouterConfig
+from moecalc.package.importers.checks import (
+    check_finite,
+    check_kind,
+    check_statistics,
+    check_tensors,
+    deepmd_dtypes,
+)
 from moecalc.package.importers.common import (
     ImportedModel,
     State,
     Tensors,
     build_config,
+    check_supported,
     first_error,
     live_positions,
+    precision,
     read_common,
     read_fitting,
     trained_elements,
     with_stored_default,
 )
+from moecalc.package.importers.options import check_experts, clean_params, same, shown
 
 _MOE_GROUPS = {
     "use_node_moe": ("node_self_mlp", "node_sym_linear", "node_edge_linear"),
     "use_edge_moe": ("edge_self_linear", "edge_angle_linear2"),
     "use_angle_moe": ("edge_angle_linear1", "angle_self_linear"),
 }
-_MOE_KEYS = {
-    "n_experts",
-    "moe_top_k",
-    "use_node_moe",
-    "use_edge_moe",
-    "use_angle_moe",
-    "share_expert",
-    "fuse_moe_mlps",
-}
-_PACK_KEYS = {"use_moe", "n_routing_experts", "moe_topk", "n_shared_experts"}
 _PACK_EXPERTS = {
     "node_self_mlp": ("node_self_experts", "node"),
     "node_sym_linear": ("node_sym_experts", "node"),
@@ -72,58 +73,199 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
 
     Args:
         state_dict: the `model` entry of the checkpoint, with `_extra_state`.
-        head: head of a multi-task checkpoint; None for a single-task one.
+        head: head of a multi-task checkpoint; None for a single-task one, or for the head with the alias `Default`.
 
     Raises:
         CheckpointError: unknown layout, unsupported option, missing tensor, missing or unknown head.
     """
-    extra = state_dict.get("_extra_state")
-    if not isinstance(extra, Mapping) or "model_params" not in extra:
-        raise CheckpointError(
-            "checkpoint has no _extra_state.model_params, expected a file that `dp --pt train` wrote: "
-            "a frozen model (.pth) has lost it, use the .pt checkpoint of the training folder"
-        )
-    params = extra["model_params"]
-    branch = "Default"
-    if "model_dict" in params:
-        branch = _choose_head(params["model_dict"], head)
-        params = params["model_dict"][branch]
-        head = branch
-    elif head is not None:
-        raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
-    tensors = Tensors(state_dict, f"model.{branch}.")
-    plugin = (params.get("descriptor") or {}).get("type") == DESCRIPTOR
-    layout = DESCRIPTOR if plugin else detect_layout(tensors.names())
+    params, branch, head, remarks = _choose(_model_params(state_dict), head)
+    descriptor = params.get("descriptor") if isinstance(params, Mapping) else None
+    plugin = isinstance(descriptor, Mapping) and same(descriptor.get("type"), DESCRIPTOR)
+    layout = DESCRIPTOR if plugin else detect_layout([str(name) for name in state_dict])
+    params = clean_params(params)
+    check_supported(params)
+    mine, others = _of_branch(state_dict, branch)
+    check_tensors(mine, _dtypes(params))
+    check_experts(params, layout)
+    tensors = Tensors(mine, f"model.{branch}.")
     readers = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack, DESCRIPTOR: _read_plugin}
-    reader = readers[layout]
-    config, state, remarks = reader(params, tensors)
+    config, state = readers[layout](params, tensors)
     config = with_stored_default(config, tensors)
-    network = [
-        k
-        for k in tensors.names()
-        if "._networks." not in k and isinstance(state_dict[f"model.{branch}.{k}"], torch.Tensor)
-    ]
+    trained = trained_elements(params, tensors)
+    keys = tensors.names_in_file(state)
+    refuse_unread(tensors, config.descriptor)
+    _refuse_non_finite(mine, others, keys)
     statistics = (
         *("min_nbor_dist", ".mean", ".stddev", "out_bias", "out_std", "bias_atom_e"),
         *("fparam_avg", "fparam_inv_std", "default_fparam_tensor"),
     )
-    count = sum(tensors[k].numel() for k in network if not k.endswith(statistics))
-    return ImportedModel(config, state, layout, head, trained_elements(params, tensors), count, remarks)
+    network = [k for k in tensors.names() if "._networks." not in k and not k.endswith(statistics)]
+    count = sum(tensors[k].numel() for k in network)
+    return ImportedModel(config, state, layout, head, trained, count, remarks, keys)
+
+
+def _dtypes(params: Mapping[str, Any]) -> Callable[[str], tuple[torch.dtype, ...]]:
+    d, f = params["descriptor"], params["fitting_net"]
+    return deepmd_dtypes(
+        precision(d.get("precision", "float64"), "descriptor"),
+        precision(f.get("precision", "float64"), "fitting_net"),
+    )
+
+
+def _refuse_non_finite(mine: Mapping[str, Any], others: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """Refuse NaN and infinities in any tensor, dead ones and other heads' too: they show that the training diverged."""
+    read_as = {key: name for name, key in keys.items()}
+    for name, value in {**mine, **others}.items():
+        check_kind(name, value)
+        check_finite(read_as.get(name, name), value, name)
+
+
+def _model_params(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`_extra_state.model_params` of a state dict.
+
+    Raises:
+        CheckpointError: missing, or no dictionary.
+    """
+    extra = state_dict.get("_extra_state")
+    if extra is None:
+        raise CheckpointError(
+            "checkpoint has no _extra_state.model_params, expected a file that `dp --pt train` wrote: "
+            "use the model.ckpt-*.pt of the training folder, or a frozen model (.pth)"
+        )
+    if not isinstance(extra, Mapping):
+        raise CheckpointError(f"_extra_state = {shown(extra)}, expected a dictionary with model_params")
+    if "model_params" not in extra:
+        raise CheckpointError(
+            "checkpoint has no _extra_state.model_params, expected a file that `dp --pt train` wrote"
+        )
+    params = extra["model_params"]
+    if not isinstance(params, Mapping):
+        raise CheckpointError(
+            f"_extra_state.model_params = {shown(params)}, expected a dictionary of options"
+        )
+    return params
+
+
+def _choose(params: Mapping[str, Any], head: str | None) -> tuple[Any, str, str | None, list[str]]:
+    """Options of the chosen head, its name in the file, its name for the user (None: single-task), and remarks."""
+    if "model_dict" not in params:
+        if head is not None:
+            raise CheckpointError(
+                f"--head {head!r} was given, but this checkpoint is single-task: leave it out"
+            )
+        return params, "Default", None, []
+    heads = params["model_dict"]
+    if not isinstance(heads, Mapping) or not heads or not all(isinstance(name, str) for name in heads):
+        raise CheckpointError(
+            f"model_params.model_dict = {shown(heads)}, expected a dictionary of heads by name"
+        )
+    branch = _choose_head(heads, head)
+    remarks = []
+    if head is None:
+        remarks = [
+            f"head {branch} of {', '.join(heads)}, because it has the alias Default; another is chosen with --head"
+        ]
+    return heads[branch], branch, branch, remarks
+
+
+def _of_branch(state_dict: Mapping[str, Any], branch: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of one head and those of the others."""
+    mine: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    heads = (state_dict["_extra_state"]["model_params"].get("model_dict") or {"Default": None}).keys()
+    for name, value in state_dict.items():
+        if name == "_extra_state":
+            continue
+        # the name of a head may begin with another's
+        owners = [h for h in heads if isinstance(name, str) and name.startswith(f"model.{h}.")]
+        if not owners:
+            raise CheckpointError(
+                f"state dict has {shown(name)}, expected names that begin with "
+                f"{' or '.join(f'model.{h}.' for h in heads)}: the file has tensors that moecalc does not know"
+            )
+        (mine if max(owners, key=len) == branch else others)[name] = value
+    return mine, others
+
+
+def _aliases(heads: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Further names of every head (`model_branch_alias`)."""
+    result: dict[str, list[str]] = {}
+    for name, params in heads.items():
+        alias = params.get("model_branch_alias") if isinstance(params, Mapping) else None
+        result[name] = [alias] if isinstance(alias, str) else list(alias) if isinstance(alias, list) else []
+    return result
 
 
 def _choose_head(heads: Mapping[str, Any], head: str | None) -> str:
-    names = ", ".join(heads)
+    """Name of the head that the user means: by name, by alias, or the one that the file calls `Default`."""
+    aliases = _aliases(heads)
+    names = ", ".join(f"{n} ({', '.join(map(str, a))})" if a else n for n, a in aliases.items())
+    wanted = head or "Default"
+    matches = [
+        name for name, alias in aliases.items() if wanted.lower() in [str(x).lower() for x in (name, *alias)]
+    ]
+    exact = [name for name in matches if wanted in (name, *aliases[name])]
+    named = [name for name in matches if wanted == name]
+    found = named or exact or matches
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"head {wanted!r} means {' and '.join(found)} in this checkpoint, expected one: choose with --head: {names}"
+        )
     if head is None:
         raise CheckpointError(f"multi-task checkpoint: choose one of its heads with --head: {names}")
-    matches = [
+    raise CheckpointError(f"head {head!r} is not in this checkpoint, expected one of: {names}")
+
+
+# what a layer holds beside the maps that are read, by the start of its name: dead in the last layers (SPEC section 6)
+_EDGE = ("edge_self_linear.", "edge_self_linear_moe.", "e_residual.0")
+_EDGE_BY_ANGLES = (
+    *(f"edge_angle_linear{i}{moe}." for i in (1, 2) for moe in ("", "_moe")),
+    "angle_fused_moe.", "moe_phase1.angle_experts.", "angle_router.", "e_residual.1",
+)  # fmt: skip
+_ANGLE = ("angle_self_linear.", "angle_self_linear_moe.", "a_residual.0")
+_COMPRESSION = ("a_compress_n_linear.", "a_compress_e_linear.")
+_UNUSED = {"min_nbor_dist", "atomic_model.out_std", "atomic_model.descriptor.pair_mask"}
+_UNUSED |= {"atomic_model.descriptor.embedding.table.rows"}
+
+
+def _cannot_reach_the_energy(name: str, c: DescriptorConfig) -> bool:
+    """Whether a tensor belongs to work of a layer that no later layer reads."""
+    found = re.fullmatch(r"atomic_model\.descriptor\.repflows\.layers\.(\d+)\.(.*)", name)
+    if found is None or int(found[1]) >= c.nlayers:
+        return False
+    edge, angle = c.layer_is_live(int(found[1]))
+    dead: tuple[str, ...] = ()
+    if not edge:
+        dead += _EDGE
+        if c.update_angle:
+            dead += _EDGE_BY_ANGLES
+            if c.a_compress_rate and not c.a_compress_use_split:
+                dead += _COMPRESSION
+    if c.update_angle and not angle:
+        dead += _ANGLE
+    if c.update_style != "res_residual":
+        dead = tuple(start for start in dead if "_residual." not in start)
+    return found[2].startswith(dead) if dead else False
+
+
+def refuse_unread(tensors: Tensors, config: DescriptorConfig) -> None:
+    """Refuse tensors that no reader asked for: what they do to the energy would be ignored.
+
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    surplus = [
         name
-        for name, params in heads.items()
-        if head.lower() in [name.lower(), *(str(a).lower() for a in params.get("model_branch_alias") or [])]
+        for name in tensors.unread()
+        if name not in _UNUSED and not _cannot_reach_the_energy(name, config)
     ]
-    exact = [name for name in matches if name == head]
-    if len(exact or matches) != 1:
-        raise CheckpointError(f"head {head!r} is not in this checkpoint, expected one of: {names}")
-    return (exact or matches)[0]
+    if surplus:
+        raise CheckpointError(
+            f"tensor {tensors.full(surplus[0])!r} has no place in the model that the options describe "
+            f"({len(surplus)} such), expected none: options and tensors are not of one training"
+        )
 
 
 def _dense_position(layer: Tensors, name: str) -> State:
@@ -133,33 +275,35 @@ def _dense_position(layer: Tensors, name: str) -> State:
     }
 
 
-def _read_dense(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State, list[str]]:
-    config, remarks = build_config(params, MoEConfig(), _MOE_KEYS | _PACK_KEYS)
+def _read_dense(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State]:
+    config = build_config(params, MoEConfig())
     state = read_common(t, config)
     for layer in range(config.descriptor.nlayers):
         src = t.under(f"atomic_model.descriptor.repflows.layers.{layer}.")
         for name in live_positions(config.descriptor, layer):
             for key, value in _dense_position(src, name).items():
                 state[f"layers.{layer}.{name}.{key}"] = value
-    return config, state, remarks
+    return config, state
 
 
-def _read_plugin(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State, list[str]]:
+def _read_plugin(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State]:
     """moecalc's own descriptor in DeePMD-kit (`moecalc.deepmd`): its tensors have the names of `MoEPotential` already."""
     try:
         moe = moe_config(params["descriptor"].get("moe"))
     except OptionError as error:
         raise CheckpointError(f"descriptor options: {error}") from None
-    config, remarks = build_config(params, moe, set())
+    config = build_config(params, moe)
     d = t.under("atomic_model.descriptor.")
     state: State = {name: d[name] for name in d.names() if name not in {"pair_mask", "embedding.table.rows"}}
+    if "geometry.stddev" in state:
+        check_statistics(d.full("geometry.stddev"), state["geometry.stddev"])
     for name in list(state):
         if name.startswith("embedding.table."):
             state[f"readout.net.{name.removeprefix('embedding.')}"] = state[name]
         if name.startswith("charge_spin_embedding."):
             state[f"conditions.{name.removeprefix('charge_spin_')}"] = state.pop(name)
     state.update(read_fitting(t, config))
-    return config, state, remarks
+    return config, state
 
 
 def _moe_config(**kwargs: Any) -> MoEConfig:
@@ -178,12 +322,11 @@ def _router(n_routed: int, top_k: int, n_shared: int) -> RouterConfig:
 
 def _stack(src: Tensors, n_routed: int, n_shared: int, kind: str) -> torch.Tensor:
     """Experts, then shared experts, of branch `moe`: (E, in, out) or (E, out)."""
-    parts = [src[f"experts.{e}.{kind}"] for e in range(n_routed)]
-    parts += [src[f"shared_experts.{s}.{kind}"] for s in range(n_shared)]
-    return torch.stack(parts)
+    keys = [f"experts.{e}.{kind}" for e in range(n_routed)]
+    return src.stack(keys + [f"shared_experts.{s}.{kind}" for s in range(n_shared)])
 
 
-def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State, list[str]]:
+def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State]:
     """Branch `moe` (SPEC section 1.2)."""
     repflow = params["descriptor"].get("repflow") or {}
     n_shared = repflow.get("share_expert", 0)
@@ -208,7 +351,7 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
                     fused_pairs[name] = (key, pair)
     routers = {router: _router(n_routed, top_k, n_shared) for router in positions.values()}
     moe = _moe_config(routers=routers, positions={n: PositionConfig(router=r) for n, r in positions.items()})
-    config, remarks = build_config(params, moe, _MOE_KEYS | _PACK_KEYS)
+    config = build_config(params, moe)
     c = config.descriptor
     widths = {"edge_fused": c.n_multi_edge_message * c.n_dim, "angle_fused": c.e_dim}
     state = read_common(t, config)
@@ -226,7 +369,7 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
             else:
                 key, pair = name, (name, "")
                 experts = src.under(f"{name}_moe.")
-            gate = experts["gate.matrix"]
+            gate = experts.shaped("gate.matrix", None, None)
             found = experts.count("experts.")
             if found != gate.shape[1]:
                 raise CheckpointError(
@@ -241,14 +384,14 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
                     width = widths[key]
                     stack = stack[..., :width] if name == pair[0] else stack[..., width:]
                 state[f"{dst}{name}.{kind}"] = stack
-    return config, state, remarks
+    return config, state
 
 
 def _pack_experts(src: Tensors, n_routed: int, n_shared: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts of branch `0415_moe_pack`: expert index last in the packed tensors, or the older list form."""
     if "routing_matrix" in src:
-        matrix = src["routing_matrix"].permute(2, 0, 1)
-        bias = src["routing_bias"].permute(1, 0)
+        matrix = src.shaped("routing_matrix", None, None, None).permute(2, 0, 1)
+        bias = src.shaped("routing_bias", None, matrix.shape[0]).permute(1, 0)
         if matrix.shape[0] != n_routed:
             raise CheckpointError(
                 f"{matrix.shape[0]} routed experts in the file, expected n_routing_experts = {n_routed}: "
@@ -261,16 +404,21 @@ def _pack_experts(src: Tensors, n_routed: int, n_shared: int) -> tuple[torch.Ten
                 f"{found} routed experts in the file, expected n_routing_experts = {n_routed}: "
                 "an expert-parallel partial file; gather the experts of all ranks"
             )
-        matrix = torch.stack([src[f"routing_experts.{e}.mlp.matrix"] for e in range(n_routed)])
-        bias = torch.stack([src[f"routing_experts.{e}.mlp.bias"] for e in range(n_routed)])
+        lists = [f"routing_experts.{e}.mlp." for e in range(n_routed)]
+        lists += [f"shared_experts.{s}.mlp." for s in range(n_shared)]
+        return src.stack([f"{key}matrix" for key in lists]), src.stack([f"{key}bias" for key in lists])
     if n_shared:
-        shared = [src.under(f"shared_experts.{s}.mlp.") for s in range(n_shared)]
-        matrix = torch.cat([matrix, torch.stack([s["matrix"] for s in shared])])
-        bias = torch.cat([bias, torch.stack([s["bias"] for s in shared])])
+        own = {"matrix": matrix, "bias": bias}
+        for kind, routed in own.items():
+            shared = [
+                src.shaped(f"shared_experts.{s}.mlp.{kind}", *routed.shape[1:]) for s in range(n_shared)
+            ]
+            own[kind] = src.named(torch.cat([routed, torch.stack(shared)]), f"routing_{kind}")
+        matrix, bias = own["matrix"], own["bias"]
     return matrix, bias
 
 
-def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State, list[str]]:
+def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State]:
     """Branch `0415_moe_pack` (SPEC section 1.3)."""
     repflow = params["descriptor"].get("repflow") or {}
     n_routed, n_shared = repflow.get("n_routing_experts", 0), repflow.get("n_shared_experts", 0)
@@ -280,7 +428,7 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
         positions={name: PositionConfig(router=r) for name, (_, r) in _PACK_EXPERTS.items()},
         route_on_charge_spin=True,
     )
-    config, remarks = build_config(params, moe, _MOE_KEYS | _PACK_KEYS)
+    config = build_config(params, moe)
     c = config.descriptor
     first_width = {"edge_experts": c.n_dim * c.n_multi_edge_message, "angle_experts": c.e_dim}
     state = read_common(t, config)
@@ -293,7 +441,7 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
                 state[f"{dst}{name}.bias"] = src["edge_angle_linear2_moe.bias"].unsqueeze(0)
                 continue
             collection, group = _PACK_EXPERTS[name]
-            gate = src[f"{group}_router.gate.matrix"]
+            gate = src.shaped(f"{group}_router.gate.matrix", None, None)
             if gate.shape[1] != n_routed:
                 raise CheckpointError(
                     f"layer {layer}: {group} gate of {gate.shape[1]} experts, expected n_routing_experts = {n_routed}"
@@ -310,4 +458,4 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
                 matrix, bias = matrix[..., columns], bias[..., columns]
             state[f"{dst}{name}.matrix"] = matrix
             state[f"{dst}{name}.bias"] = bias
-    return config, state, remarks
+    return config, state
