@@ -145,6 +145,18 @@ void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::a
   evaluator.set_list(list);
 }
 
+/// None where the model takes none.
+void set_conditions(moecalc::Evaluator& evaluator, const py::object& charge_spin, const py::object& fparam) {
+  at::Tensor pairs, numbers;
+  if (!charge_spin.is_none()) {
+    const auto array = integers(charge_spin.cast<py::array>(), "charge_spin");
+    pairs = view<int64_t>(array, at::kLong).clone();
+  }
+  if (!fparam.is_none()) numbers = view<double>(fparam.cast<Doubles>(), at::kDouble).clone();
+  const py::gil_scoped_release release;
+  evaluator.set_conditions(pairs, numbers);
+}
+
 py::dict evaluate_positions(moecalc::Evaluator& evaluator, const Doubles& positions, const py::object& cells,
                             bool forces, bool virial, bool atom_virial, const py::object& exchange) {
   const moecalc::TorchThreads one_thread(1);
@@ -265,6 +277,10 @@ PYBIND11_MODULE(_C, module) {
            py::arg("elements") = std::vector<std::string>{}, py::call_guard<py::gil_scoped_release>(),
            "Raise Error unless stored reference frames that hold these elements (default: all) come out as "
            "stored.")
+      .def("set_conditions", &set_conditions, py::arg("charge_spin") = py::none(),
+           py::arg("fparam") = py::none(),
+           "Charge and multiplicity (K, 2) and frame parameters (K, n) of the structures to come; K is their "
+           "number, or 1 for any number. None where the model takes none.")
       .def("set_list", &set_list, py::arg("types"), py::arg("edge_index"), py::arg("edge_shift"),
            py::arg("system_index"), py::arg("n_systems") = 1,
            "The list of the evaluate_positions calls to come; edge_shift (n_edge, 3) counts cells, None: no "

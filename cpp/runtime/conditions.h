@@ -6,7 +6,10 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
+
+#include "moecalc/evaluator.h"
 
 namespace moecalc {
 
@@ -25,6 +28,9 @@ class Conditions {
   /// charge_spin (S, 2) int64 and fparam (S, n_fparam) float64, on the CPU, undefined where the model takes
   /// none. Returns whether the distinct conditions are others than before. Throws Error.
   bool set(const at::Tensor& charge_spin, const at::Tensor& fparam);
+
+  /// None are set any more.
+  void reset() { given_ = false; }
 
   /// Throws Error unless conditions for `n_systems` structures were set, where the model takes any.
   void check(int64_t n_systems, int64_t n_ghost) const;
@@ -49,6 +55,14 @@ class Conditions {
   int64_t n_ = 1;
   at::Tensor shift_, fitting_inputs_;
 };
+
+/// What a user's values come to with the `conditions` of a package's metadata (text of metadata.json), which say
+/// what the model takes and its defaults. Mirrors `resolve` in moecalc/conditions.py. Throws Error.
+struct ResolvedConditions {
+  at::Tensor charge_spin, fparam;  // (1, 2) int64, (1, n) float64; undefined where the model takes none
+  AppliedConditions applied;
+};
+ResolvedConditions resolve_conditions(const std::string& metadata, const GivenConditions& given);
 
 /// One row per (condition, element).
 struct TypeTables {

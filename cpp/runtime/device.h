@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "conditions.h"
 #include "graph.h"
 #include "moecalc/evaluator.h"
 #include "package_reader.h"
@@ -33,6 +34,11 @@ struct DeviceOptions {
 class DeviceModel {
  public:
   virtual ~DeviceModel() = default;
+  /// Tables of the types, and conditions of the structures, from now on; the list must be set again.
+  /// `features`: router input of every element (or condition and element) where weights depend on these;
+  /// `shift` (K, n_dim): charge and spin embedding of every condition, undefined where routers do not read it.
+  virtual void set_conditions(const TypeTables& tables, const GraphRules& rules, const at::Tensor& features,
+                              const at::Tensor& shift) = 0;
   /// Uploads `list`: the one upload per rebuild. Sorts atoms by routing group and edges by centre.
   virtual void set_list(const NeighborList& list) = 0;
   /// positions (n_position, 3) float64 on the CPU, pinned or not; cells (n_systems, 3, 3) float64, or

@@ -62,6 +62,8 @@ class Model final : public DeviceModel {
     upload_constants();
   }
 
+  void set_conditions(const TypeTables& tables, const GraphRules& rules, const at::Tensor& features,
+                      const at::Tensor& shift) override;
   void set_list(const NeighborList& list) override;
   Evaluation evaluate(const at::Tensor& positions, const at::Tensor& cells, const Request& request,
                       GhostExchange* exchange) override;
@@ -137,6 +139,7 @@ class Model final : public DeviceModel {
   torch::jit::Module embedding_;
   PackedWeights<T> packed_;
   ReadoutSource readout_;
+  at::Tensor shift_of_condition_;  // (K, n_dim), if routers read it at configuration level
   at::Tensor composition_;     // for which the weights are routed, on the CPU
   at::Tensor features_;        // of it
   std::vector<int64_t> used_;  // groups of the list that have atoms
@@ -204,13 +207,36 @@ void Model<N, Target>::set_features(const at::Tensor& composition, const std::ve
   if (!composition_.defined() || composition_.sizes() != composition.sizes() ||
       !at::equal(composition_, composition)) {
     const at::NoGradGuard no_grad;
-    features_ = embedding_.get_method("group_features")({composition.to(target_.device(), kType)}).toTensor();
+    std::vector<torch::jit::IValue> arguments{composition.to(target_.device(), kType)};
+    if (shift_of_condition_.defined()) {
+      const at::Tensor of_system = at::tensor(rules_.condition_of_system, at::TensorOptions().dtype(at::kLong));
+      const at::Tensor rows = shift_of_condition_.index_select(0, of_system);
+      arguments.emplace_back(rows.expand({composition.size(0), -1}).to(target_.device(), kType));
+    }
+    features_ = embedding_.get_method("group_features")(arguments).toTensor();
     composition_ = composition;
   }
   const at::NoGradGuard no_grad;
   const bool were_up = std::exchange(weights_are_up_, false);  // also if one of these throws
   if (packed_.set_groups(features_, used) || !were_up) upload_weights();
   weights_are_up_ = true;
+}
+
+template <class N, class Target>
+void Model<N, Target>::set_conditions(const TypeTables& tables, const GraphRules& rules,
+                                      const at::Tensor& features, const at::Tensor& shift) {
+  const typename Target::Scope scope(target_);
+  rules_ = rules;
+  listed_ = false;
+  packed_.set_types(tables);
+  readout_.set_types(tables);
+  upload_constants();
+  if (rules_.group_by_system) {
+    shift_of_condition_ = shift;
+    composition_ = at::Tensor();
+  } else {
+    features_ = features;
+  }
 }
 
 /// The list is lost as well: it may be of atoms whose weights are gone.
@@ -316,6 +342,7 @@ void Model<N, Target>::upload_weights() {
 template <class N, class Target>
 void Model<N, Target>::upload_constants() {
   const ops::LayerShape& s = packed_.layers_[0].shape;
+  fitting_.clear();
   Upload upload;
   const auto padded = [&](const at::Tensor& values, int64_t rows, int64_t columns,
                           bool matrix_product = false) {
@@ -400,9 +427,15 @@ void Model<N, Target>::set_list(const NeighborList& list) {
   listed_ = false;
   list_ = list;
 
-  // nodes: stable sort of the local atoms by routing group
-  const int64_t n_group = rules_.group_by_system ? list.n_systems : n_types;
-  const int64_t* group = rules_.group_by_system ? system : type;
+  // nodes: stable sort of the local atoms by routing group; ghosts have the one condition that there is then
+  std::vector<int64_t> full_type(type, type + n_node);
+  for (int64_t i = 0; i < n_node; ++i) {
+    full_type[static_cast<size_t>(i)] += n_types * rules_.condition(i < n_local ? system[i] : 0);
+  }
+  const int64_t n_group = rules_.n_groups(list.n_systems);
+  const int64_t* group = rules_.group_by_system      ? system
+                         : rules_.group_by_condition ? full_type.data()
+                                                     : type;
   std::vector<int> splits(static_cast<size_t>(n_group) + 1, 0), model_row(static_cast<size_t>(n_node)),
       engine_row(static_cast<size_t>(n_node)), new_type(static_cast<size_t>(n_node)),
       new_system(static_cast<size_t>(n_local)), new_group(static_cast<size_t>(n_local));
@@ -414,7 +447,7 @@ void Model<N, Target>::set_list(const NeighborList& list) {
       const int64_t row = i < n_local ? next[static_cast<size_t>(group[i])]++ : i;
       model_row[static_cast<size_t>(i)] = static_cast<int>(row);
       engine_row[static_cast<size_t>(row)] = static_cast<int>(i);
-      new_type[static_cast<size_t>(row)] = static_cast<int>(type[i]);
+      new_type[static_cast<size_t>(row)] = static_cast<int>(full_type[static_cast<size_t>(i)]);
       if (i >= n_local) continue;
       new_system[static_cast<size_t>(row)] = static_cast<int>(system[i]);
       new_group[static_cast<size_t>(row)] = static_cast<int>(group[i]);
@@ -663,7 +696,7 @@ int64_t Model<N, Target>::estimate_bytes(int64_t n_node, int64_t n_edge, int64_t
                 ? 0
                 : static_cast<int64_t>(std::sqrt(static_cast<double>(n_angle) / static_cast<double>(n_node)) *
                                        static_cast<double>(n_node));
-  const int64_t n_group = rules_.group_by_system ? 1 : rules_.n_types;
+  const int64_t n_group = rules_.n_groups(/*n_systems=*/1);
   s.n_slot = std::min(n_edge, n_node * n_group);
   return planned_bytes(s);
 }

@@ -20,6 +20,7 @@
 #include <set>
 #include <utility>
 
+#include "conditions.h"
 #include "device.h"
 #include "fused.h"
 #include "graph.h"
@@ -312,6 +313,14 @@ class Evaluator::Impl {
   Impl(const std::string& path, const std::string& device, const std::string& dtype,
        const std::string& precision, bool deterministic);
   Evaluation evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange);
+  AppliedConditions set_conditions(const GivenConditions& given);
+  /// Forget conditions that nobody asked for when it goes.
+  struct ConditionReset {
+    explicit ConditionReset(Impl& impl) : impl(impl) {}
+    ~ConditionReset() { impl.conditions_->reset(); }
+    Impl& impl;
+  };
+  void set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam);
   void set_list(const NeighborList& list);
   Evaluation evaluate_positions(const at::Tensor& positions, const at::Tensor& cells, const Request& request,
                                 GhostExchange* exchange);
@@ -364,6 +373,8 @@ class Evaluator::Impl {
   }
 
  private:
+  void apply_conditions();
+  std::vector<IValue> readout_arguments(const at::Tensor& v, const at::Tensor& types) const;
   void run_without_atoms(int64_t n_node, int64_t n_systems, bool gradients, GhostExchange* exchange);
   at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
   at::Tensor with_ghosts(const PreparedGraph& graph, const at::Tensor& v_local, GhostExchange* exchange);
@@ -381,6 +392,8 @@ class Evaluator::Impl {
   std::unique_ptr<FusedModel> fused_;
   std::unique_ptr<DeviceModel> on_device_;
   std::unique_ptr<Readout> fitting_;  // with fused_; null: TorchScript
+  std::unique_ptr<Conditions> conditions_;
+  TypeTables tables_;
   NeighborList list_;                 // the caller's; types undefined: none yet
   int64_t n_rows_ = 0;                // of positions that list_ names
   bool list_is_up_ = false;           // list_ is what on_device_ holds
@@ -454,6 +467,8 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   place();
   dtype_name = dtype_ == at::kDouble ? "float64" : "float32";
 
+  conditions_ = std::make_unique<Conditions>(model);
+  rules.group_by_condition = conditions_->routed() && !rules.group_by_system;
   const at::Tensor identity = at::eye(rules.n_types, at::TensorOptions().dtype(dtype_).device(device_));
   element_features_ = embedding_.get_method("group_features")({identity}).toTensor();
   node_dim_ = element_features_.size(1);
@@ -522,7 +537,57 @@ at::Tensor Evaluator::Impl::group_features(const PreparedGraph& graph, GhostExch
   if (exchange != nullptr) exchange->sum(composition);
   // A structure without atoms has no composition; its rows are never used.
   composition = composition / composition.sum(1, /*keepdim=*/true).clamp_min(1.0);
-  return embedding_.get_method("group_features")({composition.to(device_, dtype_)}).toTensor();
+  std::vector<IValue> arguments{composition.to(device_, dtype_)};
+  if (conditions_->routed()) {
+    const at::Tensor of_system = at::tensor(conditions_->of_system(), at::TensorOptions().dtype(at::kLong));
+    const at::Tensor rows = conditions_->shift().index_select(0, of_system);
+    arguments.emplace_back(rows.expand({composition.size(0), -1}).to(device_, dtype_));
+  }
+  return embedding_.get_method("group_features")(arguments).toTensor();
+}
+
+void Evaluator::Impl::set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam) {
+  const std::vector<int64_t> before = conditions_->of_system();
+  const bool changed = conditions_->set(charge_spin, fparam);
+  if (!changed && before == conditions_->of_system()) return;
+  rules.condition_of_system = conditions_->of_system();
+  rules.n_conditions = conditions_->n();
+  list_is_up_ = false;
+  if (changed) tables_ = type_tables(*conditions_, embedding_, readout_);
+  apply_conditions();
+}
+
+AppliedConditions Evaluator::Impl::set_conditions(const GivenConditions& given) {
+  const ResolvedConditions resolved = resolve_conditions(metadata, given);
+  set_conditions(resolved.charge_spin, resolved.fparam);
+  return resolved.applied;
+}
+
+/// Hands the tables of the conditions to whatever evaluates.
+void Evaluator::Impl::apply_conditions() {
+  const at::NoGradGuard no_grad;
+  if (rules.group_by_condition) {
+    const auto identity = at::eye(rules.n_types, at::TensorOptions().dtype(dtype_).device(device_));
+    const at::Tensor shift = conditions_->shift().repeat_interleave(rules.n_types, 0).to(device_, dtype_);
+    element_features_ =
+        embedding_.get_method("group_features")({identity.repeat({conditions_->n(), 1}), shift}).toTensor();
+  }
+  if (fused_ != nullptr) fused_->set_types(tables_);
+  if (fitting_ != nullptr) fitting_->set_types(tables_);
+  if (on_device_ != nullptr) {
+    on_device_->set_conditions(tables_, rules, element_features_,
+                               conditions_->routed() ? conditions_->shift() : at::Tensor());
+  }
+}
+
+/// Of the scripted readout, for nodes in model order.
+std::vector<IValue> Evaluator::Impl::readout_arguments(const at::Tensor& v, const at::Tensor& types) const {
+  if (!conditions_->taken()) return {v, types};
+  const auto optional = [&](const at::Tensor& rows) {
+    return rows.defined() ? IValue(rows.to(device_)) : IValue();
+  };
+  return {v, types.remainder(rules.n_types), types.div(rules.n_types, "floor"),
+          optional(conditions_->fitting_inputs()), optional(conditions_->shift())};
 }
 
 /// (n_local, width) in model order -> (n_node, width): ghosts get the features of their owners.
@@ -600,6 +665,7 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
   const auto start = std::chrono::steady_clock::now();
   const c10::OptionalDeviceGuard device_guard(device_.is_cuda() ? std::optional<at::Device>(device_)
                                                                 : std::nullopt);
+  conditions_->check(graph.n_systems, graph.types.numel() - graph.system_index.numel());
   const PreparedGraph prepared = prepare_graph(graph, rules, /*with_angle_index=*/fused_ == nullptr);
   check_exchange(prepared.n_node - prepared.n_local, exchange);
   Evaluation result = empty_result(prepared.n_node, prepared.n_local, graph.n_systems, request);
@@ -691,6 +757,7 @@ Evaluation Evaluator::Impl::run_on_device(const NeighborList& list, const at::Te
                                                                 : std::nullopt);
   const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
   check_exchange(n_node - n_local, exchange);
+  conditions_->check(list.n_systems, n_node - n_local);
   if (n_local == 0) {
     run_without_atoms(n_node, list.n_systems, request.forces || request.virial || request.atom_virial,
                       exchange);
@@ -714,11 +781,11 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   const at::AutoGradMode grad_mode(gradients);
   // No profiling and no re-specialisation: edge and angle counts change from step to step.
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
-  const at::Tensor types = graph.types.to(device_), edge_index = graph.edge_index.to(device_);
+  const at::Tensor types = graph.types.to(device_), elements_of = types.remainder(rules.n_types), edge_index = graph.edge_index.to(device_);
   const at::Tensor edge_vec = graph.edge_vec.to(device_), angle_index = graph.angle_index.to(device_);
 
   Segment geometry(geometry_, {edge_vec}, {gradients});
-  geometry.forward({geometry.leaf(0), types, edge_index, angle_index}, 5);
+  geometry.forward({geometry.leaf(0), elements_of, edge_index, angle_index}, 5);
   std::array<at::Tensor, 5> shape;  // edge_input, sw, h, cos, asw, in the dtype of the network
   for (size_t i = 0; i < 5; ++i) shape[i] = geometry.output(i).to(dtype_);
   if (!gradients) geometry = Segment(geometry_, {}, {});
@@ -729,7 +796,11 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   }();
 
   Segment embedding(embedding_, {shape[0], shape[3]}, {gradients, gradients});
-  embedding.forward({types, embedding.leaf(0), embedding.leaf(1)}, 3);
+  std::vector<IValue> inputs{elements_of, embedding.leaf(0), embedding.leaf(1)};
+  if (conditions_->shift().defined()) {
+    inputs.insert(inputs.end(), {conditions_->shift().to(device_), types.div(rules.n_types, "floor")});
+  }
+  embedding.forward(std::move(inputs), 3);
   at::Tensor v = embedding.output(0), e = embedding.output(1), a = embedding.output(2);
   // Node features come from the types alone, so layer 0 usually has no gradient to pass on.
   bool v_requires_grad = embedding.output_requires_grad(0);
@@ -753,7 +824,7 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   v = v.narrow(0, 0, graph.n_local);
 
   Segment readout(readout_, {v}, {v_requires_grad});
-  readout.forward({readout.leaf(0), types.narrow(0, 0, graph.n_local)}, 1);
+  readout.forward(readout_arguments(readout.leaf(0), types.narrow(0, 0, graph.n_local)), 1);
   const at::Tensor energies = readout.output(0);
   result.energies =
       energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
@@ -791,7 +862,7 @@ at::Tensor Evaluator::Impl::read_out(const at::Tensor& v, const at::Tensor& type
   const TorchThreads torch_threads(threads_.size());
   const at::AutoGradMode grad_mode(dv != nullptr);
   Segment readout(readout_, {v}, {dv != nullptr});
-  readout.forward({readout.leaf(0), types}, 1);
+  readout.forward(readout_arguments(readout.leaf(0), types), 1);
   const at::Tensor energies = readout.output(0);
   if (dv != nullptr) *dv = readout.backward({at::ones_like(energies)})[0];
   if (dv != nullptr && !dv->defined()) *dv = at::zeros_like(v);
@@ -877,9 +948,24 @@ void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
   const std::vector<ReferenceFrame> frames = read_reference(reference_, elements);
   std::vector<const ReferenceFrame*> chosen;
   for (const size_t k : covering_frames(frames, types)) chosen.push_back(&frames[k]);
+  // where the model takes conditions, other ones as well
+  const auto other = std::find_if(frames.begin(), frames.end(), [&](const ReferenceFrame& frame) {
+    return frame.types.size() > 1 && (frame.charge_spin != chosen[0]->charge_spin || frame.fparam != chosen[0]->fparam);
+  });
+  if (!chosen.empty() && other != frames.end()) chosen.push_back(&*other);
   const AtomicGraph graph = reference_graph(chosen, rules.cutoff);
+  const auto [charge_spin, fparam] = conditions_of_frames(chosen);
+  set_conditions(charge_spin, fparam);
+  const ConditionReset reset(*this);
   compare_with_reference(chosen, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
                          "on " + device_name + " in " + dtype_name);
+}
+
+void Evaluator::set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam) {
+  impl_->set_conditions(charge_spin, fparam);
+}
+AppliedConditions Evaluator::set_conditions(const GivenConditions& given) {
+  return impl_->set_conditions(given);
 }
 
 void Evaluator::check_reference(const std::vector<std::string>& elements) {

@@ -69,6 +69,7 @@ class Fused final : public FusedModel, private PackedWeights<T> {
                          const LayerTensors& in) override;
   LayerTensors one_layer_backward(int64_t layer, const LayerTensors& in,
                                   const LayerTensors& gradients) override;
+  void set_types(const TypeTables& tables) override { Packed::set_types(tables); }
   int64_t bytes() const override;
   int64_t n_packed_groups() const override { return Packed::n_packed_groups(); }
   void release_weights() override { Packed::release_groups(); }

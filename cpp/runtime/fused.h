@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "conditions.h"
 #include "graph.h"
 #include "moecalc/trainer.h"
 #include "package_reader.h"
@@ -38,6 +39,8 @@ class FusedModel {
   /// Gradient of the energy with respect to the edge vectors of the last forward, (n_edge, 3) float64.
   virtual at::Tensor backward(const PreparedGraph& graph, const at::Tensor& dv_local,
                               const Exchange& without_ghosts) = 0;
+  /// Tables of the types from now on.
+  virtual void set_types(const TypeTables& tables) = 0;
   /// Weights for the evaluations from now on. Throws Error where a shape does not fit.
   virtual void set_weights(const TrainingWeights& weights) = 0;
   /// The same as forward, but keeps what backward_to_train needs.

@@ -90,38 +90,32 @@ void PackedWeights<T>::read_embedding(const Module& module) {
         padded_row<T>(module.attr("angle_matrix").toTensor().to(at::kCPU, at::kDouble) / root_pi, s.ap);
   }
   Module table = module.attr("table").toModule();
-  const at::Tensor y = table.get_method("forward")({}).toTensor();
-  for (int64_t t = 0; t < y.size(0); ++t) {
-    std::vector<T> row = padded_row<T>(y[t], s.np);
+  set_node_table(table.get_method("forward")({}).toTensor());
+}
+
+template <class T>
+void PackedWeights<T>::set_node_table(const at::Tensor& rows) {
+  const LayerShape& s = layers_[0].shape;
+  node_table_.clear();
+  for (int64_t t = 0; t < rows.size(0); ++t) {
+    std::vector<T> row = padded_row<T>(rows[t], s.np);
     kernels_.activate(phi_, row.data(), s.np);
     node_table_.insert(node_table_.end(), row.begin(), row.end());
   }
 }
 
-ExpertMatrices::ExpertMatrices(const at::Tensor& values, const DeferredTensors* deferred)
-    : sizes_(values.sizes().vec()), stored_(values.scalar_type()) {
-  if (deferred == nullptr || !deferred->holds(values)) {
-    values_ = values.detach();
-    return;
+template <class T>
+void PackedWeights<T>::set_types(const TypeTables& tables) {
+  set_node_table(tables.nodes);
+  const auto of_elements = static_cast<size_t>(4 * tables.nodes.size(0) / tables.n_conditions);
+  for (std::vector<double>* statistics : {&rules_.mean, &rules_.stddev}) {
+    statistics->resize(of_elements);
+    statistics->reserve(of_elements * static_cast<size_t>(tables.n_conditions));
+    for (int64_t k = 1; k < tables.n_conditions; ++k) {
+      statistics->insert(statistics->end(), statistics->begin(),
+                         statistics->begin() + static_cast<std::ptrdiff_t>(of_elements));
+    }
   }
-  file_ = deferred->file();
-  position_ = deferred->position(values);
-}
-
-at::Tensor ExpertMatrices::select(const std::vector<int64_t>& ids, at::ScalarType dtype) const {
-  const auto k = static_cast<int64_t>(ids.size());
-  if (values_.defined()) {
-    const at::Tensor index = at::tensor(ids, at::TensorOptions().dtype(at::kLong)).to(values_.device());
-    return values_.index_select(0, index).to(at::kCPU, dtype).contiguous();
-  }
-  at::Tensor values = at::empty({k, sizes_[1], sizes_[2]}, at::TensorOptions().dtype(stored_));
-  const auto size = static_cast<size_t>(sizes_[1] * sizes_[2] * values.element_size());
-  auto* to = static_cast<char*>(values.mutable_data_ptr());
-  for (int64_t x = 0; x < k; ++x) {
-    const auto id = static_cast<uint64_t>(ids[static_cast<size_t>(x)]);
-    file_->read(position_ + id * size, to + static_cast<size_t>(x) * size, size);
-  }
-  return values.to(dtype);
 }
 
 template <class T>

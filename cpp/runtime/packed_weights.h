@@ -16,6 +16,7 @@
 #include "../ops/layer.h"
 #include "../ops/switch.h"
 #include "memory.h"
+#include "conditions.h"
 #include "package_reader.h"
 
 namespace moecalc {
@@ -31,7 +32,7 @@ struct GeometryRules {
   ops::Switch edge, angle;
   bool use_dist;
   double protection;
-  std::vector<double> mean, stddev;  // (n_types * 4)
+  std::vector<double> mean, stddev;  // (K n_types * 4), the same for all K conditions
 };
 
 /// Matrices of the experts of a position, (E, in, out), in memory or still in the package file.
@@ -121,6 +122,8 @@ class PackedWeights {
   bool set_groups(const at::Tensor& features, const std::vector<int64_t>& used);
   /// Gives back the weights of all groups but those `in_use`.
   void release_groups(const std::vector<int64_t>& in_use = {});
+  /// Tables of the types from now on.
+  void set_types(const TypeTables& tables);
   int64_t n_packed_groups() const;
   int64_t packed_bytes() const;  // of host memory
   /// Sets what stands for the weights of edge and angle features in the first layer (`GroupWeights`: edge_r
@@ -133,7 +136,7 @@ class PackedWeights {
   bool use_dist_ = true;
   std::vector<T> edge_matrix_, edge_bias_, angle_direction_;  // padded; a = cos * angle_direction
   std::vector<LayerSource> layers_;
-  std::vector<T> node_table_;  // phi(Y), (n_types x np)
+  std::vector<T> node_table_;  // phi(Y), (K n_types x np)
 
   std::vector<at::Tensor> memory_;                          // of the updates, and of weights set in training
   std::vector<std::vector<ops::GroupWeights<T>>> weights_;  // [layer][group]; null: not laid out
@@ -168,6 +171,7 @@ class PackedWeights {
 
   void read_geometry(const torch::jit::Module& module);
   void read_embedding(const torch::jit::Module& module);
+  void set_node_table(const at::Tensor& rows);
   LayerSource read_layer(const torch::jit::Module& module, const DeferredTensors* deferred);
   static Position read_position(const torch::jit::Module& module, const DeferredTensors* deferred);
   void route(const at::Tensor& features);

@@ -41,6 +41,10 @@ ReadoutSource read_readout(const Module& readout, int64_t n_types, at::ScalarTyp
     const at::Tensor row = doubles(net.attr("case_embedding").toTensor()).unsqueeze(0);
     source.constant = at::cat({source.constant, row.expand({n_types, row.size(1)})}, 1).contiguous();
   }
+  if (net.hasattr("n_constant")) {  // of conditions, which are not known yet
+    const at::Tensor none = at::zeros({n_types, net.attr("n_constant").toInt()}, source.constant.options());
+    source.constant = at::cat({source.constant, none}, 1).contiguous();
+  }
   for (const auto& child : net.attr("layers").toModule().named_children()) {
     const Module& module = child.value;
     ReadoutSource::Layer layer;
@@ -53,6 +57,13 @@ ReadoutSource read_readout(const Module& readout, int64_t n_types, at::ScalarTyp
     source.layers.push_back(layer);
   }
   return source;
+}
+
+void ReadoutSource::set_types(const TypeTables& tables) {
+  constant = tables.fitting;
+  const int64_t n_types = constant.size(0) / tables.n_conditions;
+  shift = shift.narrow(0, 0, n_types).repeat({tables.n_conditions}).contiguous();
+  weight = weight.narrow(0, 0, n_types).repeat({tables.n_conditions}).contiguous();
 }
 
 namespace {
@@ -82,17 +93,15 @@ std::vector<T> padded_rows(const at::Tensor& from, int64_t n_rows, int64_t strid
 template <class T>
 class FittingNet final : public Readout {
  public:
-  FittingNet(const ReadoutSource& source, ThreadPool& threads)
-      : kernels_(ops::kernels<T>(std::getenv("MOECALC_CPU"))),
+  FittingNet(ReadoutSource source, ThreadPool& threads)
+      : source_(std::move(source)),
+        kernels_(ops::kernels<T>(std::getenv("MOECALC_CPU"))),
         threads_(threads),
-        n_feature_(source.layers.empty() ? source.out_matrix.numel() : source.layers[0].matrix.size(0)),
-        n_constant_(source.constant.size(1)),
-        constant_(values_of<T>(source.constant)),
-        out_(padded_rows<T>(source.out_matrix, 1, ops::padded<T>(source.out_matrix.numel()))),
-        out_bias_(source.out_bias),
-        shift_(values_of<double>(source.shift)),
-        weight_(values_of<double>(source.weight)) {
-    for (const ReadoutSource::Layer& from : source.layers) {
+        n_feature_(source_.layers.empty() ? source_.out_matrix.numel() : source_.layers[0].matrix.size(0)),
+        n_constant_(source_.constant.size(1)),
+        out_(padded_rows<T>(source_.out_matrix, 1, ops::padded<T>(source_.out_matrix.numel()))),
+        out_bias_(source_.out_bias) {
+    for (const ReadoutSource::Layer& from : source_.layers) {
       Layer layer;
       layer.n_in = from.matrix.size(0), layer.n_out = from.matrix.size(1);
       layer.in = ops::padded<T>(layer.n_in), layer.out = ops::padded<T>(layer.n_out);
@@ -109,6 +118,12 @@ class FittingNet final : public Readout {
       widest_ = std::max({widest_, layer.in, layer.out});
       width_ += layer.out;
     }
+    read_types();
+  }
+
+  void set_types(const TypeTables& tables) override {
+    source_.set_types(tables);
+    read_types();
   }
 
   at::Tensor evaluate(const at::Tensor& v, const at::Tensor& types, at::Tensor* dv) override {
@@ -128,9 +143,23 @@ class FittingNet final : public Readout {
     ops::Buffer<T> x, slope, dy, dx;
   };
 
-  /// What the first layer adds to the products of atom `i`: here is the place for what depends on more than
-  /// weights.
-  const T* first_bias(int64_t /*i*/) const { return layers_[0].b.data(); }
+  void read_types() {
+    constant_ = values_of<T>(source_.constant);
+    shift_ = values_of<double>(source_.shift);
+    weight_ = values_of<double>(source_.weight);
+    first_bias_.clear();
+    if (n_constant_ == 0 || layers_.empty()) return;
+    // b + constant W, once per type instead of once per atom
+    const ReadoutSource::Layer& first = source_.layers[0];
+    const at::Tensor rows =
+        source_.constant.matmul(first.matrix.narrow(0, n_feature_ - n_constant_, n_constant_)) + first.bias;
+    first_bias_ = padded_rows<T>(rows, rows.size(0), layers_[0].out);
+  }
+
+  /// What the first layer adds to the products of an atom's features.
+  const T* first_bias(int64_t type) const {
+    return first_bias_.empty() ? layers_[0].b.data() : first_bias_.data() + type * layers_[0].out;
+  }
 
   template <class V>
   at::Tensor evaluate_as(const at::Tensor& v_in, const at::Tensor& types_in, at::Tensor* dv_out) {
@@ -181,9 +210,10 @@ class FittingNet final : public Readout {
       const Layer& layer = layers_[l];
       T* y = x + kRows * layer.in;
       for (int64_t r = 0; r < rows; ++r) {
-        std::copy_n(l == 0 ? first_bias(begin + r) : layer.b.data(), layer.out, y + r * layer.out);
+        std::copy_n(l == 0 ? first_bias(type[begin + r]) : layer.b.data(), layer.out, y + r * layer.out);
       }
-      kernels_.gemm(rows, layer.out, layer.n_in, x, layer.in, layer.w.data(), layer.out, y, layer.out, true);
+      const int64_t n_product = l == 0 ? width : layer.n_in;  // constants are in the bias
+      kernels_.gemm(rows, layer.out, n_product, x, layer.in, layer.w.data(), layer.out, y, layer.out, true);
       if (gradients) {
         kernels_.activate_with_slope(layer.phi, y, slope, rows * layer.out);
       } else {
@@ -240,12 +270,13 @@ class FittingNet final : public Readout {
     }
   }
 
+  ReadoutSource source_;
   const ops::Kernels<T>& kernels_;
   ThreadPool& threads_;
   std::vector<Layer> layers_;
   int64_t n_feature_ = 0, n_constant_ = 0;  // of an atom: in all, and those that its element gives
   int64_t width_ = 0, widest_ = 0;          // padded: sum over the layers, and the largest
-  std::vector<T> constant_, out_;
+  std::vector<T> constant_, first_bias_, out_;
   double out_bias_ = 0.0;
   std::vector<double> shift_, weight_;
   std::vector<Memory> memory_;  // per thread

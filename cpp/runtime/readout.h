@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../ops/layer.h"
+#include "conditions.h"
 #include "threads.h"
 
 namespace moecalc {
@@ -22,9 +23,13 @@ struct ReadoutSource {
     ops::Activation phi;
   };
   std::vector<Layer> layers;
-  at::Tensor out_matrix, constant;  // (width,), (n_types, n_constant) float64: table and case embedding
+  at::Tensor out_matrix;  // (width,) float64
+  /// (K n_types, n_constant) float64: table, case embedding, frame parameters.
+  at::Tensor constant;
   double out_bias = 0.0;
-  at::Tensor shift, weight;  // (n_types) float64
+  at::Tensor shift, weight;  // (K n_types) float64
+
+  void set_types(const TypeTables& tables);
 };
 
 /// Reads it; throws Unsupported. `dtype`: of the fitting net.
@@ -40,6 +45,8 @@ class Readout {
   /// `v` (n_local, n_dim) in the dtype of the layers, `types` (n_local,) int64. Returns energies (n_local,)
   /// float64 in eV; if `dv` is given, it becomes the gradient of their sum, as `v`.
   virtual at::Tensor evaluate(const at::Tensor& v, const at::Tensor& types, at::Tensor* dv) = 0;
+  /// Tables of the types from now on.
+  virtual void set_types(const TypeTables& tables) = 0;
 };
 
 /// Where the kernels do not cover an option of the package, returns null and says which in `reason`.

@@ -64,6 +64,19 @@ ReferenceFrame read_frame(const Json& json, const std::vector<std::string>& elem
   const auto& pbc = json.at("pbc").list();
   if (pbc.size() != 3) throw Error("expected 3 entries of `pbc`, got " + std::to_string(pbc.size()));
   for (size_t d = 0; d < 3; ++d) frame.pbc[d] = pbc[d].boolean();
+  const auto given = [&](const char* name) {
+    return json.has(name) && json.at(name).kind() != Json::Kind::null;
+  };
+  if (given("charge") != given("spin")) throw Error("expected both `charge` and `spin` of a frame, or none");
+  for (const char* name : {"charge", "spin"}) {
+    if (!given(name)) continue;
+    const double value = json.at(name).number();
+    if (std::abs(value) > 100.0 || value != std::floor(value)) {
+      throw Error(std::string("expected a whole `") + name + "` up to 100, got " + std::to_string(value));
+    }
+    frame.charge_spin.push_back(static_cast<int64_t>(value));
+  }
+  if (given("fparam")) frame.fparam = json.at("fparam").numbers(json.at("fparam").list().size());
   return frame;
 }
 
@@ -142,6 +155,26 @@ std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, s
     if (adds) chosen.push_back(k);
   }
   return chosen;
+}
+
+std::pair<at::Tensor, at::Tensor> conditions_of_frames(const std::vector<const ReferenceFrame*>& frames) {
+  std::vector<int64_t> pairs;
+  std::vector<double> numbers;
+  for (const ReferenceFrame* frame : frames) {
+    if (frame->charge_spin.size() != frames[0]->charge_spin.size() ||
+        frame->fparam.size() != frames[0]->fparam.size()) {
+      throw Error("expected reference frames that all have charge, spin and frame parameters, or none of them");
+    }
+    pairs.insert(pairs.end(), frame->charge_spin.begin(), frame->charge_spin.end());
+    numbers.insert(numbers.end(), frame->fparam.begin(), frame->fparam.end());
+  }
+  const auto n = static_cast<int64_t>(frames.size());
+  std::pair<at::Tensor, at::Tensor> given;
+  if (!pairs.empty()) given.first = at::tensor(pairs, at::TensorOptions().dtype(at::kLong)).reshape({n, 2});
+  if (!numbers.empty()) {
+    given.second = at::tensor(numbers, at::TensorOptions().dtype(at::kDouble)).reshape({n, -1});
+  }
+  return given;
 }
 
 AtomicGraph reference_graph(const std::vector<const ReferenceFrame*>& frames, double cutoff) {

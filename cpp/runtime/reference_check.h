@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "moecalc/evaluator.h"
@@ -14,7 +15,13 @@ struct ReferenceFrame {
   std::vector<double> positions, cell, forces, virial;  // n x 3, 3 x 3 (rows are vectors), n x 3, 3 x 3
   bool pbc[3] = {false, false, false};
   double energy = 0.0;
+  std::vector<int64_t> charge_spin;  // charge and multiplicity; empty: the model was given none
+  std::vector<double> fparam;
 };
+
+/// (n_frames, 2) int64 and (n_frames, n_fparam) float64, undefined where the model was given none. Throws Error for
+/// frames that differ in what they were given.
+std::pair<at::Tensor, at::Tensor> conditions_of_frames(const std::vector<const ReferenceFrame*>& frames);
 
 /// Frames of `text` (reference.json). Throws Error for what is not a list of whole frames of finite numbers.
 std::vector<ReferenceFrame> read_reference(const std::string& text, const std::vector<std::string>& elements);

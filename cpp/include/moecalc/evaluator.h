@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,6 +65,17 @@ struct Request {
   bool atom_virial = false;
 };
 
+/// Charge (e), multiplicity 2S+1 and frame parameters, as far as a user gave them.
+struct GivenConditions {
+  std::optional<double> charge, spin;
+  std::optional<std::vector<double>> fparam;
+};
+
+/// What a model was given: texts like "charge 0, spin 1", empty where there is nothing to tell.
+struct AppliedConditions {
+  std::string values, defaults;  // all; those that are the package's defaults
+};
+
 /// Seconds by part of an evaluation.
 using Timings = std::vector<std::pair<std::string, double>>;
 
@@ -110,6 +122,14 @@ class MOECALC_API Evaluator {
   /// and throws Error unless energies, forces and virial are the stored ones: a package whose weights, cutoff
   /// or elements were changed, or a device, driver or library that computes something else.
   void check_reference(const std::vector<std::string>& elements = {});
+
+  /// Charge and multiplicity (K, 2) int64 and frame parameters (K, n_fparam) float64, on the CPU, undefined
+  /// where the model takes none, of the structures to come: K is their number, or 1 for any number. A model
+  /// that takes conditions (docs/architecture.md) refuses to evaluate before. Throws Error.
+  void set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam);
+  /// The same for all structures to come, from what a user gave: what is missing has the package's default.
+  /// Throws Error for values that the model does not take, or that are missing or contradict each other.
+  AppliedConditions set_conditions(const GivenConditions& given);
 
   /// The list of the evaluations to come. Throws Error if it is invalid.
   void set_list(const NeighborList& list);

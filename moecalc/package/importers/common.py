@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from moecalc.deepmd.options import DESCRIPTOR
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
 from moecalc.package.importers.checks import check_config, check_finite, check_kind, check_statistics
@@ -190,7 +191,7 @@ def check_supported(params: Mapping[str, Any]) -> None:
     for option, inert in _INERT.items():
         if not any(same(params.get(option, inert[0]), value) for value in inert):
             raise _reject(f"model.{option}", params[option], f"{inert[0]!r}")
-    descriptor, fitting = params["descriptor"], params["fitting_net"]
+    fitting = params["fitting_net"]
     if fitting.get("numb_aparam", 0):
         raise _reject("fitting_net.numb_aparam", fitting["numb_aparam"], "0")
     if fitting.get("use_aparam_as_mask"):
