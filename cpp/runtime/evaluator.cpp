@@ -22,6 +22,7 @@
 #include "fused.h"
 #include "graph.h"
 #include "memory_reader.h"
+#include "moecalc/clean_state.h"
 
 namespace moecalc {
 
@@ -68,6 +69,16 @@ bool is_out_of_memory(const std::exception& exception) {
                            essence(exception) + ")");
   }
   throw Error(context + ": " + essence(exception));
+}
+
+/// Zeros must not stand for what was not differentiated.
+void check_differentiated(bool differentiated) {
+  if (!differentiated) {
+    throw Error(
+        "expected an energy that depends on the positions, got one without gradients, so there are no "
+        "forces: "
+        "package the checkpoint again");
+  }
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -353,6 +364,7 @@ Evaluator::Impl::Impl(const std::string& path, const std::string& device, const 
 }
 
 void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const PackageFile file(path);
@@ -668,6 +680,7 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   result.energies =
       energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
   if (!gradients) return;
+  if (graph.n_edge > 0) check_differentiated(readout.output_requires_grad(0));
 
   std::vector<at::Tensor> down = readout.backward({at::ones_like(energies)});
   at::Tensor dv = down[0], de, da, d_sw, d_h, d_asw;
@@ -686,7 +699,8 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   accumulate(d_edge_input, down[0]);
   accumulate(d_cos, down[1]);
   at::Tensor g = geometry.backward({d_edge_input, d_sw, d_h, d_cos, d_asw})[0];
-  if (!g.defined()) return;  // no edge reaches the energy: forces and virial stay zero
+  if (graph.n_edge > 0) check_differentiated(g.defined());
+  if (!g.defined()) return;  // no edges: forces and virial stay zero
   g = g.detach();
   if (device_.is_cpu()) {
     scatter_on_cpu(graph, system.const_data_ptr<int64_t>(), g, request, result);
@@ -719,8 +733,8 @@ void Evaluator::Impl::run_fused(const PreparedGraph& graph, const at::Tensor& sy
     fused_->take_timings(result.timings);
     return;
   }
-  at::Tensor dv = readout.backward({at::ones_like(energies)})[0];
-  if (!dv.defined()) dv = at::zeros_like(v);
+  const at::Tensor dv = readout.backward({at::ones_like(energies)})[0];
+  check_differentiated(dv.defined());
   result.timings.emplace_back("readout", seconds_since(mark));
   mark = std::chrono::steady_clock::now();
   const at::Tensor g = fused_->backward(graph, dv, reduce);
@@ -759,13 +773,18 @@ Evaluator::Evaluator(Evaluator&&) noexcept = default;
 Evaluator& Evaluator::operator=(Evaluator&&) noexcept = default;
 
 Evaluation Evaluator::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
+  const CleanState clean;
   return impl_->evaluate(graph, request, exchange);
 }
 
-void Evaluator::set_list(const NeighborList& list) { impl_->set_list(list); }
+void Evaluator::set_list(const NeighborList& list) {
+  const CleanState clean;
+  impl_->set_list(list);
+}
 
 Evaluation Evaluator::evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
                                          const Request& request, GhostExchange* exchange) {
+  const CleanState clean;
   return impl_->evaluate_positions(positions, cells, request, exchange);
 }
 
@@ -787,6 +806,7 @@ int64_t Evaluator::buffer_bytes() const { return impl_->buffer_bytes(); }
 std::vector<at::Tensor> Evaluator::run_layer(const AtomicGraph& graph, int64_t layer,
                                              const std::vector<at::Tensor>& inputs,
                                              const std::vector<at::Tensor>& gradients) {
+  const CleanState clean;
   return impl_->run_layer(graph, layer, inputs, gradients);
 }
 const std::string& Evaluator::metadata() const { return impl_->metadata; }

@@ -9,6 +9,7 @@
 
 #include "fused.h"
 #include "graph.h"
+#include "moecalc/clean_state.h"
 
 namespace moecalc {
 
@@ -23,6 +24,7 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
   if (dtype != "float32" && dtype != "float64") {
     throw Error("expected `dtype` to be 'float32' or 'float64', got '" + dtype + "'");
   }
+  const CleanState clean;
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const at::NoGradGuard no_grad;
   torch::jit::Module package = torch::jit::load(path);
@@ -47,6 +49,7 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
 Trainer::~Trainer() = default;
 
 at::Tensor Trainer::set_graph(const AtomicGraph& graph) {
+  const CleanState clean;
   impl_->graph = prepare_graph(graph, impl_->rules, false);
   return impl_->graph.engine_row;
 }
@@ -56,6 +59,7 @@ std::vector<at::Tensor> Trainer::graph() const {
 }
 
 void Trainer::set_edge_vec(const at::Tensor& edge_vec) {
+  const CleanState clean;
   if (edge_vec.sizes() != impl_->graph.edge_vec.sizes()) {
     throw Error("expected " + std::to_string(impl_->graph.n_edge) + " x 3 edge vectors, got " +
                 std::to_string(edge_vec.numel()) + " numbers");
@@ -63,20 +67,26 @@ void Trainer::set_edge_vec(const at::Tensor& edge_vec) {
   impl_->graph.edge_vec = edge_vec.to(at::kDouble).contiguous().clone();
 }
 
-void Trainer::set_weights(const TrainingWeights& weights) { impl_->model->set_weights(weights); }
+void Trainer::set_weights(const TrainingWeights& weights) {
+  const CleanState clean;
+  impl_->model->set_weights(weights);
+}
 
 at::Tensor Trainer::forward(bool keep_for_weights) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   return keep_for_weights ? impl_->model->forward_to_train(impl_->graph)
                           : impl_->model->forward(impl_->graph, {}, {}, true);
 }
 
 at::Tensor Trainer::backward(const at::Tensor& dv) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   return impl_->model->backward(impl_->graph, dv, {});
 }
 
 TrainingWeights Trainer::backward_to_weights(const at::Tensor& dv) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   return impl_->model->backward_to_train(impl_->graph, dv);
 }

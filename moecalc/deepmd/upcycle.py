@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecalc._clean import clean_torch
 from moecalc.deepmd.options import DESCRIPTOR, MOE_DEFAULTS, TRAINING_OPTIONS, OptionError, moe_config
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, MoEConfig, RouterConfig
@@ -48,6 +49,7 @@ _RESIDUALS = {
 _FREE = {"type", "moe", "seed", "trainable", "ntypes", "type_map", *TRAINING_OPTIONS} - {"fix_stat_std"}
 
 
+@clean_torch()
 def upcycle(
     dense: str | Path,
     input_file: str | Path,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
+from moecalc._clean import clean_torch
 from moecalc._jit import jit_script
 from moecalc.errors import PackageError
 from moecalc.nn import MoEPotential
@@ -36,6 +37,7 @@ from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, v
 CITATION = "T. Liu et al., arXiv:2603.07977 (element-wise MoE); D. Zhang et al., arXiv:2506.01686 (DPA3)"
 
 
+@clean_torch()
 def package_checkpoint(
     checkpoint: str | Path,
     out: str | Path,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moecalc._clean import clean_torch
 from moecalc._jit import jit_load, unoptimized
 from moecalc.nn.model import ModelOutput
 from moecalc.package.archive import read_metadata, read_reference
@@ -147,6 +148,7 @@ def _small_structures() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@clean_torch()
 def verify_package(
     path: str | Path,
     progress: Progress | None = None,

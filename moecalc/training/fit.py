@@ -25,6 +25,7 @@ from ase.data import chemical_symbols
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from moecalc._clean import clean_torch
 from moecalc._jit import jit_save, jit_script
 from moecalc._lib import load
 from moecalc.dataset import check_frames, read_frames, split_frames
@@ -123,6 +124,7 @@ class Fit:
         MoecalcError, RuntimeError: an option of the architecture that the kernels do not cover, by name.
     """
 
+    @clean_torch()
     def __init__(self, config: ModelConfig, options: Options) -> None:
         self.config, self.options = config, options
         if config.descriptor.a_compress_rate:
@@ -169,6 +171,7 @@ class Fit:
         g = _tensor(self.kernels.backward(dv.numpy()))
         return Evaluated(packed, types, edges, vectors, _tensor(row), energies.detach(), g)
 
+    @clean_torch()
     def predict(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Energies (S,), forces (n, 3) and virials (S, 3, 3) of a batch, with the weights that are set."""
         x = self._evaluate(batch)
@@ -179,6 +182,7 @@ class Fit:
         virial = _virial(x.g, x.vectors, system[x.edges[0]], len(batch.sizes))
         return energy.numpy(), out, virial.numpy()
 
+    @clean_torch()
     def gradients(self, batch: Batch, energy_weight: float, virial_weight: float) -> dict[str, float]:
         """Add the gradient of the batch's loss to `grad` of the parameters.
 
@@ -245,6 +249,7 @@ class Fit:
         ]
         torch.autograd.backward([t for t, _ in pairs], [a for _, a in pairs])
 
+    @clean_torch()
     def repulsion_gradients(self, repulsion: Repulsion) -> float:
         """Add the gradient for a batch of close pairs to `grad` of the parameters; returns the loss."""
         x = self._evaluate(repulsion.batch(self.rng))
@@ -253,6 +258,7 @@ class Fit:
             self._add_gradients(x, torch.zeros_like(x.energies), self.options.repulsion * direction)
         return loss
 
+    @clean_torch()
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimiser; returns what `gradients` does, the norm of the gradient and the learning rate."""
         o = self.options
@@ -302,6 +308,7 @@ class Fit:
             parameter.data.copy_(average)
             average.copy_(value)
 
+    @clean_torch()
     def validate(self, frames: list[Frame]) -> dict[str, dict[str, float]]:
         """Mean absolute errors per group, with averaged weights: energy (eV/atom), force (eV/A)."""
         self.swap_average()
@@ -318,6 +325,7 @@ class Fit:
             for group, (e, f, n) in sorted(sums.items())
         }
 
+    @clean_torch()
     def save(self, path: Path) -> None:
         """Everything that `restore` needs, and moecalc's checkpoint form of the averaged weights beside it."""
         state = {
@@ -337,6 +345,7 @@ class Fit:
         save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
         self.swap_average()
 
+    @clean_torch()
     def restore(self, path: Path) -> None:
         """Continue from a file of `save`.
 
@@ -356,6 +365,7 @@ class Fit:
         self.queue = list(state["queue"])
         self.step_number = state["step"]
 
+    @clean_torch()
     def run(
         self,
         train: list[Frame],
@@ -397,6 +407,7 @@ class Fit:
         self.save(folder / "state.pt")
 
 
+@clean_torch()
 def begin(config: ModelConfig, options: Options, train: list[Frame], folder: Path) -> Fit:
     """The fit that was saved in a folder, or else a new one, with the elements' energies from the frames.
 
@@ -410,6 +421,7 @@ def begin(config: ModelConfig, options: Options, train: list[Frame], folder: Pat
     return fit
 
 
+@clean_torch()
 def fit_frames(
     source: str | Path,
     input_file: str | Path,

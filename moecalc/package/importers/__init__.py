@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moecalc._clean import clean_torch
 from moecalc.errors import CheckpointError
 from moecalc.nn import MoEPotential
 from moecalc.package.importers.common import ImportedModel
@@ -19,6 +20,7 @@ from moecalc.package.importers.native import KEY, import_native, save_checkpoint
 __all__ = ["ImportedModel", "build_model", "load_checkpoint", "save_checkpoint"]
 
 
+@clean_torch()
 def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     """Read a checkpoint of any supported layout.
 
@@ -61,6 +63,7 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+@clean_torch()
 def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> MoEPotential:
     """Instantiate the model of an imported checkpoint.
 
