@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from moecalc import __version__, keys
 from moecalc._lib import load
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
+from moecalc.files import describe
 from moecalc.models import default_model_path
 from moecalc.neighbors import AtomicGraph, Floats, Ints, PairList, SkinNeighborList
 
@@ -94,6 +96,7 @@ class MoECalculator(Calculator):
             _set_threads(threads)
         self._model = _open(path, device, dtype_name, precision, check=check)
         self._warned = False
+        self._lock = threading.RLock()
         self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
         super().__init__()
         self.parameters.update(
@@ -175,6 +178,10 @@ class MoECalculator(Calculator):
             MoecalcError: the parameter belongs to the loaded model.
             TypeError: there is no such parameter.
         """
+        with self._lock:
+            return self._set(parameters)
+
+    def _set(self, parameters: dict[str, Any]) -> dict[str, Any]:
         changed: dict[str, Any] = {}
         for name, value in parameters.items():
             if name not in self.parameters:
@@ -195,7 +202,8 @@ class MoECalculator(Calculator):
     # --- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"parameters": dict(self.parameters), "atoms": self.atoms, "results": self.results}
+        with self._lock:
+            return {"parameters": dict(self.parameters), "atoms": self.atoms, "results": self.results}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["parameters"])  # type: ignore[misc]
@@ -207,13 +215,44 @@ class MoECalculator(Calculator):
         memo[id(self._model)] = (
             self._model
         )  # a model does not change: copies share it, whatever happened to the file
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        with self._lock:
+            memo[id(self._lock)] = threading.RLock()
+            other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
     def __copy__(self) -> MoECalculator:
         return copy.deepcopy(self)
 
     # --- results -------------------------------------------------------------------------------
+    #
+    # ASE keeps the structure and its results in the calculator. Every question is answered under a lock, from "is this the structure that
+    # the results are of?" to the copy of the result, so that threads that share a calculator get the results of their own structures.
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """A property of a structure, calculated if need be; `atoms.get_forces()` and the like end here."""
+        with self._lock:
+            return super().get_property(name, atoms, allow_calculation)
+
+    def calculate_properties(self, atoms: Atoms, properties: Sequence[str]) -> Any:
+        """Several properties of a structure."""
+        with self._lock:
+            return super().calculate_properties(atoms, properties)
+
+    def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
+        """Whether a property of the structure is not there yet."""
+        with self._lock:
+            return bool(super().calculation_required(atoms, properties))
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What differs between the structure and the one that the results are of."""
+        with self._lock:
+            changes: list[str] = super().check_state(atoms, tol)
+            return changes
+
+    def reset(self) -> None:
+        """Forget structure and results."""
+        with self._lock:
+            super().reset()
 
     def calculate(
         self,
@@ -222,6 +261,12 @@ class MoECalculator(Calculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         """Fill `results`; called by ASE."""
+        with self._lock:
+            self._calculate(atoms, properties, system_changes)
+
+    def _calculate(
+        self, atoms: Atoms | None, properties: Sequence[str], system_changes: Sequence[str]
+    ) -> None:
         if system_changes:
             self.results = {}  # a structure that is refused must not be answered with the results of the one before
         super().calculate(atoms, properties, system_changes)
@@ -322,7 +367,7 @@ class MoECalculator(Calculator):
                 warnings.warn(
                     f"an atom has {raw[key]} neighbours {where}, but in training the model saw at most the nearest {limit}: all of them are "
                     f"used, which is smooth, but differs from the training code, and the structure is denser than what the model knows",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
@@ -483,6 +528,8 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
         status = path.stat()
     except OSError:
         raise PackageError(f"{path}: no such file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise PackageError(f"{path}: {describe(path)}, expected a package (*.moe.pt)")
     key = (
         path,
         status.st_mtime_ns,
@@ -496,7 +543,7 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
         model = _open_models.get(key)
         if model is None:
             try:
-                evaluator = native.Evaluator(str(path), key[3], dtype, precision)
+                evaluator = native.Evaluator(os.fsencode(path), key[3], dtype, precision)
             except native.OutOfMemoryError as error:
                 raise MoecalcError(f"{path}: {error}") from error
             except native.Error as error:
@@ -511,7 +558,7 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
                     stacklevel=4,
                 )
         if check and key not in _checked:
-            _check(model, native.read_record(str(path), keys.REFERENCE_RECORD))
+            _check(model, native.read_record(os.fsencode(path), keys.REFERENCE_RECORD))
             _checked.add(key)
     return model
 

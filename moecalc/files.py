@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from moecalc.errors import MoecalcError
 
 # --- what is it? ---------------------------------------------------------------------------------
+
+CHECKPOINT = "a checkpoint of torch (.pt)"
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -113,7 +117,7 @@ def _describe_zip(path: Path) -> str | None:
     if any(name.endswith("constants.pkl") for name in names):
         return "a TorchScript archive (a frozen model)"
     if any(name.endswith("data.pkl") for name in names):
-        return "a checkpoint of torch (.pt)"
+        return CHECKPOINT
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy arrays (.npz)"
     return f"a zip archive of other files ({', '.join(map(ascii, names[:3])) or 'empty'}): unpack it first"
@@ -163,6 +167,31 @@ def _describe_text(head: bytes) -> str | None:
     if "\n" not in text.strip() and Path(line).suffix:
         return f"a text file with {line!r} in it, perhaps a link: give the file that it names"
     return f"a text file that begins with {line!r}"
+
+
+def load_failure(error: Exception) -> str:
+    """Why `torch.load(..., weights_only=True)` failed, in a few words; without torch's advice to load the file unsafely."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+)", text):
+        return f"it has {found[1]} in it, which could run code, expected only tensors, numbers, texts, lists and dictionaries"
+    if "weights_only" in text or "Weights only" in text:
+        return "it has objects in it that could run code, expected only tensors, numbers, texts, lists and dictionaries"
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    return text[:200] or type(error).__name__
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def display_text(value: str | Path) -> str:
+    """Text that UTF-8 can express, whatever the locale: under LANG=C, Python hides the bytes of an argument in surrogates."""
+    return str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def from_text(text: str) -> str:
+    """A path from what `display_text` made of it."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 # --- writing ---------------------------------------------------------------------------------------
@@ -236,6 +265,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def to_bytes(content: Any) -> bytes:
+    """What `torch.save` writes, in memory: its own writer ends the process when the disk is full."""
+    import io
+
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut off the end of a line that was not written to its end, of a log that goes on."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:

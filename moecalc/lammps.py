@@ -189,7 +189,8 @@ def _energy_in_lammps(package: Path, element: str, ranks: int) -> float | str:
     """Energy of the same atoms in LAMMPS, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "in.two_atoms"
-        script.write_text(_TWO_ATOMS.format(package=package, element=element))
+        text = _TWO_ATOMS.format(package=package, element=element)
+        script.write_text(text, encoding="utf-8", errors="surrogateescape")
         command = [sys.executable, "-c", _LMP, "-in", str(script), "-log", "none"]
         if ranks > 1:
             command = [str(mpirun()), "-np", str(ranks), *command]
@@ -218,7 +219,8 @@ def _run(command: list[str], folder: str | None = None) -> tuple[int, str]:
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_TIME_LIMIT,
             check=False,
         )

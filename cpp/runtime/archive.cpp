@@ -113,11 +113,38 @@ std::string damaged(uint32_t actual, uint32_t expected) {
   return text;
 }
 
+/// The error for a file that is no package, which says what it is where that is a frequent mishap.
+Error foreign_file(const std::string& path, const std::string& bytes) {
+  const auto begins = [&](const char* start) { return bytes.rfind(start, 0) == 0; };
+  std::string head = bytes.substr(0, 512);
+  std::transform(head.begin(), head.end(), head.begin(),
+                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
+  const size_t text = head.find_first_not_of(" \t\r\n");
+  const auto tag = [&](const char* name) {
+    return text != std::string::npos && head.compare(text, std::strlen(name), name) == 0;
+  };
+  std::string what;
+  if (bytes.empty()) {
+    what = "an empty file: the copy or download failed, or the disk was full";
+  } else if (begins("version https://git-lfs.github.com/spec/")) {
+    what = "a Git LFS pointer, not the file itself: run `git lfs pull`";
+  } else if (tag("<!doctype html") || tag("<html")) {
+    what = "an HTML page, not the file itself: a download link was for a web page; download the raw file";
+  } else if (begins("\x1f\x8b")) {
+    what = "compressed with gzip: unpack it first";
+  } else if (begins("\3757zXZ")) {
+    what = "compressed with xz: unpack it first";
+  }
+  if (what.empty()) return Error(path + ": " + foreign + path + "`");
+  return Error(path + ": not a moecalc package but " + what + "; expected a file *.moe.pt");
+}
+
 std::string read_file(const std::string& path) {
   struct stat status{};
   if (::stat(path.c_str(), &status) != 0) {
     throw Error(path + ": " + (errno == ENOENT || errno == ENOTDIR ? "no such file" : std::strerror(errno)));
   }
+  if (S_ISDIR(status.st_mode)) throw Error(path + ": a folder, not a file, expected a package (*.moe.pt)");
   if (!S_ISREG(status.st_mode)) throw Error(path + ": " + foreign + path + "`");
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
   if (file == nullptr) throw Error(path + ": cannot be opened: " + std::strerror(errno));
@@ -139,8 +166,8 @@ void PackageFile::check_checksum() const {
   const size_t eocd = find_eocd(bytes_);
   if (eocd == std::string::npos) {
     // A zip file begins with PK\3\4: without an end it was cut short, anything else never was one.
-    throw Error(path_ + ": " +
-                (has_signature(bytes_, 0, "PK\3\4") ? std::string(incomplete) : foreign + path_ + "`"));
+    if (!has_signature(bytes_, 0, "PK\3\4")) throw foreign_file(path_, bytes_);
+    throw Error(path_ + ": " + incomplete);
   }
   const size_t comment_size = little_endian(bytes_.data() + eocd + 20, 2);
   const std::string comment = bytes_.substr(eocd + eocd_size);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,7 @@ def verify_package(
         native = _lib.load()
         for dtype in ("float64", "float32"):
             say(f"evaluator in {dtype} on {device}")
-            evaluator = native.Evaluator(str(path), device, dtype)
+            evaluator = native.Evaluator(os.fsencode(path), device, dtype)
             tolerance = 1e-9 if dtype == "float64" else TOLERANCE["float32"]
             add(f"evaluator {dtype} on {device}", _evaluator_deviation(evaluator, frames), tolerance)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,15 @@ from moecalc._jit import jit_save, jit_script
 from moecalc._lib import load
 from moecalc.dataset import check_frames, read_frames, split_frames
 from moecalc.errors import MoecalcError
+from moecalc.files import (
+    CHECKPOINT,
+    check_outputs,
+    describe,
+    drop_partial_line,
+    load_failure,
+    to_bytes,
+    write_bytes,
+)
 from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.common import first_error
 from moecalc.package.importers.native import save_checkpoint
@@ -139,9 +149,10 @@ class Fit:
             parameter.data = parameter.data.to(self.dtype)
         self.model.dtype_probe = self.model.dtype_probe.to(self.dtype)
         with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "model.pt")
-            jit_save(jit_script(self.model), Path(path), {})
-            self.kernels: Any = load().Trainer(path, config.descriptor.precision)
+            path = Path(folder) / "model.pt"
+            with path.open("wb") as file:
+                jit_save(jit_script(self.model), file, {})
+            self.kernels: Any = load().Trainer(os.fsencode(path), config.descriptor.precision)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
         self.averaged = [
@@ -338,21 +349,38 @@ class Fit:
             "config": self.config.model_dump(mode="json"),
             "options": self.options.model_dump(mode="json"),
         }
-        temporary = path.with_suffix(".new")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_bytes(path, to_bytes(state))
         self.swap_average()
-        save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
-        self.swap_average()
+        try:
+            save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
+        finally:
+            self.swap_average()
 
     @clean_torch()
     def restore(self, path: Path) -> None:
-        """Continue from a file of `save`.
+        """Continue from a file of `save`. Only tensors and plain containers are unpickled: the file cannot run code.
 
         Raises:
-            MoecalcError: it is of another architecture.
+            MoecalcError: it is of another architecture, or not a file of `save`.
         """
-        state = torch.load(path, weights_only=False)
+        begin_anew = "put back a copy of it, or remove it to begin anew"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - torch raises whatever a damaged file leads it to
+            what = describe(path)
+            reason = what if what is not None and what != CHECKPOINT else load_failure(error)
+            raise MoecalcError(f"{path}: not the state of a fit ({reason}): {begin_anew}") from None
+        try:
+            self._restore(state, path)
+        except MoecalcError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MoecalcError(
+                f"{path}: not the state of a fit ({type(error).__name__}: {reason}): {begin_anew}"
+            ) from None
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         if state["config"] != self.config.model_dump(mode="json"):
             raise MoecalcError(
                 f"{path} belongs to another model: choose another folder, or the input that it was begun with"
@@ -362,8 +390,8 @@ class Fit:
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
-        self.queue = list(state["queue"])
-        self.step_number = state["step"]
+        self.queue = [int(index) for index in state["queue"]]
+        self.step_number = int(state["step"])
 
     @clean_torch()
     def run(
@@ -388,6 +416,7 @@ class Fit:
             progress: called with every line of the log.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        drop_partial_line(folder / "log.jsonl")
         batches = self.batches(train)
         self.repulsion = Repulsion(self.config.type_map, train, self.config.descriptor.e_rcut)
         recent: list[dict[str, float]] = []
@@ -448,6 +477,10 @@ def fit_frames(
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be used.
     """
     path, folder = Path(input_file), Path(folder)
+    check_outputs(
+        [("the fit's file", folder / name) for name in ("state.pt", "state.averaged.pt", "log.jsonl")],
+        [("file of frames", source), ("--input", path)],
+    )
     started = time.time()
     try:
         given = json.loads(path.read_text(encoding="utf-8"))

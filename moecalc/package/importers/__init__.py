@@ -12,6 +12,7 @@ import torch
 
 from moecalc._clean import clean_torch
 from moecalc.errors import CheckpointError
+from moecalc.files import CHECKPOINT, describe, load_failure
 from moecalc.nn import MoEPotential
 from moecalc.package.importers.common import ImportedModel
 from moecalc.package.importers.deepmd import import_deepmd
@@ -35,7 +36,7 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file, expected a trained checkpoint (.pt)")
+        raise CheckpointError(f"{path}: {describe(path)}, expected a trained checkpoint (.pt)")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -46,9 +47,10 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if (what := describe(path)) is not None and what != CHECKPOINT:
+            raise CheckpointError(f"{path}: {what}, expected a trained checkpoint (.pt)") from None
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({reason[:200]}): copy or train it again"
+            f"{path}: not a readable checkpoint ({load_failure(error)}): copy or train it again"
         ) from None
     try:
         if not isinstance(data, Mapping):

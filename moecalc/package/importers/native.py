@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from moecalc.errors import CheckpointError
+from moecalc.files import to_bytes, write_bytes
 from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.common import ImportedModel, first_error
 
@@ -28,15 +28,13 @@ def save_checkpoint(
         config: its architecture.
         trained_elements: elements that training data covered; None = all of `type_map`.
     """
-    torch.save(
-        {
-            KEY: VERSION,
-            "config": config.model_dump(mode="json"),
-            "state_dict": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-            "trained_elements": list(config.type_map) if trained_elements is None else list(trained_elements),
-        },
-        path,
-    )
+    content = {
+        KEY: VERSION,
+        "config": config.model_dump(mode="json"),
+        "state_dict": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+        "trained_elements": list(config.type_map) if trained_elements is None else list(trained_elements),
+    }
+    write_bytes(path, to_bytes(content))
 
 
 def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
