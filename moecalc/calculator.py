@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from moecalc import __version__, keys
 from moecalc._lib import load
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
-from moecalc.files import describe
 from moecalc.models import default_model_path
 from moecalc.neighbors import AtomicGraph, Floats, Ints, PairList, SkinNeighborList
 
@@ -529,7 +528,7 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
     except OSError:
         raise PackageError(f"{path}: no such file") from None
     if not stat.S_ISREG(status.st_mode):
-        raise PackageError(f"{path}: {describe(path)}, expected a package (*.moe.pt)")
+        raise _foreign(path)
     key = (
         path,
         status.st_mtime_ns,
@@ -548,6 +547,8 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
                 raise MoecalcError(f"{path}: {error}") from error
             except native.Error as error:
                 message = str(error)
+                if "not a moecalc package" in message:
+                    raise _foreign(path) from error
                 kind = PackageError if precision == "fp32" else MoecalcError
                 raise kind(message if str(path) in message else f"{path}: {message}") from error
             model = _open_models[key] = _Model(path, evaluator, native.Error)
@@ -561,6 +562,12 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
             _check(model, native.read_record(os.fsencode(path), keys.REFERENCE_RECORD))
             _checked.add(key)
     return model
+
+
+def _foreign(path: Path) -> PackageError:
+    from moecalc.package.archive import foreign_package
+
+    return foreign_package(path)
 
 
 def _check(model: _Model, record: bytes) -> None:

@@ -80,12 +80,10 @@ def describe(path: str | Path) -> str | None:
         return "a safetensors file: it has the weights, but not the model's description"
     if head.startswith(_PICKLE):
         return _describe_pickle(head)
-    if b"\x0a" in head[:2] + head[8:9] and _looks_like_protobuf(head):
-        return (
-            "a frozen graph of TensorFlow (.pb)"
-            if b"Placeholder" in head or b"Const" in head
-            else "an ONNX model"
-        )
+    if head[:1] == b"\x08" and head[2:3] == b"\x12":  # version of the format, then the program's name
+        return "an ONNX model"
+    if head[:1] == b"\n" and (b"Placeholder" in head or b"Const" in head) and b"\x12" in head:
+        return "a frozen graph of TensorFlow (.pb)"
     if head.count(b"\x00") == min(len(head), 4096):
         return "filled with zeros: the copy failed, or the disk was full"
     return _describe_text(head)
@@ -140,10 +138,6 @@ def _describe_pickle(head: bytes) -> str | None:
         if module in head:
             return what
     return "a pickled Python object"
-
-
-def _looks_like_protobuf(head: bytes) -> bool:
-    return any(mark in head for mark in (b"Placeholder", b"Const", b"onnx", b"pytorch\x12", b"ir_version"))
 
 
 def _describe_text(head: bytes) -> str | None:
@@ -258,7 +252,7 @@ def temporary_folder(beside: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, in UTF-8, as `replacing` does."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(display_text(text), encoding="utf-8")
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

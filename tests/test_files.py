@@ -140,7 +140,7 @@ def test_a_folder_is_called_a_folder(tmp_path):
         check_archive(tmp_path)
     with pytest.raises(PackageError, match="a folder"):
         MoECalculator(tmp_path, device="cpu")
-    with pytest.raises(load().Error, match="a folder, not a file"):
+    with pytest.raises(load().Error, match="not a moecalc package but a folder"):
         load().check_archive(str(tmp_path))
 
 

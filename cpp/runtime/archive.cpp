@@ -144,7 +144,8 @@ std::string read_file(const std::string& path) {
   if (::stat(path.c_str(), &status) != 0) {
     throw Error(path + ": " + (errno == ENOENT || errno == ENOTDIR ? "no such file" : std::strerror(errno)));
   }
-  if (S_ISDIR(status.st_mode)) throw Error(path + ": a folder, not a file, expected a package (*.moe.pt)");
+  if (S_ISDIR(status.st_mode))
+    throw Error(path + ": not a moecalc package but a folder; expected a file *.moe.pt");
   if (!S_ISREG(status.st_mode)) throw Error(path + ": " + foreign + path + "`");
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
   if (file == nullptr) throw Error(path + ": cannot be opened: " + std::strerror(errno));

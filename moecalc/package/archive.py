@@ -79,7 +79,7 @@ def check_archive(path: str | Path) -> None:
     if not path.exists():
         raise PackageError(f"{path}: no such file")
     if not path.is_file():
-        raise PackageError(f"{path}: {describe(path)}, expected a package (*.moe.pt)")
+        raise foreign_package(path)
     body = path.read_bytes()
     foreign = foreign_package(path)
     again = "copy it again or package the checkpoint again"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moecalc.calculator import MoECalculator
 from moecalc.dataset import VIRIAL_KEYS, adopt_virials, parse_frames
 from moecalc.errors import ElementError, MoecalcError, StructureError
-from moecalc.files import describe
+from moecalc.files import describe, display_text
 from moecalc.report.elastic import (
     EquationOfStateResult,
     StrainedCells,
@@ -214,7 +214,7 @@ def evaluate(
     no_stress = np.full(6, np.nan)
     return Evaluation(
         calculator=calculator,
-        source=str(data) if isinstance(data, str | Path) else "",
+        source=display_text(data) if isinstance(data, str | Path) else "",
         key=key,
         limit=limit,
         frames=frames,

@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,7 +366,9 @@ class Fit:
         """
         begin_anew = "put back a copy of it, or remove it to begin anew"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about pickles of others
+                state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - torch raises whatever a damaged file leads it to
             what = describe(path)
             reason = what if what is not None and what != CHECKPOINT else load_failure(error)
