@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from moecalc.errors import MoecalcError
-from moecalc.files import check_outputs, describe, temporary_folder
+from moecalc.files import check_outputs, describe, display_text, temporary_folder
 from moecalc.keys import VOIGT
 
 # problems shown before the rest is only counted
@@ -361,7 +361,7 @@ def convert(
     held_out = split_frames(frames, validation, seed)
     chosen = set(held_out)
     report = DatasetReport(type_map, _summarize(frames, chosen), seed, validation)
-    content = {"source": Path(source).name, **asdict(report), "held_out": held_out}
+    content = {"source": display_text(Path(source).name), **asdict(report), "held_out": held_out}
     with temporary_folder(out) as folder:
         new = folder / "new"
         new.mkdir()

@@ -50,7 +50,7 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises whatever a file leads it to
         if (what := describe(path)) is not None and what != CHECKPOINT:
-            raise CheckpointError(f"{path}: {what}, expected a trained checkpoint (.pt)") from None
+            raise CheckpointError(f"{path}: not a readable checkpoint but {what}") from None
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({load_failure(error)}): copy or train it again"
         ) from None
