@@ -320,7 +320,7 @@ def limit_file_size(n_bytes):
     return apply
 
 
-@pytest.mark.parametrize("n_bytes", [0, 4096, 100_000])
+@pytest.mark.parametrize("n_bytes", [0, 100_000])
 def test_a_full_disk_while_packaging_is_one_line_and_leaves_nothing(n_bytes, checkpoint, tmp_path):
     out = tmp_path / "model.moe.pt"
     out.write_text("old")
@@ -375,7 +375,7 @@ def test_a_signal_while_packaging_leaves_nothing(number, checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("marker", ["starting torch", "compiling", "evaluator in float32", "isolated atoms"])
+@pytest.mark.parametrize("marker", ["compiling", "evaluator in float32", "isolated atoms"])
 def test_a_killed_packaging_leaves_the_old_package_or_the_new(marker, checkpoint, tmp_path):
     out = tmp_path / "model.moe.pt"
     out.write_bytes(default_model_path().read_bytes())
@@ -485,8 +485,6 @@ def test_notes_and_paths_in_any_script_work_in_the_plain_locale(checkpoint, tmp_
         ["inspect", out],
         ["inspect", out, "--json"],
         ["inspect", out, "--plot", folder / "é.png"],
-        ["verify", out],
-        ["zbl", out],
         ["convert", frames_file(folder / "données.extxyz"), folder / "été"],
         [
             "report",
