@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -26,10 +28,10 @@ def jit_script(module: nn.Module) -> torch.jit.ScriptModule:
         return torch.jit.script(module)
 
 
-def jit_save(module: torch.jit.ScriptModule, path: Path, records: Mapping[str, str]) -> None:
-    """Save a scripted module with extra records."""
+def jit_save(module: torch.jit.ScriptModule, file: BinaryIO, records: Mapping[str, str]) -> None:
+    """Save a scripted module with extra records to a file in memory."""
     with _quiet():
-        torch.jit.save(module, str(path), _extra_files=dict(records))
+        torch.jit.save(module, file, _extra_files=dict(records))
 
 
 def jit_load(path: str | Path) -> torch.jit.ScriptModule:
@@ -45,11 +47,12 @@ def jit_load(path: str | Path) -> torch.jit.ScriptModule:
 
     native = load()
     try:
-        native.check_package(str(path))
+        native.check_package(os.fsencode(path))
     except native.Error as error:
         raise PackageError(str(error)) from None
-    with _quiet():
-        return torch.jit.load(str(path), map_location="cpu")
+    # not by name: torch wants names in UTF-8
+    with _quiet(), Path(path).open("rb") as file:
+        return torch.jit.load(file, map_location="cpu")
 
 
 def unoptimized() -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moecalc.costs import PARTS, Cost, costs, count_graph, read_architecture, total_cost
 from moecalc.errors import ElementError, MoecalcError, StructureError
+from moecalc.files import display_text, from_text, replacing
 
 WARM_UP: Final = 5
 """Steps before the timed ones."""
@@ -282,14 +283,14 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     warnings.filterwarnings("ignore", message="an atom has .* neighbours")
     if case.threads is not None:
         torch.set_num_threads(case.threads)
-    original = ase.io.read(case.structure)
+    original = ase.io.read(from_text(case.structure))
     assert isinstance(original, Atoms)
     atoms = repeated(original, case.copies)
     sites = atoms.positions.copy()
     device = _device_name(case.device)
     native = load()
     start = time.perf_counter()
-    evaluator = native.Evaluator(case.package, device, case.dtype or "")
+    evaluator = native.Evaluator(os.fsencode(from_text(case.package)), device, case.dtype or "")
     load_s = time.perf_counter() - start
     known = list(evaluator.elements)
     types = np.array([known.index(s) for s in atoms.symbols], dtype=np.int64)
@@ -319,7 +320,12 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
 
     before = ceilings(str(evaluator.dtype), device)
     calculator = MoECalculator(
-        case.package, device=device, dtype=case.dtype, check=False, allow_untrained=True, threads=case.threads
+        from_text(case.package),
+        device=device,
+        dtype=case.dtype,
+        check=False,
+        allow_untrained=True,
+        threads=case.threads,
     )
     twin = atoms.copy()
     twin.calc = calculator
@@ -346,7 +352,7 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     after = ceilings(str(evaluator.dtype), device)
     top = Ceilings(gemm=max(before.gemm, after.gemm), stream=max(before.stream, after.stream))
 
-    architecture = read_architecture(case.package)
+    architecture = read_architecture(from_text(case.package))
     counts = count_graph(
         architecture,
         types,
@@ -477,8 +483,8 @@ def benchmark(
         for n in sorted(set(copies)):
             say(f"{n * len(atoms)} atoms")
             case = Case(
-                package=str(path),
-                structure=str(file),
+                package=display_text(path),
+                structure=display_text(file),
                 copies=n,
                 dtype=dtype,
                 device=device,
@@ -496,7 +502,7 @@ def benchmark(
             about = answer["about"]
     return Report(
         model=metadata.name,
-        structure="built in" if structure is None else Path(structure).name,
+        structure="built in" if structure is None else display_text(Path(structure).name),
         steps=steps,
         sizes=sizes,
         failures=failures,
@@ -526,7 +532,7 @@ def _run(case: Case) -> dict[str, Any]:
     if case.threads is not None:
         environment["OMP_NUM_THREADS"] = str(case.threads)
     done = subprocess.run(  # noqa: S603 - this program, with arguments made above
-        [sys.executable, "-m", "moecalc.bench", case.model_dump_json()],
+        [sys.executable, "-m", "moecalc.bench", json.dumps(case.model_dump())],  # ASCII in any locale
         capture_output=True,
         text=True,
         check=False,
@@ -608,7 +614,8 @@ def save_plot(report: Report, path: str | Path) -> None:
         f"{report.model}, {report.dtype} on {report.device}, {report.threads} thread{'s' * (report.threads > 1)}",
         fontsize="medium",
     )
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def part_costs(size: Size) -> dict[str, Cost]:

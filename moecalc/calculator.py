@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,6 +105,7 @@ class MoECalculator(Calculator):
         self._model = _open(path, device, dtype_name, precision, check=check)
         self._warned = self._told_defaults = False
         self._conditions = Conditions()  # of the results
+        self._lock = threading.RLock()
         self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
         super().__init__()
         self.parameters.update(
@@ -198,6 +200,10 @@ class MoECalculator(Calculator):
             MoecalcError: the parameter belongs to the loaded model.
             TypeError: there is no such parameter.
         """
+        with self._lock:
+            return self._set(parameters)
+
+    def _set(self, parameters: dict[str, Any]) -> dict[str, Any]:
         changed: dict[str, Any] = {}
         for name, value in parameters.items():
             if name not in self.parameters:
@@ -222,12 +228,13 @@ class MoECalculator(Calculator):
     # --- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "parameters": dict(self.parameters),
-            "atoms": self.atoms,
-            "results": self.results,
-            "conditions": self._conditions,
-        }
+        with self._lock:
+            return {
+                "parameters": dict(self.parameters),
+                "atoms": self.atoms,
+                "results": self.results,
+                "conditions": self._conditions,
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["parameters"])  # type: ignore[misc]
@@ -240,20 +247,46 @@ class MoECalculator(Calculator):
         memo[id(self._model)] = (
             self._model
         )  # a model does not change: copies share it, whatever happened to the file
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        with self._lock:
+            memo[id(self._lock)] = threading.RLock()
+            other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
     def __copy__(self) -> MoECalculator:
         return copy.deepcopy(self)
 
     # --- results -------------------------------------------------------------------------------
+    #
+    # ASE keeps the structure and its results in the calculator. Every question is answered under a lock, from "is this the structure that
+    # the results are of?" to the copy of the result, so that threads that share a calculator get the results of their own structures.
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """A property of a structure, calculated if need be; `atoms.get_forces()` and the like end here."""
+        with self._lock:
+            return super().get_property(name, atoms, allow_calculation)
+
+    def calculate_properties(self, atoms: Atoms, properties: Sequence[str]) -> Any:
+        """Several properties of a structure."""
+        with self._lock:
+            return super().calculate_properties(atoms, properties)
+
+    def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
+        """Whether a property of the structure is not there yet."""
+        with self._lock:
+            return bool(super().calculation_required(atoms, properties))
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What differs from the structure of the results, charge, spin and frame parameters included; called by ASE."""
-        changes: list[str] = super().check_state(atoms, tol=tol)
-        if self._conditions_of(atoms) != self._conditions:
-            changes.append("info")
-        return changes
+        """What differs between the structure and the one that the results are of, charge, spin and frame parameters included."""
+        with self._lock:
+            changes: list[str] = super().check_state(atoms, tol)
+            if self._conditions_of(atoms) != self._conditions:
+                changes.append("info")
+            return changes
+
+    def reset(self) -> None:
+        """Forget structure and results."""
+        with self._lock:
+            super().reset()
 
     def _conditions_of(self, atoms: Atoms) -> Conditions:
         return conditions_of(atoms, self._model.conditions, self.parameters)
@@ -271,6 +304,12 @@ class MoECalculator(Calculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         """Fill `results`; called by ASE."""
+        with self._lock:
+            self._calculate(atoms, properties, system_changes)
+
+    def _calculate(
+        self, atoms: Atoms | None, properties: Sequence[str], system_changes: Sequence[str]
+    ) -> None:
         if system_changes:
             self.results = {}  # a structure that is refused must not be answered with the results of the one before
         super().calculate(atoms, properties, system_changes)
@@ -393,7 +432,7 @@ class MoECalculator(Calculator):
                 warnings.warn(
                     f"an atom has {raw[key]} neighbours {where}, but in training the model saw at most the nearest {limit}: all of them are "
                     f"used, which is smooth, but differs from the training code, and the structure is denser than what the model knows",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
@@ -617,6 +656,8 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
         status = path.stat()
     except OSError:
         raise PackageError(f"{path}: no such file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise _foreign(path)
     key = (
         path,
         status.st_mtime_ns,
@@ -630,11 +671,13 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
         model = _open_models.get(key)
         if model is None:
             try:
-                evaluator = native.Evaluator(str(path), key[3], dtype, precision)
+                evaluator = native.Evaluator(os.fsencode(path), key[3], dtype, precision)
             except native.OutOfMemoryError as error:
                 raise MoecalcError(f"{path}: {error}") from error
             except native.Error as error:
                 message = str(error)
+                if "not a moecalc package" in message:
+                    raise _foreign(path) from error
                 kind = PackageError if precision == "fp32" else MoecalcError
                 raise kind(message if str(path) in message else f"{path}: {message}") from error
             model = _open_models[key] = _Model(path, evaluator, native.Error)
@@ -648,6 +691,12 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
             _check(model)
             _checked.add(key)
     return model
+
+
+def _foreign(path: Path) -> PackageError:
+    from moecalc.package.archive import foreign_package
+
+    return foreign_package(path)
 
 
 def _check(model: _Model) -> None:

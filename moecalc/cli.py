@@ -6,7 +6,13 @@ one line.
 
 from __future__ import annotations
 
+import io
+import json
+import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -21,6 +27,7 @@ from typer.core import TyperGroup
 from moecalc import __version__
 from moecalc.conditions import parsed_numbers
 from moecalc.errors import MoecalcError, PackageError
+from moecalc.files import check_outputs, write_text
 from moecalc.tables import (
     facts,
     plain_table,
@@ -45,8 +52,16 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
+        _accept_any_text()
         try:
-            return super().invoke(ctx)
+            with _signals_as_exceptions():
+                return super().invoke(ctx)
+        except _Stopped as stop:
+            typer.echo(f"error: stopped by {stop.signal.name}; temporary files were removed", err=True)
+            raise typer.Exit(128 + stop.signal) from None
+        except KeyboardInterrupt:
+            typer.echo("error: interrupted; temporary files were removed", err=True)
+            raise typer.Exit(130) from None
         except Exception as error:
             if ctx.params.get("debug") or not _is_expected(error):
                 raise
@@ -54,10 +69,66 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
+class _Stopped(BaseException):
+    """SIGTERM or SIGHUP. Not an Exception: nothing but clean-up may come between it and the end."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+_CLEAN_UP_TIME = 5.0  # seconds
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it began is cleaned up; only for the command line."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    last = -_CLEAN_UP_TIME
+
+    def stop(number: int, _frame: Any) -> None:
+        nonlocal last
+        # the clean-up is not to be stopped in its turn; but an exception can be lost, in a destructor for example
+        if time.monotonic() - last > _CLEAN_UP_TIME:
+            last = time.monotonic()
+            raise _Stopped(number)
+
+    # one that is ignored (nohup) stays so
+    before = {
+        s: signal.getsignal(s)
+        for s in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(s) in (signal.SIG_DFL, None)
+    }
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _accept_any_text() -> None:
+    """Write what the terminal's encoding lacks (LANG=C) as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _echo_json(text: str) -> None:
+    """Print JSON that stays JSON in any encoding."""
+    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
+        text = re.sub(r"[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
+    typer.echo(text)
+
+
 def _is_expected(error: Exception) -> bool:
     """Whether the message alone tells a user what to do: our errors, the file system's, and a library that does not load."""
     native = sys.modules.get("moecalc._C")
-    return isinstance(error, MoecalcError | OSError | ImportError) or (
+    return isinstance(error, MoecalcError | OSError | ImportError | EOFError) or (
         native is not None and isinstance(error, native.Error)
     )
 
@@ -127,6 +198,7 @@ def package(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing package.")] = False,
 ) -> None:
     """Turn a trained checkpoint into a package that ASE and LAMMPS run, and verify it."""
+    check_outputs([("--out", out)], [("checkpoint", checkpoint)])
     if out.exists() and not force:
         raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
     chosen = [symbol.strip() for symbol in elements.split(",")] if elements is not None else None
@@ -178,6 +250,7 @@ def inspect(
     from moecalc.package.archive import read_metadata, read_verification
 
     path = _path_of(package)
+    check_outputs([("--plot", plot)], [("package", path)])
     metadata = read_metadata(path)
     if plot is not None:
         with _progress("drawing") as say:
@@ -186,7 +259,7 @@ def inspect(
 
             save_routing(metadata, plot)
     if as_json:
-        typer.echo(metadata.model_dump_json(indent=2))
+        _echo_json(metadata.model_dump_json(indent=2))
         return
     verification = read_verification(path)
     console = _console()
@@ -254,6 +327,10 @@ def bench(
         raise MoecalcError(f"--repeat {repeat!r}, expected numbers of copies with commas: 1,8,27")
     if plot is not None:
         check_plot_path(plot)
+    check_outputs(
+        [("--json", json_file), ("--plot", plot)],
+        [("package", _path_of(package)), ("--structure", structure)],
+    )
     if json_file is not None and not json_file.parent.is_dir():
         raise MoecalcError(f"{json_file.parent}: no such folder, expected an existing one for the results")
     with _progress("timing") as say:
@@ -268,7 +345,7 @@ def bench(
             progress=say,
         )
         if json_file is not None:
-            json_file.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            write_text(json_file, report.model_dump_json(indent=1) + "\n")
         if plot is not None:
             save_plot(report, plot)
     console = _console()
@@ -312,6 +389,7 @@ def report(
     from moecalc.report import check_output, evaluate, write_report
 
     check_output(out)
+    check_outputs([("--out", out), ("--json", json_file)], [("package", _path_of(package)), ("--data", data)])
     if json_file is not None and not json_file.parent.is_dir():
         raise MoecalcError(f"{json_file.parent}: no such folder, expected an existing one for the numbers")
     with _counted_progress("report") as progress:
@@ -322,7 +400,7 @@ def report(
         progress("drawing", 0, 1)
         result = write_report(evaluation, out)
         if json_file is not None:
-            json_file.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            write_text(json_file, result.model_dump_json(indent=1) + "\n")
     console = _console()
     show_report(console, result)
     for path in (out, json_file):
@@ -432,6 +510,7 @@ def upcycle(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Make a mixture of experts that starts as a dense DPA3, for `dp --pt train --init-model`."""
+    check_outputs([("--out", out)], [("dense checkpoint", dense), ("--input", input_file)])
     if out.exists() and not force:
         raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
     with _progress("upcycling") as say:
@@ -509,7 +588,6 @@ def doctor(
     ] = False,
 ) -> None:
     """Check this installation, and say what to do where something is wrong; exit code 1 if something fails."""
-    import json
     from dataclasses import asdict
 
     from moecalc.doctor import run_checks

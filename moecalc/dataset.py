@@ -16,7 +16,8 @@ import gzip
 import io
 import json
 import lzma
-import shutil
+import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ from moecalc.conditions import (
     whole_number,
 )
 from moecalc.errors import MoecalcError
+from moecalc.files import check_outputs, describe, display_text, temporary_folder
+from moecalc.keys import VOIGT
 
 # problems shown before the rest is only counted
 _MAX_LISTED = 5
@@ -81,11 +84,16 @@ def read_frames(source: str | Path) -> list[Any]:
     path = Path(source)
     if not path.is_file():
         raise DatasetError(
-            f"{path}: no such file, expected structures with energies and forces (extended XYZ)"
+            f"{path}: {describe(path)}, expected structures with energies and forces (extended XYZ)"
         )
     try:
         frames = parse_frames(path)
+    except MoecalcError as error:
+        raise DatasetError(f"{path}: {error}") from None
     except Exception as error:  # noqa: BLE001 # ASE's readers raise whatever they meet
+        what = describe(path)
+        if what is not None and "text" not in what and path.suffix not in {".gz", ".xz", ".traj", ".db"}:
+            raise DatasetError(f"{path}: {what}, expected extended XYZ") from None
         raise DatasetError(
             f"{path}: not readable ({type(error).__name__}: {error}), expected extended XYZ"
         ) from None
@@ -95,7 +103,7 @@ def read_frames(source: str | Path) -> list[Any]:
 
 
 def parse_frames(path: Path) -> list[Any]:
-    """Frames of a file as ASE `Atoms`; raises whatever ASE's readers raise.
+    """Frames of a file as ASE `Atoms`, with stresses from `virial=` (`adopt_virials`); raises whatever ASE's readers raise.
 
     Extended XYZ, also compressed (`.gz`, `.xz`), is read from memory: ASE jumps between frames, and every jump back in a compressed
     file would read it from its beginning.
@@ -105,10 +113,91 @@ def parse_frames(path: Path) -> list[Any]:
     unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix)
     name = path.stem if unpack is not None else path.name
     if not name.endswith((".xyz", ".extxyz")):
-        return list(read(path, index=":"))
+        return adopt_virials(list(read(path, index=":")))
     content = path.read_bytes()
     text = (content if unpack is None else unpack(content)).decode("utf-8")
-    return list(read(io.StringIO(text), index=":", format="extxyz"))
+    # ASE knows `virial` as a matrix only
+    text = _SIX_NUMBERS.sub(lambda found: f'virial="{_as_matrix(found[1].split())}"', text)
+    return adopt_virials(list(read(io.StringIO(text), index=":", format="extxyz")))
+
+
+_SIX_NUMBERS = re.compile(r'\bvirial="\s*((?:[-+.\deE]+\s+){5}[-+.\deE]+)\s*"')
+
+
+def _as_matrix(voigt: Sequence[str]) -> str:
+    xx, yy, zz, yz, xz, xy = voigt
+    return f"{xx} {xy} {xz} {xy} {yy} {yz} {xz} {yz} {zz}"
+
+
+VIRIAL_KEYS = ("virial", "virials")
+"""Names in `atoms.info` under which GAP, NEP and MACE write -dE/d(strain) in eV: (3, 3), 9 numbers, or 6 in ASE's Voigt order."""
+
+# of virials (relative, and in eV) where a frame has both: they are written with few digits
+_SAME_VIRIAL = 1e-3
+
+
+def adopt_virials(frames: list[Any]) -> list[Any]:
+    """Give frames with a virial in `atoms.info` the stress that it means: stress = -virial / volume.
+
+    Args:
+        frames: changed where they have a virial, results, and no stress yet.
+
+    Raises:
+        DatasetError: a virial that is no tensor, or that contradicts the frame's stress or its other virial.
+    """
+    unread: set[str] = set()
+    for index, atoms in enumerate(frames):
+        results = None if atoms.calc is None else atoms.calc.results
+        if results is None or not atoms.pbc.all() or atoms.cell.rank < 3:
+            continue
+        for key in VIRIAL_KEYS:
+            if key not in atoms.info:
+                continue
+            stress = _stress_of_virial(atoms.info[key], atoms.get_volume(), f"frame {index}: {key}")
+            if "stress" not in results:
+                results["stress"] = stress
+            else:
+                _compare_stress(results["stress"], stress, atoms.get_volume(), f"frame {index}: {key}")
+        if "stress" not in results:
+            unread |= {key for key in atoms.info if key.lower().endswith(("virial", "virials", "stress"))}
+    if unread:
+        warnings.warn(
+            f"{', '.join(sorted(unread))}: not read, frames with it count as frames without stress; expected the name stress "
+            f"(eV/A^3, ASE's sign) or virial (eV)",
+            stacklevel=2,
+        )
+    return frames
+
+
+def _stress_of_virial(value: Any, volume: float, where: str) -> np.ndarray:
+    try:
+        virial = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        virial = np.zeros(0)
+    if virial.size == 9:
+        virial = virial.reshape(3, 3)
+        virial = (0.5 * (virial + virial.T))[VOIGT]
+    if virial.shape != (6,):
+        raise DatasetError(
+            f"{where} has {np.size(value)} values, expected 9 (xx xy xz yx ...) or 6 (xx yy zz yz xz xy)"
+        )
+    return np.asarray(virial / -volume)
+
+
+def _compare_stress(given: Any, stress: np.ndarray, volume: float, where: str) -> None:
+    """Refuse a frame whose stress is not that of its virial."""
+    present = np.asarray(given, dtype=float)
+    if present.size == 9:
+        present = present.reshape(3, 3)[VOIGT]
+    difference = np.abs(present - stress).max() * volume
+    scale = max(1.0, float(np.abs(stress).max()) * volume)
+    if difference <= _SAME_VIRIAL * scale:
+        return
+    opposite = np.abs(present + stress).max() * volume <= _SAME_VIRIAL * scale
+    raise DatasetError(
+        f"{where} and stress contradict each other by {difference:.3g} eV{' (their signs are opposite)' if opposite else ''}, expected "
+        f"virial = -stress * volume with ASE's stress: correct or remove one of them"
+    )
 
 
 def _conditions(atoms: Any) -> dict[str, tuple[float, ...]]:
@@ -295,6 +384,7 @@ def convert(
     from ase.io import write
 
     out = Path(out)
+    check_outputs([("the folder's file", out / "valid.extxyz")], [("file of frames", source)])
     if not 0.0 <= validation < 1.0:
         raise DatasetError(f"validation = {validation}, expected a share from 0 to below 1")
     written = [out / name for name in ("train", "valid", "valid.extxyz", "split.json")]
@@ -310,17 +400,42 @@ def convert(
         raise DatasetError(f"elements {', '.join(type_map)}, expected different chemical symbols")
     check_frames(frames, type_map)
     held_out = split_frames(frames, validation, seed)
-    for path in written:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
     chosen = set(held_out)
-    _write_systems(out / "train", (a for i, a in enumerate(frames) if i not in chosen), type_map)
-    if held_out:
-        _write_systems(out / "valid", (frames[i] for i in held_out), type_map)
-        write(out / "valid.extxyz", [frames[i] for i in held_out], format="extxyz")
     report = DatasetReport(type_map, _summarize(frames, chosen), seed, validation)
-    content = {"source": Path(source).name, **asdict(report), "held_out": held_out}
-    (out / "split.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"source": display_text(Path(source).name), **asdict(report), "held_out": held_out}
+    with temporary_folder(out) as folder:
+        new = folder / "new"
+        new.mkdir()
+        _write_systems(new / "train", (a for i, a in enumerate(frames) if i not in chosen), type_map)
+        if held_out:
+            _write_systems(new / "valid", (frames[i] for i in held_out), type_map)
+            text = io.StringIO()
+            write(text, [frames[i] for i in held_out], format="extxyz")
+            (new / "valid.extxyz").write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
+        (new / "split.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _replace_data_set(new, out, [path.name for path in written])
     return report
+
+
+def _replace_data_set(new: Path, out: Path, names: Sequence[str]) -> None:
+    """Move a data set that is complete to its place; one that is there goes away only then."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = new.with_name("old")
+    old.mkdir()
+    moved: list[str] = []
+    try:
+        for name in reversed(names):  # split.json first: without it, a data set is not whole
+            if (out / name).exists():
+                (out / name).rename(old / name)
+                moved.append(name)
+        for name in names:
+            if (new / name).exists():
+                (new / name).rename(out / name)
+    except BaseException:
+        for name in moved:
+            if (out / name).exists():
+                (out / name).rename(new / f"{name}.unused")
+            (old / name).rename(out / name)
+        raise

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecalc.errors import PackageError
+from moecalc.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,7 +209,8 @@ def save_routing(metadata: Metadata, path: str | Path) -> None:
         raise PackageError(f"{path}: expected a picture file that ends in .png, .pdf or .svg")
     if not path.parent.is_dir():
         raise PackageError(f"{path.parent}: no such folder, expected an existing one for the picture")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160)
 
 
 def draw_periodic_table(ax: Axes, elements: list[str], unit: RoutingUnit, trained: list[str]) -> None:

@@ -128,10 +128,14 @@ def test_bytes_after_the_end_are_damage(library, path, body):
     assert refusal(library, path, body + b"\n").startswith("damaged file")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00." * 100, b"\x00" * 5000])
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x02}q\x00." * 100, b"\x00" * 5000])
 def test_file_that_is_no_zip_is_foreign(library, path, content):
     message = refusal(library, path, content)
     assert message == f"not a moecalc package; make one with `moecalc package CHECKPOINT -o {path}`"
+
+
+def test_an_empty_file_is_called_empty(library, path):
+    assert refusal(library, path, b"").startswith("not a moecalc package but an empty file")
 
 
 def test_other_zip_files_are_foreign(library, path, tmp_path):

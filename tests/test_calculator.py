@@ -441,6 +441,63 @@ def test_a_model_is_released_with_its_last_calculator():
     assert len(module._open_models) == before
 
 
+@pytest.mark.parametrize("keeps_lists", [False, True])
+def test_threads_that_share_a_calculator_get_the_results_of_their_own_structures(keeps_lists, monkeypatch):
+    elements = ("Nb", "Mo", "Ta", "W")
+    evaluator = testing.PairEvaluator(elements, metadata='{"name": "fake"}', keeps_lists=keeps_lists)
+    model = module._Model(Path("fake.moe.pt"), evaluator, RuntimeError)
+    monkeypatch.setattr(module, "_open", lambda *_, **__: model)
+    calculator = MoECalculator("fake.moe.pt")
+    structures = [testing.bulk_alloy(repeat=1, seed=k) * (1, 1, 1 + k) for k in range(4)]
+    expected = [calculator.calculate_batch([a], ["energy", "forces", "stress"])[0] for a in structures]
+    wrong, done = [], []
+
+    def work(k):
+        atoms = structures[k].copy()
+        atoms.calc = calculator
+        for n in range(100):
+            # as an optimiser does: energy, forces and stress of the same structure, asked for one by one
+            try:
+                found = (atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress())
+            except Exception as error:  # noqa: BLE001 - any would be wrong
+                wrong.append(error)
+                return
+            for name, value in zip(("energy", "forces", "stress"), found, strict=True):
+                if not np.allclose(value, expected[k][name], rtol=0, atol=ROUNDING):
+                    wrong.append((k, n, name))
+            done.append(len(found))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert sum(done) == 1200
+
+
+def test_threads_that_share_a_calculator_of_the_default_model(calculator):
+    structures = [testing.bulk_alloy(repeat=1, seed=k) for k in range(4)]
+    expected = [r["forces"] for r in calculator.calculate_batch(structures, ["forces"])]
+    wrong = []
+
+    def work(k):
+        for _ in range(5):
+            if not np.allclose(calculator.get_forces(structures[k]), expected[k], rtol=0, atol=ROUNDING):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_copy_of_a_calculator_has_a_lock_of_its_own(calculator):
+    assert copy.deepcopy(calculator)._lock is not calculator._lock
+
+
 def test_threads_may_share_a_model(small_bulk, shared_calculator):
     expected = shared_calculator.calculate_batch([small_bulk])[0]["energy"]
     found = []

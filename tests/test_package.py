@@ -272,7 +272,10 @@ def damage(kind, body):
         ("truncated", "incomplete file .*truncated copy.*copy it again"),
         ("bit-flipped", "damaged file .checksum .* copy it again"),
         ("stamp-flipped", "damaged file .* copy it again"),
-        ("foreign", "not a moecalc package; make one with `moecalc package CHECKPOINT -o"),
+        (
+            "foreign",
+            r"not a moecalc package but a text file that begins with .*; expected a file \*\.moe\.pt",
+        ),
     ],
 )
 def test_damaged_packages_are_told_apart(mixture, tmp_path, kind, message):

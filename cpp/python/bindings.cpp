@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "moecalc/archive.h"
+#include "moecalc/clean_state.h"
 #include "moecalc/evaluator.h"
 #include "moecalc/threads.h"
 #include "moecalc/version.h"
@@ -98,6 +100,7 @@ py::dict evaluate(moecalc::Evaluator& evaluator, const py::array& types, const p
                   const py::array_t<double, py::array::c_style | py::array::forcecast>& edge_vec,
                   const py::array& system_index, int64_t n_systems, bool forces, bool virial,
                   bool atom_virial, const py::object& exchange) {
+  const moecalc::CleanState clean;  // tensors that are made here must not belong to a mode of the caller
   const moecalc::TorchThreads one_thread(1);
   const auto types64 = integers(types, "types"), index64 = integers(edge_index, "edge_index"),
              system64 = integers(system_index, "system_index");
@@ -123,6 +126,7 @@ using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 /// The edges' rows of positions are their nodes: periodic images are given by shifts.
 void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
               const py::object& edge_shift, const py::array& system_index, int64_t n_systems) {
+  const moecalc::CleanState clean;
   const moecalc::TorchThreads one_thread(1);
   // Copies, because the evaluator keeps the list longer than the caller its arrays.
   const auto copy = [](const py::array& array, const char* name) {
@@ -159,6 +163,7 @@ void set_conditions(moecalc::Evaluator& evaluator, const py::object& charge_spin
 
 py::dict evaluate_positions(moecalc::Evaluator& evaluator, const Doubles& positions, const py::object& cells,
                             bool forces, bool virial, bool atom_virial, const py::object& exchange) {
+  const moecalc::CleanState clean;
   const moecalc::TorchThreads one_thread(1);
   const at::Tensor x = view<double>(positions, at::kDouble);
   const Doubles cells64 = cells.is_none() ? Doubles() : cells.cast<Doubles>();
@@ -189,6 +194,7 @@ std::vector<py::array_t<double>> run_layer(moecalc::Evaluator& evaluator, const 
                                            const py::array& edge_index_in, const Doubles& edge_vec,
                                            int64_t layer, const std::vector<Doubles>& inputs,
                                            const std::vector<Doubles>& gradients) {
+  const moecalc::CleanState clean;
   const moecalc::TorchThreads one_thread(1);
   const auto types = integers(types_in, "types"), edge_index = integers(edge_index_in, "edge_index");
   moecalc::AtomicGraph graph;
@@ -204,6 +210,11 @@ std::vector<py::array_t<double>> run_layer(moecalc::Evaluator& evaluator, const 
   }
   return out;
 }
+
+/// `with CleanState():` in Python.
+struct CleanContext {
+  std::unique_ptr<moecalc::CleanState> state;
+};
 
 }  // namespace
 
@@ -235,6 +246,14 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("path"), py::arg("name"),
       "Bytes of one record of a package file, for example 'extra/metadata.json'.");
+
+  py::class_<CleanContext>(
+      module, "CleanState",
+      "Context in which torch is, on this thread, as a new thread finds it: see clean_state.h.")
+      .def(py::init<>())
+      .def("__enter__",
+           [](CleanContext& context) { context.state = std::make_unique<moecalc::CleanState>(); })
+      .def("__exit__", [](CleanContext& context, const py::args&) { context.state.reset(); });
 
   py::class_<moecalc::Evaluator>(module, "Evaluator",
                                  "A model loaded from a package file. Use one per thread.")

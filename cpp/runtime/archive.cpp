@@ -120,6 +120,32 @@ std::string damaged(uint32_t actual, uint32_t expected) {
   return text;
 }
 
+/// The error for a file that is no package, which says what it is where that is a frequent mishap.
+Error foreign_file(const std::string& path, const std::string& bytes) {
+  const auto begins = [&](const char* start) { return bytes.rfind(start, 0) == 0; };
+  std::string head = bytes.substr(0, 512);
+  std::transform(head.begin(), head.end(), head.begin(),
+                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
+  const size_t text = head.find_first_not_of(" \t\r\n");
+  const auto tag = [&](const char* name) {
+    return text != std::string::npos && head.compare(text, std::strlen(name), name) == 0;
+  };
+  std::string what;
+  if (bytes.empty()) {
+    what = "an empty file: the copy or download failed, or the disk was full";
+  } else if (begins("version https://git-lfs.github.com/spec/")) {
+    what = "a Git LFS pointer, not the file itself: run `git lfs pull`";
+  } else if (tag("<!doctype html") || tag("<html")) {
+    what = "an HTML page, not the file itself: a download link was for a web page; download the raw file";
+  } else if (begins("\x1f\x8b")) {
+    what = "compressed with gzip: unpack it first";
+  } else if (begins("\3757zXZ")) {
+    what = "compressed with xz: unpack it first";
+  }
+  if (what.empty()) return Error(path + ": " + foreign + path + "`");
+  return Error(path + ": not a moecalc package but " + what + "; expected a file *.moe.pt");
+}
+
 }  // namespace
 
 // --- the file ------------------------------------------------------------------------------------
@@ -129,11 +155,14 @@ PackageFile::PackageFile(const std::string& path) : path_(printable(path, 4096))
   if (::stat(path.c_str(), &status) != 0) {
     throw Error(path_ + ": " + (errno == ENOENT || errno == ENOTDIR ? "no such file" : std::strerror(errno)));
   }
+  if (S_ISDIR(status.st_mode)) {
+    throw Error(path_ + ": not a moecalc package but a folder; expected a file *.moe.pt");
+  }
   if (!S_ISREG(status.st_mode)) throw Error(path_ + ": " + foreign + path_ + "`");
   file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file_ < 0) throw Error(path_ + ": cannot be opened: " + std::strerror(errno));
   try {
-    if (::fstat(file_, &status) != 0) throw Error(path + ": cannot be read: " + std::strerror(errno));
+    if (::fstat(file_, &status) != 0) throw Error(path_ + ": cannot be read: " + std::strerror(errno));
     size_ = static_cast<uint64_t>(status.st_size);
     changed_ns_ = int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
     read_records(check_checksum());
@@ -190,9 +219,9 @@ uint64_t PackageFile::check_checksum() const {
   const size_t eocd = find_eocd(tail);
   if (eocd == std::string::npos) {
     // A zip file begins with PK\3\4: without an end it was cut short, anything else never was one.
-    const std::string head = read(0, static_cast<size_t>(std::min<uint64_t>(size_, 4)));
-    throw Error(path_ + ": " +
-                (has_signature(head, 0, "PK\3\4") ? std::string(incomplete) : foreign + path_ + "`"));
+    const std::string head = read(0, static_cast<size_t>(std::min<uint64_t>(size_, 512)));
+    if (!has_signature(head, 0, "PK\3\4")) throw foreign_file(path_, head);
+    throw Error(path_ + ": " + incomplete);
   }
   const size_t comment_size = little_endian(tail.data() + eocd + 20, 2);
   const std::string comment = tail.substr(eocd + eocd_size);

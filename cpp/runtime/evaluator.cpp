@@ -24,6 +24,7 @@
 #include "device.h"
 #include "fused.h"
 #include "graph.h"
+#include "moecalc/clean_state.h"
 #include "package_check.h"
 #include "package_reader.h"
 #include "readout.h"
@@ -75,6 +76,16 @@ bool is_out_of_memory(const std::exception& exception) {
                            essence(exception) + ")");
   }
   throw Error(context + ": " + essence(exception));
+}
+
+/// Zeros must not stand for what was not differentiated.
+void check_differentiated(bool differentiated) {
+  if (!differentiated) {
+    throw Error(
+        "expected an energy that depends on the positions, got one without gradients, so there are no "
+        "forces: "
+        "package the checkpoint again");
+  }
 }
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -418,6 +429,7 @@ Evaluator::Impl::Impl(const std::string& path, const std::string& device, const 
 }
 
 void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
+  const CleanState clean;
   const TorchThreads one_thread(1);
   const at::NoGradGuard no_grad;
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
@@ -829,6 +841,7 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   result.energies =
       energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, graph.model_row);
   if (!gradients) return;
+  if (graph.n_edge > 0) check_differentiated(readout.output_requires_grad(0));
 
   std::vector<at::Tensor> down = readout.backward({at::ones_like(energies)});
   at::Tensor dv = down[0], de, da, d_sw, d_h, d_asw;
@@ -847,7 +860,8 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   accumulate(d_edge_input, down[0]);
   accumulate(d_cos, down[1]);
   at::Tensor g = geometry.backward({d_edge_input, d_sw, d_h, d_cos, d_asw})[0];
-  if (!g.defined()) return;  // no edge reaches the energy: forces and virial stay zero
+  if (graph.n_edge > 0) check_differentiated(g.defined());
+  if (!g.defined()) return;  // no edges: forces and virial stay zero
   g = g.detach();
   if (device_.is_cpu()) {
     scatter_on_cpu(graph, system.const_data_ptr<int64_t>(), g, request, result);
@@ -865,7 +879,7 @@ at::Tensor Evaluator::Impl::read_out(const at::Tensor& v, const at::Tensor& type
   readout.forward(readout_arguments(readout.leaf(0), types), 1);
   const at::Tensor energies = readout.output(0);
   if (dv != nullptr) *dv = readout.backward({at::ones_like(energies)})[0];
-  if (dv != nullptr && !dv->defined()) *dv = at::zeros_like(v);
+  if (dv != nullptr) check_differentiated(dv->defined());
   return energies.to(at::kDouble).reshape({v.size(0)});
 }
 
@@ -930,6 +944,7 @@ Evaluator::Evaluator(Evaluator&&) noexcept = default;
 Evaluator& Evaluator::operator=(Evaluator&&) noexcept = default;
 
 Evaluation Evaluator::evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange) {
+  const CleanState clean;
   return impl_->evaluate(graph, request, exchange);
 }
 
@@ -962,20 +977,27 @@ void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
 }
 
 void Evaluator::set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam) {
+  const CleanState clean;
   impl_->set_conditions(charge_spin, fparam);
 }
 AppliedConditions Evaluator::set_conditions(const GivenConditions& given) {
+  const CleanState clean;
   return impl_->set_conditions(given);
 }
 
 void Evaluator::check_reference(const std::vector<std::string>& elements) {
+  const CleanState clean;
   impl_->check_reference(elements);
 }
 
-void Evaluator::set_list(const NeighborList& list) { impl_->set_list(list); }
+void Evaluator::set_list(const NeighborList& list) {
+  const CleanState clean;
+  impl_->set_list(list);
+}
 
 Evaluation Evaluator::evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
                                          const Request& request, GhostExchange* exchange) {
+  const CleanState clean;
   return impl_->evaluate_positions(positions, cells, request, exchange);
 }
 
@@ -1005,6 +1027,7 @@ int64_t Evaluator::buffer_bytes() const { return impl_->buffer_bytes(); }
 std::vector<at::Tensor> Evaluator::run_layer(const AtomicGraph& graph, int64_t layer,
                                              const std::vector<at::Tensor>& inputs,
                                              const std::vector<at::Tensor>& gradients) {
+  const CleanState clean;
   return impl_->run_layer(graph, layer, inputs, gradients);
 }
 const std::string& Evaluator::metadata() const { return impl_->metadata; }

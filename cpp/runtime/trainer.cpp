@@ -8,6 +8,7 @@
 
 #include "fused.h"
 #include "graph.h"
+#include "moecalc/clean_state.h"
 #include "package_check.h"
 #include "threads.h"
 
@@ -31,6 +32,7 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
   if (dtype != "float32" && dtype != "float64") {
     throw Error("expected `dtype` to be 'float32' or 'float64', got '" + dtype + "'");
   }
+  const CleanState clean;
   const TorchThreads one_thread(1);
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
   const at::NoGradGuard no_grad;
@@ -61,6 +63,7 @@ Trainer::Trainer(const std::string& path, const std::string& dtype) : impl_(std:
 Trainer::~Trainer() = default;
 
 at::Tensor Trainer::set_graph(const AtomicGraph& graph) {
+  const CleanState clean;
   impl_->graph = prepare_graph(graph, impl_->rules, false);
   return impl_->graph.engine_row;
 }
@@ -70,6 +73,7 @@ std::vector<at::Tensor> Trainer::graph() const {
 }
 
 void Trainer::set_edge_vec(const at::Tensor& edge_vec) {
+  const CleanState clean;
   if (edge_vec.sizes() != impl_->graph.edge_vec.sizes()) {
     throw Error("expected " + std::to_string(impl_->graph.n_edge) + " x 3 edge vectors, got " +
                 std::to_string(edge_vec.numel()) + " numbers");
@@ -78,11 +82,13 @@ void Trainer::set_edge_vec(const at::Tensor& edge_vec) {
 }
 
 void Trainer::set_weights(const TrainingWeights& weights) {
+  const CleanState clean;
   const TorchThreads one_thread(1);
   impl_->model->set_weights(weights);
 }
 
 at::Tensor Trainer::forward(bool keep_for_weights) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   FusedModel& model = impl_->ready();
   const TorchThreads one_thread(1);
@@ -90,6 +96,7 @@ at::Tensor Trainer::forward(bool keep_for_weights) {
 }
 
 at::Tensor Trainer::backward(const at::Tensor& dv) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   FusedModel& model = impl_->ready();
   const TorchThreads one_thread(1);
@@ -97,6 +104,7 @@ at::Tensor Trainer::backward(const at::Tensor& dv) {
 }
 
 TrainingWeights Trainer::backward_to_weights(const at::Tensor& dv) {
+  const CleanState clean;
   const at::NoGradGuard no_grad;
   FusedModel& model = impl_->ready();
   const TorchThreads one_thread(1);

@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecalc._clean import clean_torch
 from moecalc.deepmd.options import DESCRIPTOR, MOE_DEFAULTS, TRAINING_OPTIONS, OptionError, moe_config
 from moecalc.errors import CheckpointError
+from moecalc.files import check_outputs, to_bytes, write_bytes
 from moecalc.nn.config import DescriptorConfig, MoEConfig, RouterConfig
 from moecalc.nn.descriptor import TypeEmbedding
 from moecalc.nn.moe import MoERouter
@@ -48,6 +50,7 @@ _RESIDUALS = {
 _FREE = {"type", "moe", "seed", "trainable", "ntypes", "type_map", *TRAINING_OPTIONS} - {"fix_stat_std"}
 
 
+@clean_torch()
 def upcycle(
     dense: str | Path,
     input_file: str | Path,
@@ -72,6 +75,7 @@ def upcycle(
     Raises:
         CheckpointError: a checkpoint that is not a dense DPA3, options that differ from it, or that make an exact start impossible.
     """
+    check_outputs([("--out", out)], [("dense checkpoint", dense), ("--input", input_file)])
     imported = load_checkpoint(dense, head)
     if imported.config.moe.positions or imported.layout not in {"dpa3", DESCRIPTOR}:
         raise CheckpointError(f"{dense}: layout {imported.layout!r}, expected a dense DPA3 of DeePMD-kit")
@@ -102,7 +106,7 @@ def upcycle(
         state[f"model.Default.atomic_model.descriptor.{name}"] = value
     state["_extra_state"] = {"model_params": params, "train_infos": {"lr": 0.0, "step": 0}}
     # without an entry "model": that form is for checkpoints with an optimizer
-    torch.save(state, out)
+    write_bytes(out, to_bytes(state))
 
     wanted = list(target.get("type_map") or params["type_map"])
     if wanted != list(params["type_map"]):

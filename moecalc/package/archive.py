@@ -7,6 +7,7 @@ the same stamp (cpp/runtime/archive.cpp).
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from moecalc.errors import PackageError, printable
+from moecalc.files import CHECKPOINT, describe
 from moecalc.package.metadata import FORMAT_VERSION, Metadata, ReferenceFrame, VerificationReport
 
 if TYPE_CHECKING:
@@ -40,26 +42,32 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
     """
     from moecalc._jit import jit_save
 
-    raw = path.with_suffix(".raw")
-    try:
-        jit_save(module, raw, records)
-        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-            for name in sorted(source.namelist()):
-                # source paths of the machine that packaged, and a random id: nothing that a run needs
-                if name.endswith((".debug_pkl", "/serialization_id")):
-                    continue
-                # torch names the top folder after the file; give it one name
-                inner = "model/" + name.split("/", 1)[1]
-                target.writestr(zipfile.ZipInfo(inner, date_time=_EPOCH), source.read(name))
-    finally:
-        raw.unlink(missing_ok=True)
-    body = path.read_bytes()
+    # through memory: torch's own writer ends the process when the disk is full
+    raw, packed = io.BytesIO(), io.BytesIO()
+    jit_save(module, raw, records)
+    with zipfile.ZipFile(raw) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(source.namelist()):
+            # source paths of the machine that packaged, and a random id: nothing that a run needs
+            if name.endswith((".debug_pkl", "/serialization_id")):
+                continue
+            # torch names the top folder after the file; give it one name
+            inner = "model/" + name.split("/", 1)[1]
+            target.writestr(zipfile.ZipInfo(inner, date_time=_EPOCH), source.read(name))
+    body = packed.getvalue()
     end = body.rindex(_END)
     stamp = f"moecalc crc32={zlib.crc32(body[:end]):08x} size={end}".encode()
-    with path.open("r+b") as f:
-        f.seek(end + 20)
-        f.write(struct.pack("<H", len(stamp)) + stamp)
-        f.truncate()
+    path.write_bytes(body[: end + 20] + struct.pack("<H", len(stamp)) + stamp)
+
+
+def foreign_package(path: Path) -> PackageError:
+    """The error for a file that is no package: what it is, where that can be told."""
+    what = describe(path)
+    if what is None or what == CHECKPOINT or "TorchScript" in what or "moecalc package" in what:
+        hint = "" if what is None or "moecalc package" in what else f" but {what}"
+        return PackageError(
+            f"{path}: not a moecalc package{hint}; make one with `moecalc package CHECKPOINT -o {path}`"
+        )
+    return PackageError(f"{path}: not a moecalc package but {what}; expected a file *.moe.pt")
 
 
 def check_archive(path: str | Path) -> None:
@@ -69,12 +77,12 @@ def check_archive(path: str | Path) -> None:
         PackageError: missing, truncated, damaged, foreign or newer file; the message names it and the remedy.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise PackageError(f"{path}: no such file")
+    if not path.is_file():
+        raise foreign_package(path)
     body = path.read_bytes()
-    foreign = PackageError(
-        f"{path}: not a moecalc package; make one with `moecalc package CHECKPOINT -o {path}`"
-    )
+    foreign = foreign_package(path)
     again = "copy it again or package the checkpoint again"
     if not body.startswith(b"PK\x03\x04"):
         raise foreign

@@ -6,16 +6,17 @@ import copy
 import datetime as dt
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from ase import Atoms
 
+from moecalc._clean import clean_torch
 from moecalc._jit import jit_script
 from moecalc.conditions import Conditions, ModelConditions, fix
 from moecalc.errors import PackageError, printable
+from moecalc.files import check_outputs, display_text, move_into_place, temporary_folder
 from moecalc.nn import MoEPotential
 from moecalc.package.archive import check_archive, write_archive
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
@@ -45,6 +46,7 @@ from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, v
 CITATION = "T. Liu et al., arXiv:2603.07977 (element-wise MoE); D. Zhang et al., arXiv:2506.01686 (DPA3)"
 
 
+@clean_torch()
 def package_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
@@ -102,6 +104,7 @@ def package_checkpoint(
     if not out.parent.is_dir():
         raise PackageError(f"{out.parent}: no such folder, expected an existing one for the package")
     checkpoint, registered = resolve_checkpoint(checkpoint, say)
+    check_outputs([("the package", out)], [("checkpoint", checkpoint)])
     say("reading the checkpoint")
     imported = load_checkpoint(checkpoint, head)
     if registered:
@@ -131,15 +134,15 @@ def package_checkpoint(
         routing,
         dtype,
         checkpoint,
-        name or out.name.removesuffix(".moe.pt"),
-        note,
-        license,
-        citation,
+        display_text(name or out.name.removesuffix(".moe.pt")),
+        display_text(note),
+        display_text(license),
+        display_text(citation),
         left,
         fixed,
     )
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".moecalc-") as folder:
-        draft = Path(folder) / out.name
+    with temporary_folder(out) as folder:
+        draft = folder / out.name
         _write(draft, scripted, metadata, frames, VerificationReport(checks=[]))
         report = verify_package(draft, say)
         say("pruned against full model")
@@ -152,9 +155,9 @@ def package_checkpoint(
             )
         _write(draft, scripted, metadata, frames, report)
         check_archive(draft)
-        draft.replace(out)  # a reader never sees half of it
+        move_into_place(draft, out)  # a reader never sees half of it
     return PackageReport(
-        path=str(out), metadata=metadata, verification=report, size_bytes=out.stat().st_size,
+        path=display_text(out), metadata=metadata, verification=report, size_bytes=out.stat().st_size,
         pruned={
             "elements": [e for e in imported.config.type_map if e not in low.elements],
             "experts_before": _count_experts(full),
@@ -272,7 +275,7 @@ def _metadata(
         conditions=conditions,
         parameters=Parameters(checkpoint=imported.n_parameters, total=total, active=active),
         source=Source(
-            file=checkpoint.name,
+            file=display_text(checkpoint.name),
             sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
             layout=imported.layout,
             head=imported.head,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moecalc._clean import clean_torch
 from moecalc._jit import jit_load, unoptimized
 from moecalc._torch_threads import torch_threads
 from moecalc.conditions import Conditions
@@ -168,6 +170,7 @@ def _small_structures() -> Iterator[None]:
         yield
 
 
+@clean_torch()
 def verify_package(
     path: str | Path,
     progress: Progress | None = None,
@@ -210,7 +213,7 @@ def verify_package(
         native = _lib.load()
         for dtype in ("float64", "float32"):
             say(f"evaluator in {dtype} on {device}")
-            evaluator = native.Evaluator(str(path), device, dtype)
+            evaluator = native.Evaluator(os.fsencode(path), device, dtype)
             tolerance = 1e-9 if dtype == "float64" else TOLERANCE["float32"]
             add(f"evaluator {dtype} on {device}", _evaluator_deviation(evaluator, frames), tolerance)
 

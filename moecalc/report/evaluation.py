@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,9 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from moecalc.calculator import MoECalculator
-from moecalc.dataset import parse_frames
+from moecalc.dataset import VIRIAL_KEYS, adopt_virials, parse_frames
 from moecalc.errors import ElementError, MoecalcError, StructureError
+from moecalc.files import describe, display_text
 from moecalc.report.elastic import (
     EquationOfStateResult,
     StrainedCells,
@@ -133,9 +135,11 @@ def read_frames(path: str | Path) -> list[Atoms]:
     """
     path = Path(path)
     if not path.is_file():
-        raise MoecalcError(f"{path}: no such file, expected reference data such as an extxyz file")
+        raise MoecalcError(f"{path}: {describe(path)}, expected reference data such as an extxyz file")
     try:
         frames = parse_frames(path)
+    except MoecalcError as error:
+        raise type(error)(f"{path}: {error}") from None
     except Exception as error:
         # ASE's readers raise whatever their parsers meet
         reason = str(error) or type(error).__name__
@@ -179,7 +183,7 @@ def evaluate(
         raise MoecalcError(f"expected a limit of at least 1 frame per group, got {limit}")
     calculator = model if isinstance(model, MoECalculator) else MoECalculator(model, device, dtype)
     progress("reading", 0, 1)
-    everything = list(data) if not isinstance(data, str | Path) else read_frames(data)
+    everything = _with_virials(data) if not isinstance(data, str | Path) else read_frames(data)
     if not everything:
         raise MoecalcError("expected frames, got none")
     known = set(calculator.metadata["trained_elements"])
@@ -210,7 +214,7 @@ def evaluate(
     no_stress = np.full(6, np.nan)
     return Evaluation(
         calculator=calculator,
-        source=str(data) if isinstance(data, str | Path) else "",
+        source=display_text(data) if isinstance(data, str | Path) else "",
         key=key,
         limit=limit,
         frames=frames,
@@ -230,6 +234,19 @@ def evaluate(
         crystals=crystals,
         remarks=sorted({str(w.message) for w in caught}),
     )
+
+
+def _with_virials(frames: Sequence[Atoms]) -> list[Atoms]:
+    """Frames of the caller, which are not changed; those with a virial are copies with the stress."""
+    kept = []
+    for atoms in frames:
+        chosen = atoms
+        if atoms.calc is not None and not set(VIRIAL_KEYS).isdisjoint(atoms.info):
+            chosen = atoms.copy()
+            chosen.calc = copy.copy(atoms.calc)
+            chosen.calc.results = dict(atoms.calc.results)
+        kept.append(chosen)
+    return adopt_virials(kept)
 
 
 def _group(atoms: Atoms, key: str) -> str:

@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 
 from moecalc.errors import MoecalcError
+from moecalc.files import write_bytes, write_text
 from moecalc.report.evaluation import Evaluation
 from moecalc.report.numbers import Errors, Report, summarise
 
@@ -51,7 +52,7 @@ def write_report(evaluation: Evaluation, path: str | Path) -> Report:
         folder = path.with_name(f"{path.stem}_files")
         folder.mkdir(exist_ok=True)
         for name, png in pictures.items():
-            (folder / f"{name}.png").write_bytes(png)
+            write_bytes(folder / f"{name}.png", png)
         links = {name: f"{folder.name}/{name}.png" for name in pictures}
     environment = Environment(
         loader=PackageLoader("moecalc.report", "."),
@@ -62,7 +63,7 @@ def write_report(evaluation: Evaluation, path: str | Path) -> Report:
     )
     environment.filters.update(sig=significant, r2=_r2, share=_share)
     template = environment.get_template(_SUFFIXES[path.suffix.lower()])
-    path.write_text(template.render(r=report, pictures=links, ev=evaluation), encoding="utf-8")
+    write_text(path, template.render(r=report, pictures=links, ev=evaluation))
     return report
 
 

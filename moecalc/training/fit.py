@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,21 @@ from ase.data import chemical_symbols
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from moecalc._clean import clean_torch
 from moecalc._jit import jit_save, jit_script
 from moecalc._lib import load
 from moecalc._torch_threads import torch_threads
 from moecalc.dataset import check_frames, read_frames, split_frames
 from moecalc.errors import MoecalcError
+from moecalc.files import (
+    CHECKPOINT,
+    check_outputs,
+    describe,
+    drop_partial_line,
+    load_failure,
+    to_bytes,
+    write_bytes,
+)
 from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.common import first_error
 from moecalc.package.importers.native import save_checkpoint
@@ -124,6 +136,7 @@ class Fit:
         MoecalcError, RuntimeError: an option of the architecture that the kernels do not cover, by name.
     """
 
+    @clean_torch()
     def __init__(self, config: ModelConfig, options: Options) -> None:
         self.config, self.options = config, options
         if config.descriptor.a_compress_rate:
@@ -148,9 +161,10 @@ class Fit:
             parameter.data = parameter.data.to(self.dtype)
         self.model.dtype_probe = self.model.dtype_probe.to(self.dtype)
         with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "model.pt")
-            jit_save(jit_script(self.model), Path(path), {})
-            self.kernels: Any = load().Trainer(path, config.descriptor.precision)
+            path = Path(folder) / "model.pt"
+            with path.open("wb") as file:
+                jit_save(jit_script(self.model), file, {})
+            self.kernels: Any = load().Trainer(os.fsencode(path), config.descriptor.precision)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
         self.averaged = [
@@ -180,6 +194,7 @@ class Fit:
         g = _tensor(self.kernels.backward(dv.numpy()))
         return Evaluated(packed, types, edges, vectors, _tensor(row), energies.detach(), g)
 
+    @clean_torch()
     def predict(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Energies (S,), forces (n, 3) and virials (S, 3, 3) of a batch, with the weights that are set."""
         x = self._evaluate(batch)
@@ -190,6 +205,7 @@ class Fit:
         virial = _virial(x.g, x.vectors, system[x.edges[0]], len(batch.sizes))
         return energy.numpy(), out, virial.numpy()
 
+    @clean_torch()
     def gradients(self, batch: Batch, energy_weight: float, virial_weight: float) -> dict[str, float]:
         """Add the gradient of the batch's loss to `grad` of the parameters.
 
@@ -256,6 +272,7 @@ class Fit:
         ]
         torch.autograd.backward([t for t, _ in pairs], [a for _, a in pairs])
 
+    @clean_torch()
     def repulsion_gradients(self, repulsion: Repulsion) -> float:
         """Add the gradient for a batch of close pairs to `grad` of the parameters; returns the loss."""
         x = self._evaluate(repulsion.batch(self.rng))
@@ -264,6 +281,7 @@ class Fit:
             self._add_gradients(x, torch.zeros_like(x.energies), self.options.repulsion * direction)
         return loss
 
+    @clean_torch()
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimiser; returns what `gradients` does, the norm of the gradient and the learning rate."""
         o = self.options
@@ -313,6 +331,7 @@ class Fit:
             parameter.data.copy_(average)
             average.copy_(value)
 
+    @clean_torch()
     def validate(self, frames: list[Frame]) -> dict[str, dict[str, float]]:
         """Mean absolute errors per group, with averaged weights: energy (eV/atom), force (eV/A)."""
         self.swap_average()
@@ -329,6 +348,7 @@ class Fit:
             for group, (e, f, n) in sorted(sums.items())
         }
 
+    @clean_torch()
     def save(self, path: Path) -> None:
         """Everything that `restore` needs, and moecalc's checkpoint form of the averaged weights beside it."""
         state = {
@@ -341,20 +361,40 @@ class Fit:
             "config": self.config.model_dump(mode="json"),
             "options": self.options.model_dump(mode="json"),
         }
-        temporary = path.with_suffix(".new")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_bytes(path, to_bytes(state))
         self.swap_average()
-        save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
-        self.swap_average()
+        try:
+            save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
+        finally:
+            self.swap_average()
 
+    @clean_torch()
     def restore(self, path: Path) -> None:
-        """Continue from a file of `save`.
+        """Continue from a file of `save`. Only tensors and plain containers are unpickled: the file cannot run code.
 
         Raises:
-            MoecalcError: it is of another architecture.
+            MoecalcError: it is of another architecture, or not a file of `save`.
         """
-        state = torch.load(path, weights_only=False)
+        begin_anew = "put back a copy of it, or remove it to begin anew"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about pickles of others
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - torch raises whatever a damaged file leads it to
+            what = describe(path)
+            reason = what if what is not None and what != CHECKPOINT else load_failure(error)
+            raise MoecalcError(f"{path}: not the state of a fit ({reason}): {begin_anew}") from None
+        try:
+            self._restore(state, path)
+        except MoecalcError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MoecalcError(
+                f"{path}: not the state of a fit ({type(error).__name__}: {reason}): {begin_anew}"
+            ) from None
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         if state["config"] != self.config.model_dump(mode="json"):
             raise MoecalcError(
                 f"{path} belongs to another model: choose another folder, or the input that it was begun with"
@@ -364,9 +404,10 @@ class Fit:
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
-        self.queue = list(state["queue"])
-        self.step_number = state["step"]
+        self.queue = [int(index) for index in state["queue"]]
+        self.step_number = int(state["step"])
 
+    @clean_torch()
     def run(
         self,
         train: list[Frame],
@@ -389,6 +430,7 @@ class Fit:
             progress: called with every line of the log.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        drop_partial_line(folder / "log.jsonl")
         batches = self.batches(train)
         self.repulsion = Repulsion(self.config.type_map, train, self.config.descriptor.e_rcut)
         recent: list[dict[str, float]] = []
@@ -408,6 +450,7 @@ class Fit:
         self.save(folder / "state.pt")
 
 
+@clean_torch()
 def begin(config: ModelConfig, options: Options, train: list[Frame], folder: Path) -> Fit:
     """The fit that was saved in a folder, or else a new one, with the elements' energies from the frames.
 
@@ -421,6 +464,7 @@ def begin(config: ModelConfig, options: Options, train: list[Frame], folder: Pat
     return fit
 
 
+@clean_torch()
 def fit_frames(
     source: str | Path,
     input_file: str | Path,
@@ -447,6 +491,10 @@ def fit_frames(
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be used.
     """
     path, folder = Path(input_file), Path(folder)
+    check_outputs(
+        [("the fit's file", folder / name) for name in ("state.pt", "state.averaged.pt", "log.jsonl")],
+        [("file of frames", source), ("--input", path)],
+    )
     started = time.time()
     try:
         given = json.loads(path.read_text(encoding="utf-8"))

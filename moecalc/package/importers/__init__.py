@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from moecalc._clean import clean_torch
 from moecalc.errors import CheckpointError
+from moecalc.files import describe
 from moecalc.nn import MoEPotential
 from moecalc.package.importers.checks import check_config, check_finite, check_shape
 from moecalc.package.importers.common import ImportedModel
@@ -20,6 +22,7 @@ from moecalc.package.importers.native import KEY, import_native, save_checkpoint
 __all__ = ["ImportedModel", "build_model", "load_checkpoint", "read_data", "save_checkpoint"]
 
 
+@clean_torch()
 def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     """Read a checkpoint of any supported layout.
 
@@ -34,7 +37,7 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file, expected a trained checkpoint (.pt)")
+        raise CheckpointError(f"{path}: {describe(path)}, expected a trained checkpoint (.pt)")
     try:
         imported = _import(read_data(path), head)
     except CheckpointError as error:
@@ -70,6 +73,7 @@ def _import(data: Mapping[str, Any], head: str | None) -> ImportedModel:
     return imported
 
 
+@clean_torch()
 def build_model(imported: ImportedModel, dtype: torch.dtype | None = None) -> MoEPotential:
     """Instantiate the model of an imported checkpoint.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moecalc.errors import CheckpointError
+from moecalc.files import CHECKPOINT, describe
 
 _FOREIGN = {
     ".pb": "a frozen model of DeePMD-kit's TensorFlow backend",
@@ -44,7 +45,7 @@ def check_container(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             records, comment = archive.infolist(), archive.comment
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise _unreadable(str(error)) from None
+        raise _unreadable(path, str(error)) from None
     names = [record.filename for record in records]
     inner = {name.partition("/")[2] for name in names}
     if b"moecalc crc32=" in comment or {"extra/metadata.json", "extra/verification.json"} <= inner:
@@ -92,11 +93,13 @@ def load_plain(path: Path) -> Any:
                 f"not a readable checkpoint (it holds {name}, which is code), expected tensors and plain containers only: "
                 "do not load this file elsewhere unless you trust its source"
             ) from None
-        raise _unreadable("its content is damaged or of another kind") from None
+        raise _unreadable(path, "its content is damaged or of another kind") from None
     except Exception as error:  # noqa: BLE001 - whatever a damaged file provokes in torch
-        raise _unreadable(str(error) or type(error).__name__) from None
+        raise _unreadable(path, str(error) or type(error).__name__) from None
 
 
-def _unreadable(reason: str) -> CheckpointError:
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    if (what := describe(path)) is not None and what != CHECKPOINT:
+        return CheckpointError(f"not a readable checkpoint but {what}")
     text = re.sub(r"\s+", " ", reason.strip().splitlines()[0] if reason.strip() else "no reason given")
     return CheckpointError(f"not a readable checkpoint ({text[:200]}): copy or train it again")

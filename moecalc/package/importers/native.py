@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from moecalc.errors import CheckpointError
+from moecalc.files import to_bytes, write_bytes
 from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.checks import check_config, check_finite, check_statistics, check_tensors
 from moecalc.package.importers.common import ImportedModel, first_error
@@ -31,15 +31,13 @@ def save_checkpoint(
         config: its architecture.
         trained_elements: elements that training data covered; None = all of `type_map`.
     """
-    torch.save(
-        {
-            KEY: VERSION,
-            "config": config.model_dump(mode="json"),
-            "state_dict": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-            "trained_elements": list(config.type_map) if trained_elements is None else list(trained_elements),
-        },
-        path,
-    )
+    content = {
+        KEY: VERSION,
+        "config": config.model_dump(mode="json"),
+        "state_dict": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+        "trained_elements": list(config.type_map) if trained_elements is None else list(trained_elements),
+    }
+    write_bytes(path, to_bytes(content))
 
 
 def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
