@@ -415,10 +415,10 @@ void PairMoE::load_model() {
 /// That package cannot come later: it comes before the box, and models after it.
 int PairMoE::choose_threads(int n_cores) const {
   // Without the package, LAMMPS' own number is 1 where OMP_NUM_THREADS is not set.
-  if (modify->get_fix_by_id("package_omp") != nullptr) return std::max(1, comm->nthreads);
+  if (modify->get_fix_by_id("package_omp") != nullptr) return std::clamp(comm->nthreads, 1, 4096);
   const char* text = std::getenv("OMP_NUM_THREADS");
   const int wanted = text == nullptr ? 0 : std::atoi(text);
-  return wanted > 0 ? wanted : n_cores;
+  return wanted > 0 ? std::min(wanted, 4096) : n_cores;
 }
 
 void PairMoE::log_model() {

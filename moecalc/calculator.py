@@ -439,7 +439,12 @@ class _Model:
         return types
 
     def evaluate(
-        self, graph: AtomicGraph, *, virial: bool = True, atom_virial: bool = False, threads: int | None = None
+        self,
+        graph: AtomicGraph,
+        *,
+        virial: bool = True,
+        atom_virial: bool = False,
+        threads: int | None = None,
     ) -> Mapping[str, Any]:
         try:
             with self._lock:
@@ -498,7 +503,7 @@ _open_lock = threading.Lock()
 
 def _renew_locks() -> None:
     """In a forked child: the threads that may have held the locks stayed behind."""
-    global _open_lock
+    global _open_lock  # noqa: PLW0603 - a lock cannot be renewed in place
     _open_lock = threading.Lock()
     for model in list(_open_models.values()):
         model.renew_lock()
