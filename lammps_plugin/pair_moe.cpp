@@ -394,7 +394,6 @@ void PairMoE::load_model() {
           ": no such file, for LAMMPS alters characters of an input that are not ASCII: give "
           "its folder as LAMMPS_POTENTIALS, start in its folder, or rename it");
     }
-    impl->n_cores = node.n_cores;
     impl->has_list = false;
     impl->evaluator = std::make_unique<moecalc::Evaluator>(path, choose_device(impl->device, node),
                                                            impl->dtype, impl->precision);
@@ -450,28 +449,20 @@ void PairMoE::load_model() {
 
   const bool is_float = impl->evaluator->dtype() == "float32";
   comm_forward = comm_reverse = Impl::doubles_per_row(impl->description.node_dim, is_float);
-  impl->n_threads = choose_threads();
+  impl->n_threads = choose_threads(node.n_cores);
   impl->evaluator->set_num_threads(impl->n_threads);
   log_model();
 }
 
 /// Threads of the evaluator, which are its own: LAMMPS and its OpenMP styles go on with theirs. As many as
 /// `package omp` says where it is in use, else OMP_NUM_THREADS, else this rank's share of the processors.
-int PairMoE::choose_threads() const {
+/// That package cannot come later: it comes before the box, and models after it.
+int PairMoE::choose_threads(int n_cores) const {
   // Without the package, LAMMPS' own number is 1 where OMP_NUM_THREADS is not set.
-  if (modify->get_fix_by_id("package_omp") != nullptr) return std::max(1, comm->nthreads);
+  if (modify->get_fix_by_id("package_omp") != nullptr) return std::clamp(comm->nthreads, 1, 4096);
   const char* text = std::getenv("OMP_NUM_THREADS");
   const int wanted = text == nullptr ? 0 : std::atoi(text);
-  return wanted > 0 ? wanted : impl->n_cores;
-}
-
-/// At every start of a run, because `package omp` may come after the model was loaded.
-void PairMoE::update_threads() {
-  const int n = choose_threads();
-  if (n == impl->n_threads) return;
-  impl->n_threads = n;
-  impl->evaluator->set_num_threads(n);
-  if (comm->me == 0) utils::logmesg(lmp, "Pair style moe: {} threads per rank from now on\n", n);
+  return wanted > 0 ? std::min(wanted, 4096) : n_cores;
 }
 
 void PairMoE::log_model() {
@@ -499,7 +490,6 @@ void PairMoE::init_style() {
   if (atom->tag_enable == 0) error->all(FLERR, "Pair style moe: expected atom IDs, got atom_modify id no");
   check_units();
   if (impl->evaluator == nullptr) load_model();  // from a restart file, or after another pair_style command
-  update_threads();
   impl->density_checked = false;
   impl->has_list = false;
   impl->run_starts = true;

@@ -49,8 +49,7 @@ class PairMoE : public Pair {
   void allocate();
   void check_units();
   void load_model();
-  int choose_threads() const;
-  void update_threads();
+  int choose_threads(int n_cores) const;
   void log_model();
   int hidden_groups() const;
   int kind(int i, int hidden) const;

@@ -639,7 +639,7 @@ _open_lock = threading.Lock()
 
 def _renew_locks() -> None:
     """In a forked child: the threads that may have held the locks stayed behind."""
-    global _open_lock
+    global _open_lock  # noqa: PLW0603 - a lock cannot be renewed in place
     _open_lock = threading.Lock()
     for model in list(_open_models.values()):
         model.renew_lock()

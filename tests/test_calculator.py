@@ -740,15 +740,15 @@ def test_a_senseless_number_of_threads_is_refused(threads):
         MoECalculator(threads=threads)
 
 
-def test_threads_are_set_only_when_asked_for():
+def test_threads_of_torch_stay(small_bulk):
     before = torch.get_num_threads()
-    try:
-        MoECalculator(device="cpu")
-        assert torch.get_num_threads() == before
-        MoECalculator(device="cpu", threads=1)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    MoECalculator(device="cpu", threads=before + 1).get_forces(small_bulk)
+    assert torch.get_num_threads() == before
+
+
+def test_too_many_threads_are_refused():
+    with pytest.raises(ValueError, match="expected threads to be at most 4096, got 5000"):
+        MoECalculator(device="cpu", threads=5000)
 
 
 def test_a_negative_skin_is_refused():

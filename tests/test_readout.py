@@ -69,11 +69,17 @@ def test_the_readout_equals_torchscripts(tmp_path, name):
     for atoms in STRUCTURES.values():
         assert_same(evaluate(kernels, atoms), evaluate(reference, atoms), 1e-12)
         alone = evaluate(kernels, atoms, forces=False, virial=False)
-        assert_same({**alone, "forces": 0, "virial": 0}, {**evaluate(reference, atoms), "forces": 0, "virial": 0}, 1e-12)
+        assert_same(
+            {**alone, "forces": 0, "virial": 0},
+            {**evaluate(reference, atoms), "forces": 0, "virial": 0},
+            1e-12,
+        )
 
 
 @pytest.mark.parametrize("cpu", ["generic", "avx2", "avx512"])
-@pytest.mark.parametrize(("dtype", "fitting"), [("float32", "float32"), ("float32", "float64"), ("float64", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "fitting"), [("float32", "float32"), ("float32", "float64"), ("float64", "float32")]
+)
 def test_the_readout_has_its_own_precision(tmp_path, cpu, dtype, fitting):
     path = package(tmp_path / "x.moe.pt", FITTING["two equal layers"], dtype, fitting)
     kernels, reference = evaluator(path, "", "fused", cpu), evaluator(path, "", "torchscript")
