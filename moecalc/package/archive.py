@@ -96,7 +96,7 @@ def check_archive(path: str | Path) -> None:
     version = read_record(path, "format_version").strip()
     if not re.fullmatch(r"[1-9][0-9]{0,4}", version):
         raise PackageError(
-            f"{path}: expected a positive integer as format_version, got {version[:40]!r}: {again}"
+            f"{path}: expected a positive integer as format_version, got '{printable(version, 40)}': {again}"
         )
     if int(version) > FORMAT_VERSION:
         from moecalc import __version__
@@ -140,7 +140,7 @@ def _check_directory(path: Path, body: bytes, end: int) -> None:
     spans: list[tuple[int, int]] = []
     for entry in entries:
         name = entry.orig_filename
-        shown = f"record {printable(name)!r}"
+        shown = f"record '{printable(name)}'"
         if not _PLAIN_NAME.fullmatch(name) or len(name) > 200 or {"", ".", ".."} & set(name.split("/")):
             raise refuse(f"{shown}, expected letters, digits and `_-.` between single slashes")
         if name.lower() in seen:
