@@ -278,6 +278,17 @@ def test_no_bit_of_the_end_record_can_flip_unnoticed_in_python(genuine, tmp_path
             check_archive(path)
 
 
+def test_python_reads_wide_end_records(genuine, tmp_path):
+    from test_archive_cpp import with_zip64
+
+    path = tmp_path / "x.moe.pt"
+    path.write_bytes(with_zip64(genuine.read_bytes()))
+    check_archive(path)
+    path.write_bytes(with_zip64(genuine.read_bytes()).replace(b"PK\6\6\x2c", b"PK\6\6\x2d"))
+    with pytest.raises(PackageError, match="damaged"):
+        check_archive(path)
+
+
 def test_python_and_the_library_agree_on_edited_directories(library, genuine, tmp_path):
     body, path = genuine.read_bytes(), tmp_path / "x.moe.pt"
     end = body.rindex(b"PK\x05\x06")

@@ -52,7 +52,11 @@ def genuine(tmp_path_factory):
 
 def outcomes(paths, folder):
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, *map(str, paths)], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", RUNNER, *map(str, paths)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     found = {r["file"]: r for r in map(json.loads, done.stdout.splitlines())}
     missing = [str(path) for path in paths if str(path) not in found]
