@@ -67,7 +67,9 @@ def edit_code(path: Path, change: Callable[[str], str]) -> bytes:
     return pack(records)
 
 
-def insert_code(path: Path, line: str, record: str = "model/code/__torch__/moecalc/nn/descriptor.py") -> bytes:
+def insert_code(
+    path: Path, line: str, record: str = "model/code/__torch__/moecalc/nn/descriptor.py"
+) -> bytes:
     """The package with a line at the start of the first method of a record."""
     records = records_of(path)
     text = records[record].decode()
@@ -166,7 +168,9 @@ def _module_alterations(source: Path, rng: np.random.Generator, folder: Path) ->
     for attribute in ("cutoff", "angle_cutoff"):
         for value in (0.1, -0.1, 1e9, -10.0, float("nan"), float("inf")):
             yield _with_module(
-                f"{attribute} + {value}", lambda m, a=attribute, v=value: setattr(m, a, getattr(m, a) + v), folder
+                f"{attribute} + {value}",
+                lambda m, a=attribute, v=value: setattr(m, a, getattr(m, a) + v),
+                folder,
             )
     elements = list(module.elements)
     for new in (elements[::-1], [*elements[1:], elements[0]], elements[:-1], [*elements, "Xe"], [], ["Xx"] * len(elements),
@@ -234,11 +238,15 @@ def _code_alterations(source: Path, rng: np.random.Generator) -> Iterator[Altera
         for new in changed:
             yield Alteration(
                 f"code: {head} = {new}",
-                lambda p, a=line, b=f"{head} = {new}": edit_code(p, lambda t: t.replace(f"  {a}\n", f"  {b}\n")),
+                lambda p, a=line, b=f"{head} = {new}": edit_code(
+                    p, lambda t: t.replace(f"  {a}\n", f"  {b}\n")
+                ),
             )
     for old, new in (("torch.add(", "torch.sub("), ("torch.matmul", "torch.addmm"), ("torch.sum(", "torch.cumsum("),
                      ("torch.index_select", "torch.select"), ("torch.exp", "torch.neg"), ("self.table", "self.training")):  # fmt: skip
-        yield Alteration(f"code: {old} -> {new}", lambda p, a=old, b=new: edit_code(p, lambda t: t.replace(a, b)))
+        yield Alteration(
+            f"code: {old} -> {new}", lambda p, a=old, b=new: edit_code(p, lambda t: t.replace(a, b))
+        )
 
 
 def _walk(value: object, place: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
@@ -273,8 +281,19 @@ def _json_alterations(source: Path, rng: np.random.Generator) -> Iterator[Altera
                 f"{record} {place} = {new!r}",
                 lambda p, r=record, a=place, b=new: edit_json(p, r, lambda v: _replaced(v, a, b)),
             )
-        for text in ("", "[", "[]", "{}", "null", "[" * 100000, '{"a": 1, "a": 2}', "\ud800".encode("utf-8", "replace").decode()):
-            yield Alteration(f"{record} is {text[:20]!r}", lambda p, r=record, t=text: edit_json(p, r, lambda _: t))
+        for text in (
+            "",
+            "[",
+            "[]",
+            "{}",
+            "null",
+            "[" * 100000,
+            '{"a": 1, "a": 2}',
+            "\ud800".encode("utf-8", "replace").decode(),
+        ):
+            yield Alteration(
+                f"{record} is {text[:20]!r}", lambda p, r=record, t=text: edit_json(p, r, lambda _: t)
+            )
     for quantity in ("energy", "forces", "virial", "positions", "cell"):
 
         def shift(frames: object, q: str = quantity) -> object:
@@ -283,14 +302,18 @@ def _json_alterations(source: Path, rng: np.random.Generator) -> Iterator[Altera
                 frame[q] = (a + 1e-3 * len(frame["symbols"])).tolist()
             return frames
 
-        yield Alteration(f"reference {quantity} shifted", lambda p, s=shift: edit_json(p, "reference.json", s))
+        yield Alteration(
+            f"reference {quantity} shifted", lambda p, s=shift: edit_json(p, "reference.json", s)
+        )
 
 
 def _file_alterations(source: Path, rng: np.random.Generator) -> Iterator[Alteration]:
     records = records_of(source)
     names = sorted(records)
     yield Alteration("all records deflated", lambda p: pack(records_of(p), zipfile.ZIP_DEFLATED))
-    yield Alteration("a zip bomb", lambda p: pack({**records_of(p), "model/data/999": bytes(2**24)}, zipfile.ZIP_DEFLATED))
+    yield Alteration(
+        "a zip bomb", lambda p: pack({**records_of(p), "model/data/999": bytes(2**24)}, zipfile.ZIP_DEFLATED)
+    )
     for name in ("model/bytecode.pkl", "model/code/__torch__/evil.py", "model/../../x", "/abs", "model/\x1b[31m", "x/y",
                  "model/mobile_debug_handles.pkl", "model/code/x.py", "model/a b", "model/code/__torch__/a.py.debug_pkl"):  # fmt: skip
         yield Alteration(f"with record {name!r}", lambda p, n=name: pack({**records_of(p), n: b"x"}))
@@ -298,7 +321,9 @@ def _file_alterations(source: Path, rng: np.random.Generator) -> Iterator[Altera
         yield Alteration(f"{name} twice", lambda p, n=name: pack([*records_of(p).items(), (n, b"{}")]))
     for name in names:
         if "verification" not in name:
-            yield Alteration(f"without {name}", lambda p, n=name: pack({k: v for k, v in records_of(p).items() if k != n}))
+            yield Alteration(
+                f"without {name}", lambda p, n=name: pack({k: v for k, v in records_of(p).items() if k != n})
+            )
     for _ in range(60):
         name = [n for n in names if "/data/" in n][int(rng.integers(sum("/data/" in n for n in names)))]
         n_bytes = int(rng.choice([-8, -1, 1, 8, 64]))

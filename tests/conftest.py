@@ -5,6 +5,13 @@ import pytest
 from moecalc import MoECalculator, testing
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--altered", type=int, default=60, help="how many altered packages to try (test_package_safety.py)"
+    )
+    parser.addoption("--altered-seed", type=int, default=1, help="seed of the alterations")
+
+
 @pytest.fixture(scope="session")
 def shared_calculator():
     """The default model in float64, loaded once; for tests that only evaluate with it."""

@@ -28,8 +28,8 @@ def stamp(body):
     return body[: end + 20] + struct.pack("<H", len(comment)) + comment
 
 
-def archive(folder, version="1", *, stamped=True, rewrite=False):
-    """A TorchScript archive with our records; torch writes zip64 records, Python's zipfile does not."""
+def archive(folder, version="1", *, stamped=True, rewrite=True):
+    """A TorchScript archive with our records; torch writes zip64 records and compresses, Python's zipfile does not."""
     path = folder / "raw.pt"
     records = {"format_version": version, "metadata.json": json.dumps(METADATA)}
     torch.jit.save(torch.jit.script(Identity()), str(path), _extra_files=records)
@@ -77,8 +77,27 @@ def refusal(library, path, body=None):
     return message.removeprefix(f"{path}: ")
 
 
-def test_intact_package_is_accepted_and_its_records_read(library, path, body):
-    path.write_bytes(body)
+def with_zip64(body):
+    """The same with the wide end record that files beyond 4 GB need."""
+    end = body.rindex(END)
+    count, size, begin = struct.unpack("<HII", body[end + 10 : end + 20])
+    wide = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, begin)
+    return stamp(body[:end] + wide + b"PK\6\7" + struct.pack("<IQI", 0, end, 1) + body[end:])
+
+
+def test_wide_end_records_are_read(library, path, tmp_path):
+    path.write_bytes(with_zip64(archive(tmp_path)))
+    library.check_archive(str(path))
+    assert json.loads(library.read_record(str(path), "extra/metadata.json")) == METADATA
+
+
+def test_records_that_torch_compressed_are_refused(library, path, tmp_path):
+    message = refusal(library, path, archive(tmp_path, rewrite=False))
+    assert re.fullmatch(r"damaged or edited file \(record '.*' is compressed\): copy it again .*", message)
+
+
+def test_intact_package_is_accepted_and_its_records_read(library, path, tmp_path):
+    path.write_bytes(archive(tmp_path))
     library.check_archive(str(path))
     assert json.loads(library.read_record(str(path), "extra/metadata.json")) == METADATA
     with pytest.raises(library.Error, match="has no record `extra/nothing`"):
@@ -163,7 +182,7 @@ def test_unreadable_format_version(library, path, tmp_path):
     assert message.startswith("expected a positive integer in `extra/format_version`, got 'one'")
 
 
-def test_archive_without_a_model_of_ours(library, path, body):
-    path.write_bytes(body)
-    with pytest.raises(library.Error, match="expected a model with `elements`, got one without: package the"):
+def test_archive_without_a_model_of_ours(library, path, tmp_path):
+    path.write_bytes(archive(tmp_path))
+    with pytest.raises(library.Error, match=r"has a record `.*`, which no package of moecalc has"):
         library.Evaluator(str(path))

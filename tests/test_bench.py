@@ -206,7 +206,7 @@ def test_architecture_of_a_foreign_file_is_refused(tmp_path):
     with pytest.raises(PackageError, match="no such file"):
         read_architecture(tmp_path / "absent.moe.pt")
     write_archive(tmp_path / "x.moe.pt", jit_script(torch.nn.Identity()), {"format_version": "1"})
-    with pytest.raises(PackageError, match="expected a model made of RepFlow layers"):
+    with pytest.raises(PackageError, match=r"unsafe or edited file|damaged or edited file"):
         read_architecture(tmp_path / "x.moe.pt")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alterations import edit_json
 from ase import Atoms, units
 from ase.calculators.calculator import CalculatorSetupError, PropertyNotImplementedError
 from ase.filters import FrechetCellFilter
@@ -633,30 +634,48 @@ def test_as_many_neighbours_as_in_training_do_not_warn(monkeypatch):
 
 
 @pytest.fixture
-def reference(shared_calculator):
-    frames = json.loads(module.load().read_record(str(shared_calculator.path), "extra/reference.json"))
-    return sorted(frames, key=lambda frame: -len(frame["symbols"]))
+def with_reference(tmp_path):
+    """Writes the default package with changed reference frames."""
 
+    def write(change):
+        path = tmp_path / "changed.moe.pt"
+        path.write_bytes(edit_json(models.default_model_path(), "reference.json", change))
+        return path
 
-def test_the_reference_frame_agrees(shared_calculator, reference):
-    module._check(shared_calculator._model, json.dumps(reference).encode())
+    return write
 
 
 @pytest.mark.parametrize("quantity", ["energy", "forces", "virial"])
-@pytest.mark.parametrize("error", [1e-3, np.nan])
-def test_a_deviating_reference_frame_is_refused(shared_calculator, reference, quantity, error):
-    values = np.array(reference[0][quantity], dtype=float)
-    values.flat[0] += error * len(reference[0]["symbols"])
-    reference[0][quantity] = values.tolist()
+def test_a_deviating_reference_frame_is_refused(with_reference, quantity):
+    def change(frames):
+        largest = max(frames, key=lambda frame: len(frame["symbols"]))
+        values = np.array(largest[quantity], dtype=float)
+        values.flat[0] += 1e-3 * len(largest["symbols"])
+        largest[quantity] = values.tolist()
+        return frames
+
+    path = with_reference(change)
     with pytest.raises(
         PackageError, match=f"{quantity} of the stored reference frame deviates by .* pass check=False"
     ):
-        module._check(shared_calculator._model, json.dumps(reference).encode())
+        MoECalculator(path, device="cpu")
+    MoECalculator(path, device="cpu", check=False)
 
 
-def test_a_package_without_reference_frames_is_refused(shared_calculator):
+@pytest.mark.parametrize("quantity", ["energy", "forces", "virial"])
+def test_a_reference_frame_with_nan_is_refused(with_reference, quantity):
+    def change(frames):
+        for frame in frames:
+            frame[quantity] = np.full(np.shape(frame[quantity]), np.nan).tolist()
+        return frames
+
+    with pytest.raises(PackageError, match=r"reference\.json: not JSON .an unexpected character at byte"):
+        MoECalculator(with_reference(change), device="cpu")
+
+
+def test_a_package_without_reference_frames_is_refused(with_reference):
     with pytest.raises(PackageError, match="expected reference frames, got none"):
-        module._check(shared_calculator._model, b"[]")
+        MoECalculator(with_reference(lambda _: []), device="cpu")
 
 
 @pytest.mark.parametrize(("check", "expected"), [(True, 1), (False, 0)])

@@ -240,5 +240,19 @@ def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
     model.layers[1].edge_self_linear.bias.data[0, 0] = np.nan
     low, _ = lower(model, config)
     write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
-    with pytest.raises(RuntimeError, match="expected finite"):
+    with pytest.raises(
+        RuntimeError, match=r"expected `layers\.1\.edge_self_linear\.bias` to be finite, got NaN"
+    ):
+        evaluator(tmp_path / "x.moe.pt")
+
+
+def test_numbers_that_overflow_in_an_evaluation_do_not_pass(tmp_path):
+    config = testing.random_config(ELEMENTS)
+    low, _ = lower(testing.random_potential(config), config)
+    net = low.readout.net
+    net.layers[-1].bias.data.fill_(100.0)
+    net.out_matrix.data.zero_()
+    net.out_matrix.data[0, 0] = net.out_bias.data[0] = 1.7e308
+    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+    with pytest.raises(RuntimeError, match="expected finite energies, got"):
         evaluate(evaluator(tmp_path / "x.moe.pt"), STRUCTURES["bulk"])

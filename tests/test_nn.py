@@ -13,6 +13,7 @@ from moecalc.nn.activation import Activation
 from moecalc.nn.moe import ExpertLinear, MoERouter, RowExperts
 from moecalc.nn.repflow import RepFlowLayer
 from moecalc.package.lower import lower
+from moecalc.package.metadata import worst
 
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
 
@@ -22,7 +23,7 @@ def molecule():
 
 
 def max_difference(a, b):
-    return max(
+    return worst(
         float((a.energy - b.energy).abs().max()),
         float((a.forces - b.forces).abs().max()),
         float((a.virial - b.virial).abs().max()),

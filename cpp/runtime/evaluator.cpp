@@ -25,6 +25,7 @@
 #include "fused.h"
 #include "graph.h"
 #include "moecalc/clean_state.h"
+#include "moecalc/text.h"
 #include "package_check.h"
 #include "package_reader.h"
 #include "readout.h"
@@ -53,7 +54,7 @@ std::string essence(const std::exception& exception) {
   }
   const size_t start = text.find_first_not_of(" \n\t");
   text = start == std::string::npos ? std::string("unknown error") : text.substr(start);
-  return text.substr(0, text.find('\n'));
+  return printable(text.substr(0, text.find('\n')), 400);
 }
 
 /// TorchScript turns exceptions into runtime_error, so the type alone does not tell.

@@ -190,7 +190,11 @@ class Checker {
     for (const Part& layer : layers) check_layer(layer);
     check_geometry();
     check_readout();
-    check_metadata(layers.size());
+    try {
+      check_metadata(layers.size());
+    } catch (const Error& error) {
+      throw Error(std::string("metadata.json: ") + error.what());
+    }
   }
 
  private:
@@ -440,7 +444,18 @@ class Checker {
   }
 
   void check_metadata(size_t n_layers) const {
+    metadata_.object();
     check_texts("metadata", metadata_);
+    for (const char* name : {"name", "note", "license", "citation"}) {
+      if (const Json* text = said(name)) text->text();
+    }
+    if (const Json* limits = said("neighbor_limits")) {
+      for (const auto& [name, limit] : limits->object()) {
+        if (limit.number() < 0 || limit.number() > 1e9) {
+          refuse_metadata("`neighbor_limits` of 0 to 1e9", shown(limit.number()));
+        }
+      }
+    }
     if (const Json* name = said("name"); name != nullptr && name->text().find('\n') != std::string::npos) {
       refuse_metadata("a `name` of one line", quoted(name->text(), 40, '\''));
     }

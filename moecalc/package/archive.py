@@ -100,11 +100,14 @@ def check_archive(path: str | Path) -> None:
     found = zlib.crc32(body[:end])
     if found != crc:
         raise PackageError(f"{path}: damaged file (checksum {found:08x}, expected {crc:08x}): {again}")
+    # the checksum does not cover the record that carries it
+    if body[end + 20 :] != struct.pack("<H", len(stamp[0])) + b"moecalc crc32=%08x size=%d" % (crc, size):
+        raise PackageError(f"{path}: damaged file (end record): {again}")
     _check_directory(path, body, end)
     version = read_record(path, "format_version").strip()
     if not re.fullmatch(r"[1-9][0-9]{0,4}", version):
         raise PackageError(
-            f"{path}: expected a positive integer as format_version, got {version[:40]!r}: {again}"
+            f"{path}: expected a positive integer as format_version, got '{printable(version, 40)}': {again}"
         )
     if int(version) > FORMAT_VERSION:
         from moecalc import __version__
@@ -142,13 +145,20 @@ def _check_directory(path: Path, body: bytes, end: int) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise refuse(f"a bad directory: {printable(str(error))}") from None
+    position = begin
+    for _ in entries:  # Python's reader forgives lengths that reach beyond the directory
+        position += 46 + sum(struct.unpack("<HHH", body[position + 28 : position + 34]))
+        if position > stop:
+            break
+    if position != stop:
+        raise refuse("a directory of another size than the end record says")
     if len(entries) != count:
         raise refuse("another number of records than the end record says")
     seen: set[str] = set()
     spans: list[tuple[int, int]] = []
     for entry in entries:
         name = entry.orig_filename
-        shown = f"record {printable(name)!r}"
+        shown = f"record '{printable(name)}'"
         if not _PLAIN_NAME.fullmatch(name) or len(name) > 200 or {"", ".", ".."} & set(name.split("/")):
             raise refuse(f"{shown}, expected letters, digits and `_-.` between single slashes")
         if name.lower() in seen:

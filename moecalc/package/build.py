@@ -99,7 +99,7 @@ def package_checkpoint(
     for field, text in (("name", name or ""), ("note", note), ("license", license), ("citation", citation)):
         if has_control(text) or (field == "name" and "\n" in text):
             raise PackageError(
-                f"{field} {printable(text, 60)!r}, expected text without control characters: they would reach terminals and logs"
+                f"{field} '{printable(text, 60)}', expected text without control characters: they would reach terminals and logs"
             )
     if not out.parent.is_dir():
         raise PackageError(f"{out.parent}: no such folder, expected an existing one for the package")

@@ -25,7 +25,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 def worst(*deviations: float) -> float:
     """The largest of some deviations, at least 0; NaN if one of them is NaN, which `max` would pass over."""
-    return math.nan if any(math.isnan(d) for d in deviations) else max(0.0, *deviations)
+    return math.nan if any(math.isnan(d) for d in deviations) else max((0.0, *deviations))
 
 
 def has_control(text: str) -> bool:

@@ -8,21 +8,38 @@
 
 namespace moecalc {
 
-/// `text` with every control character (terminal escapes among them) as `\xHH`, cut to `limit` bytes. UTF-8
-/// stays.
+/// Bytes of the UTF-8 character at `at`, 0 where there is none or a control character.
+inline size_t printable_bytes(std::string_view text, size_t at) {
+  const auto byte = [&](size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U; };
+  const unsigned first = byte(at);
+  if (first < 0x80) return first >= 0x20 && first != 0x7F ? 1 : 0;
+  const size_t n = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
+  unsigned code = first & (0xFFU >> (n + 1));
+  for (size_t i = 1; i < n; ++i) {
+    if ((byte(at + i) & 0xC0U) != 0x80) return 0;
+    code = code << 6 | (byte(at + i) & 0x3FU);
+  }
+  constexpr unsigned smallest[] = {0, 0, 0xA0, 0x800, 0x10000};  // 0x80 to 0x9F are control characters
+  const bool good = first >= 0xC2 && first < 0xF5 && code >= smallest[n] && code <= 0x10FFFF &&
+                    (code < 0xD800 || code > 0xDFFF);
+  return good ? n : 0;
+}
+
+/// `text` with control characters (terminal escapes among them) and what is not UTF-8 as `\xHH`, cut to about
+/// `limit` bytes.
 inline std::string printable(std::string_view text, size_t limit = 200) {
   std::string out;
-  for (size_t i = 0; i < text.size(); ++i) {
+  for (size_t i = 0; i < text.size();) {
     if (i >= limit) return out + "...";
-    const auto c = static_cast<unsigned char>(text[i]);
-    // U+0080 to U+009F, the other control characters, are 0xC2 0x80 to 0xC2 0x9F in UTF-8
-    const bool c1 = c == 0xC2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xA0;
-    if (c >= 0x20 && c != 0x7F && !c1) {
-      out += text[i];
+    const size_t n = printable_bytes(text, i);
+    if (n > 0) {
+      out += text.substr(i, n);
+      i += n;
       continue;
     }
     char escaped[8];
-    std::snprintf(escaped, sizeof(escaped), "\\x%02x", c1 ? static_cast<unsigned char>(text[++i]) : c);
+    std::snprintf(escaped, sizeof(escaped), "\\x%02x",
+                  static_cast<unsigned>(static_cast<unsigned char>(text[i++])));
     out += escaped;
   }
   return out;
@@ -36,13 +53,13 @@ inline std::string quoted(std::string_view text, size_t limit = 80, char mark = 
   return out;
 }
 
-/// Whether `text` has control characters besides tabs and ends of lines.
+/// Whether `text` has control characters besides tabs and ends of lines, or is no UTF-8.
 inline bool has_control(std::string_view text) {
-  for (size_t i = 0; i < text.size(); ++i) {
-    const auto c = static_cast<unsigned char>(text[i]);
-    const auto next = i + 1 < text.size() ? static_cast<unsigned char>(text[i + 1]) : 0U;
-    if (c == '\n' || c == '\t' || (c == '\r' && next == '\n')) continue;
-    if (c < 0x20 || c == 0x7F || (c == 0xC2 && next >= 0x80 && next < 0xA0)) return true;
+  for (size_t i = 0; i < text.size();) {
+    const bool line_end = text[i] == '\r' && i + 1 < text.size() && text[i + 1] == '\n';
+    const size_t n = text[i] == '\n' || text[i] == '\t' || line_end ? 1 : printable_bytes(text, i);
+    if (n == 0) return true;
+    i += n;
   }
   return false;
 }
