@@ -135,9 +135,7 @@ def test_head_of_a_single_task_file_is_refused():
 @pytest.mark.parametrize(
     ("section", "option", "value"),
     [
-        ("descriptor", "add_chg_spin_ebd", True),
         ("descriptor", "type", "se_e2_a"),
-        ("fitting_net", "numb_fparam", 2),
         ("fitting_net", "numb_aparam", 1),
         ("fitting_net", "type", "dos"),
         ("fitting_net", "use_aparam_as_mask", True),
