@@ -375,6 +375,10 @@ def build_config(params: Mapping[str, Any], moe: MoEConfig, skip: set[str]) -> t
         )
     except ValidationError as error:
         raise CheckpointError(f"model options: {first_error(error)}") from None
+    if config.fparam_is_charge_spin:
+        more.append(
+            "charge and spin are the two frame parameters, as before DeePMD-kit 3.2 (numb_fparam 2, no default_chg_spin)"
+        )
     return config, remarks + more
 
 
