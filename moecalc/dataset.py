@@ -206,7 +206,8 @@ def _conditions(atoms: Any) -> dict[str, tuple[float, ...]]:
     Raises:
         ConditionError: values that no model can be trained on.
     """
-    info, found = atoms.info, {}
+    info = atoms.info
+    found: dict[str, tuple[float, ...]] = {}
     pair = None
     if "charge_spin" in info:
         pair = charge_and_spin(info["charge_spin"])

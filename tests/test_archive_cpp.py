@@ -167,11 +167,11 @@ def test_other_zip_files_are_foreign(library, path, tmp_path):
     assert refusal(library, path, archive(tmp_path, stamped=False)).startswith("not a moecalc package")
 
 
-@pytest.mark.parametrize("version", ["2", "17\n"])
+@pytest.mark.parametrize("version", ["3", "17\n"])
 def test_newer_format_names_the_upgrade(library, path, tmp_path, version):
     message = refusal(library, path, archive(tmp_path, version))
     assert re.fullmatch(
-        rf"package format {version.strip()} is newer than this moecalc \(\d+\.\d+\.\d+\) reads \(1\): "
+        rf"package format {version.strip()} is newer than this moecalc \(\d+\.\d+\.\d+\) reads \(2\): "
         r"upgrade with `pip install -U moecalc`",
         message,
     )

@@ -269,6 +269,10 @@ def test_the_averaged_weights_can_be_packaged(tmp_path: Path) -> None:
         ({"a_dim": 12}, "multiples of"),
         ({"sequential_update": True}, "sequential_update"),
         ({"a_compress_rate": 2}, "uncompressed"),
+        (
+            {"add_chg_spin_ebd": True},
+            "add_chg_spin_ebd = true: training with the fused kernels takes no charge",
+        ),
     ],
 )
 def test_what_the_kernels_do_not_cover_is_refused(descriptor: dict[str, Any], message: str) -> None:
@@ -318,3 +322,13 @@ def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path) -> N
     (tmp_path / "example.json").write_text(json.dumps(example))
     fit = fit_frames(files[0], tmp_path / "example.json", tmp_path / "out", validation=0.0)
     assert fit.step_number == 1
+
+
+def test_frame_parameters_are_refused_by_name() -> None:
+    with_fparam = config().model_copy(
+        update={"fitting": config().fitting.model_copy(update={"numb_fparam": 2})}
+    )
+    with pytest.raises(
+        MoecalcError, match="numb_fparam = 2: training with the fused kernels takes no charge"
+    ):
+        Fit(with_fparam, Options(steps=1))

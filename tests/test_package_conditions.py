@@ -170,3 +170,22 @@ def test_the_parts_of_a_package_serve_distinct_conditions_of_a_batch(open_packag
     bias, skip = model.readout.net.first_layer(constants)
     assert bias.shape == skip.shape == (n_condition, config.fitting.neuron[0])
     assert bool((skip != 0).any()) == (config.fitting.neuron[0] == 21)
+
+
+def test_inspect_shows_what_an_open_package_takes(open_package, tmp_path):
+    path, config = open_package
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(path)]).output
+    assert "format 2" in shown
+    default = "default 0 and 1" if config.descriptor.default_chg_spin else "no default, must be given"
+    assert f"taken (spin is the multiplicity 2S+1), {default}" in shown
+    assert "3 taken, no default, must be given" in shown
+    if config.routes_on_charge_spin:
+        assert "routed by element, charge and spin" in shown
+        done = CliRunner().invoke(app, ["inspect", str(path), "--plot", str(tmp_path / "routing.png")])
+        assert "its experts depend on charge and spin, which were not fixed" in done.stderr
+
+
+def test_one_row_of_the_charge_and_spin_tables_counts_as_active(open_package):
+    path, config = open_package
+    parameters = read_metadata(path).parameters
+    assert parameters.total - parameters.active >= (199 + 99) * config.descriptor.n_dim

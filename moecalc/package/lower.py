@@ -211,6 +211,9 @@ def count_parameters(model: MoEPotential) -> tuple[int, int]:
     total = sum(int(t.numel()) for t in [*model.parameters(), *tables])
     # of every table one row is looked up
     idle = sum(int(t.numel()) - t.size(1) for t in tables if t.size(0))
+    if model.conditions.takes_charge_spin:
+        tables = [model.conditions.embedding.charge_matrix, model.conditions.embedding.spin_matrix]
+        idle += sum(int(t.numel()) - t.size(1) for t in tables)
     for layer in repflow_layers(model):
         for position in _positions(layer).values():
             if not position.routed:

@@ -248,3 +248,20 @@ def test_upcycling_says_when_charge_and_spin_came_as_frame_parameters(tmp_path):
     given = {"charge_spin": (1, 2), "fparam": (1.0, 2.0)}
     atoms = random_frames(1)[0]
     close(evaluate(load(tmp_path / "start.pt"), atoms, **given), evaluate(dense, atoms, **given))
+
+
+@pytest.mark.parametrize("routing", ["element", "configuration"])
+def test_deeppot_evaluates_a_checkpoint_with_charge_and_spin(tmp_path, routing):
+    """DeepPot compiles the model to TorchScript."""
+    from deepmd.infer import DeepPot
+
+    section = descriptor(moe=MOE | {"routing": routing}, concat_output_tebd=True, **CHARGE_SPIN)
+    model, params = build(section, fitting=FPARAM)
+    potential = DeepPot(save(model, params, tmp_path / "model.pt"))
+    atoms = random_frames(1)[0]
+    types = [TYPE_MAP.index(symbol) for symbol in atoms.symbols]
+    frame = atoms.positions.reshape(1, -1), atoms.cell.array.reshape(1, -1), types
+    given = {"charge_spin": (-2, 3), "fparam": (0.3, 0.4)}
+    found = potential.eval(*frame, **{name: np.array([value], dtype=float) for name, value in given.items()})
+    assert found[0][0, 0] == pytest.approx(evaluate(model, atoms, **given)[0], abs=1e-10)
+    assert potential.eval(*frame)[0][0, 0] == pytest.approx(evaluate(model, atoms)[0], abs=1e-10)

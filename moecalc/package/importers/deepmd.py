@@ -91,6 +91,10 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     readers = {"dpa3": _read_dense, "moe": _read_moe, "0415_moe_pack": _read_pack, DESCRIPTOR: _read_plugin}
     config, state = readers[layout](params, tensors)
     config = with_stored_default(config, tensors)
+    if config.fparam_is_charge_spin:
+        remarks.append(
+            "charge and spin are the two frame parameters, as before DeePMD-kit 3.2 (numb_fparam 2, no default_chg_spin)"
+        )
     trained = trained_elements(params, tensors)
     keys = tensors.names_in_file(state)
     refuse_unread(tensors, config.descriptor)
