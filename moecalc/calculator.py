@@ -421,6 +421,20 @@ class _Model:
             )
         return types
 
+    def record(self, name: str) -> bytes:
+        """A record of the file that was loaded, whatever happened to it since."""
+        try:
+            content: bytes = self._evaluator.record(name)
+        except self._error as error:
+            raise PackageError(str(error)) from error
+        return content
+
+    def release_weights(self) -> None:
+        """Give back what is laid out for the elements seen so far; it is laid out again where it is needed."""
+        with self._lock:
+            self._listed = None
+            self._evaluator.release_weights()
+
     def evaluate(
         self, graph: AtomicGraph, *, virial: bool = True, atom_virial: bool = False
     ) -> Mapping[str, Any]:
@@ -511,7 +525,7 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
                     stacklevel=4,
                 )
         if check and key not in _checked:
-            _check(model, native.read_record(str(path), keys.REFERENCE_RECORD))
+            _check(model, model.record(keys.REFERENCE_RECORD))
             _checked.add(key)
     return model
 
@@ -527,6 +541,7 @@ def _check(model: _Model, record: bytes) -> None:
     atoms = Atoms(frame["symbols"], frame["positions"], cell=frame["cell"], pbc=frame["pbc"])
     types = model.types(atoms, allow_untrained=True)
     raw = model.evaluate(SkinNeighborList(model.cutoff, skin=0.0).graph(atoms, types))
+    model.release_weights()  # the frame's elements need not be those of the user's structure
     n = max(1, len(atoms))
     tolerance = keys.REFERENCE_TOLERANCE[model.dtype]
     for name, unit, value, expected in (

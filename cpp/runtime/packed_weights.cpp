@@ -612,8 +612,7 @@ void PackedWeights<T>::evict(const std::vector<int64_t>& used) {
       if (counted.insert(held->id).second) present += static_cast<int64_t>(held->memory.size());
     }
   }
-  const int64_t wanted = kept_weights();
-  const int64_t limit = present + (wanted >= 0 ? wanted : memory_left_());
+  const int64_t limit = present + (kept_ >= 0 ? kept_ : memory_left_());
   std::sort(absent.begin(), absent.end(),
             [&](size_t a, size_t b) { return groups_[a].last_use < groups_[b].last_use; });
   for (const size_t g : absent) {
@@ -659,8 +658,7 @@ template <class T>
 PackedWeights<T>::PackedWeights(const Module& geometry, const Module& embedding,
                                 const std::vector<Module>& layers, const Kernels<T>& kernels,
                                 const DeferredTensors* deferred)
-    : kernels_(kernels) {
-  kept_weights();  // a wrong setting is told at once
+    : kernels_(kernels), kept_(kept_weights()) {
   read_geometry(geometry);
   for (const Module& layer : layers) layers_.push_back(read_layer(layer, deferred));
   if (layers_.empty()) throw Unsupported{"a model without layers"};

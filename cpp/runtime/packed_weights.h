@@ -187,6 +187,7 @@ class PackedWeights {
   void drop_unused_blocks();
   const T* keep(const at::Tensor& values);
 
+  const int64_t kept_;  // of MOECALC_WEIGHTS
   at::Tensor features_;                                // for which the groups were routed
   std::vector<std::map<std::string, Routes>> routes_;  // [layer][router]
   std::map<std::vector<int64_t>, std::shared_ptr<Block>> blocks_;

@@ -8,6 +8,7 @@ the same stamp (cpp/runtime/archive.cpp).
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import zipfile
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _END = b"PK\x05\x06"
+_LONGEST_END = 22 + 0xFFFF  # the end record and its comment
 _STAMP = re.compile(rb"^moecalc crc32=([0-9a-f]{8}) size=(\d+)$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -61,6 +63,16 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
         f.truncate()
 
 
+def _checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes, which need not fit into memory."""
+    crc = 0
+    with path.open("rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+            crc = zlib.crc32(chunk, crc)
+            size -= len(chunk)
+    return crc
+
+
 def check_archive(path: str | Path) -> None:
     """Check that a file is a whole, undamaged package of a format that this version reads.
 
@@ -70,25 +82,29 @@ def check_archive(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise PackageError(f"{path}: no such file")
-    body = path.read_bytes()
     foreign = PackageError(
         f"{path}: not a moecalc package; make one with `moecalc package CHECKPOINT -o {path}`"
     )
     again = "copy it again or package the checkpoint again"
-    if not body.startswith(b"PK\x03\x04"):
-        raise foreign
-    end = body.rfind(_END)
-    if end < 0 or len(body) < end + 22:
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise foreign
+        begin = max(0, file.seek(0, os.SEEK_END) - _LONGEST_END)
+        file.seek(begin)
+        tail = file.read()
+    place = tail.rfind(_END)
+    if place < 0 or len(tail) < place + 22:
         raise PackageError(f"{path}: incomplete file (truncated copy?): {again}")
-    stamp = _STAMP.match(body[end + 22 :])
+    end = begin + place
+    stamp = _STAMP.match(tail[place + 22 :])
     if stamp is None:
-        if b"moecalc crc32=" in body[end:]:
+        if b"moecalc crc32=" in tail[place:]:
             raise PackageError(f"{path}: damaged file (unreadable integrity stamp): {again}")
         raise foreign
     size, crc = int(stamp[2]), int(stamp[1], 16)
     if size != end:
         raise PackageError(f"{path}: incomplete file ({end} bytes of {size}, truncated copy?): {again}")
-    found = zlib.crc32(body[:end])
+    found = _checksum(path, end)
     if found != crc:
         raise PackageError(f"{path}: damaged file (checksum {found:08x}, expected {crc:08x}): {again}")
     version = read_record(path, "format_version").strip()
