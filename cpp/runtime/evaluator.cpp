@@ -395,6 +395,15 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
     }
   }
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
+  for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
+  // The matrices of the experts stay in the file, all else is needed in any case.
+  std::set<const void*> matrices;
+  for_expert_matrices(layers, [&](const at::Tensor& matrix) {
+    if (matrix.is_contiguous()) matrices.insert(matrix.storage().data());
+  });
+  for_tensors(model, [&](at::Tensor& tensor) {
+    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
+  });
 
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
   rules.n_types = static_cast<int64_t>(elements.size());
@@ -417,16 +426,7 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   geometry_ = model.attr("geometry").toModule();
   embedding_ = model.attr("embedding").toModule();
   readout_ = model.attr("readout").toModule();
-  for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
 
-  // The matrices of the experts stay in the file, all else is needed in any case.
-  std::set<const void*> matrices;
-  for_expert_matrices(layers, [&](const at::Tensor& matrix) {
-    if (matrix.is_contiguous()) matrices.insert(matrix.storage().data());
-  });
-  for_tensors(model, [&](at::Tensor& tensor) {
-    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
-  });
   dtype_ = model.attr("dtype_probe").toTensor().scalar_type();
   if (!dtype.empty()) dtype_ = parse_dtype(dtype);
   const auto place = [&, converted = !dtype.empty()] {
