@@ -7,8 +7,9 @@ import pytest
 from helpers import graph_of
 from test_fused import assert_same, environment, evaluate
 
-from moecalc import MoecalcError, MoECalculator, _lib, keys, testing
+from moecalc import MoECalculator, _lib, keys, testing
 from moecalc._jit import jit_script
+from moecalc.errors import MoecalcError
 from moecalc.package.archive import write_archive
 from moecalc.package.lower import lower
 

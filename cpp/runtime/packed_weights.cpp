@@ -592,19 +592,20 @@ bool PackedWeights<T>::set_groups(const at::Tensor& features, const std::vector<
     }
     group.last_use = clock_;
   }
-  if (changed) evict(used);
+  if (changed || used != used_) changed = evict(used) || changed;
+  used_ = used;
   return changed;
 }
 
 /// Releases groups without atoms, those first that had none for longest, until what the others keep is small
-/// against the memory that is left.
+/// against the memory that is left. Returns whether there were such.
 template <class T>
-void PackedWeights<T>::evict(const std::vector<int64_t>& used) {
+bool PackedWeights<T>::evict(const std::vector<int64_t>& used) {
   std::vector<size_t> absent;
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (!groups_[g].blocks.empty() && groups_[g].last_use != clock_) absent.push_back(g);
   }
-  if (absent.empty()) return;
+  if (absent.empty()) return false;
   int64_t present = 0;
   std::set<uint64_t> counted;
   for (const int64_t g : used) {
@@ -615,11 +616,14 @@ void PackedWeights<T>::evict(const std::vector<int64_t>& used) {
   const int64_t limit = present + (kept_ >= 0 ? kept_ : memory_left_());
   std::sort(absent.begin(), absent.end(),
             [&](size_t a, size_t b) { return groups_[a].last_use < groups_[b].last_use; });
+  bool dropped = false;
   for (const size_t g : absent) {
-    if (packed_bytes() <= limit) return;
+    if (packed_bytes() <= limit) break;
     release(g);
     drop_unused_blocks();
+    dropped = true;
   }
+  return dropped;
 }
 
 template <class T>
