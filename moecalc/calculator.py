@@ -570,6 +570,20 @@ class _Model:
         except self._error as error:
             raise MoecalcError(f"{self.path}: {error}") from error
 
+    def record(self, name: str) -> bytes:
+        """A record of the file that was loaded, whatever happened to it since."""
+        try:
+            content: bytes = self._evaluator.record(name)
+        except self._error as error:
+            raise PackageError(str(error)) from error
+        return content
+
+    def release_weights(self) -> None:
+        """Give back what is laid out for the elements seen so far; it is laid out again where it is needed."""
+        with self._lock:
+            self._listed = None
+            self._evaluator.release_weights()
+
     def evaluate(
         self,
         graph: AtomicGraph,

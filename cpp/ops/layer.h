@@ -6,7 +6,9 @@
 // atomics.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace moecalc::ops {
@@ -36,18 +38,24 @@ class Buffer {
   T* get(int64_t n) {
     const size_t need = static_cast<size_t>(n) + kRowBytes / sizeof(T);
     // edge counts change from step to step: some slack, so that not every record count reallocates
-    if (memory_.size() < need) {
+    if (size_ < need) {
       release();
-      memory_.resize(need + need / 8);
+      // not initialised: memory that is never written takes no space
+      memory_.reset(new T[need + need / 8]);
+      size_ = need + need / 8;
     }
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     return reinterpret_cast<T*>((address + kRowBytes - 1) / kRowBytes * kRowBytes);
   }
-  void release() { std::vector<T>().swap(memory_); }
-  int64_t bytes() const { return static_cast<int64_t>(memory_.capacity() * sizeof(T)); }
+  void release() {
+    memory_.reset();
+    size_ = 0;
+  }
+  int64_t bytes() const { return static_cast<int64_t>(size_ * sizeof(T)); }
 
  private:
-  std::vector<T> memory_;
+  std::unique_ptr<T[]> memory_;
+  size_t size_ = 0;
 };
 
 /// Gradients of a routing group's weights, laid out as these (`GroupWeights`). The `y_*` are sums over rows

@@ -448,6 +448,15 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   });
   check_model(model, deferred, metadata, path);
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
+  for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
+  // The matrices of the experts stay in the file, all else is needed in any case.
+  std::set<const void*> matrices;
+  for_expert_matrices(layers, [&](const at::Tensor& matrix) {
+    if (matrix.is_contiguous()) matrices.insert(matrix.storage().data());
+  });
+  for_tensors(model, [&](at::Tensor& tensor) {
+    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
+  });
 
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
   rules.n_types = static_cast<int64_t>(elements.size());
@@ -461,7 +470,6 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   geometry_ = model.attr("geometry").toModule();
   embedding_ = model.attr("embedding").toModule();
   readout_ = model.attr("readout").toModule();
-  for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
 
   dtype_ = model.attr("dtype_probe").toTensor().scalar_type();
   if (!dtype.empty()) dtype_ = parse_dtype(dtype);
@@ -973,6 +981,7 @@ void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
   const auto [charge_spin, fparam] = conditions_of_frames(chosen);
   set_conditions(charge_spin, fparam);
   const ConditionReset reset(*this);
+
   compare_with_reference(chosen, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
                          "on " + device_name + " in " + dtype_name);
 }

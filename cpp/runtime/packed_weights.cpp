@@ -586,19 +586,20 @@ bool PackedWeights<T>::set_groups(const at::Tensor& features, const std::vector<
     }
     group.last_use = clock_;
   }
-  if (changed) evict(used);
+  if (changed || used != used_) changed = evict(used) || changed;
+  used_ = used;
   return changed;
 }
 
 /// Releases groups without atoms, those first that had none for longest, until what the others keep is small
-/// against the memory that is left.
+/// against the memory that is left. Returns whether there were such.
 template <class T>
-void PackedWeights<T>::evict(const std::vector<int64_t>& used) {
+bool PackedWeights<T>::evict(const std::vector<int64_t>& used) {
   std::vector<size_t> absent;
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (!groups_[g].blocks.empty() && groups_[g].last_use != clock_) absent.push_back(g);
   }
-  if (absent.empty()) return;
+  if (absent.empty()) return false;
   int64_t present = 0;
   std::set<uint64_t> counted;
   for (const int64_t g : used) {
@@ -606,15 +607,17 @@ void PackedWeights<T>::evict(const std::vector<int64_t>& used) {
       if (counted.insert(held->id).second) present += static_cast<int64_t>(held->memory.size());
     }
   }
-  const int64_t wanted = kept_weights();
-  const int64_t limit = present + (wanted >= 0 ? wanted : memory_left_());
+  const int64_t limit = present + (kept_ >= 0 ? kept_ : memory_left_());
   std::sort(absent.begin(), absent.end(),
             [&](size_t a, size_t b) { return groups_[a].last_use < groups_[b].last_use; });
+  bool dropped = false;
   for (const size_t g : absent) {
-    if (packed_bytes() <= limit) return;
+    if (packed_bytes() <= limit) break;
     release(g);
     drop_unused_blocks();
+    dropped = true;
   }
+  return dropped;
 }
 
 template <class T>
@@ -653,8 +656,7 @@ template <class T>
 PackedWeights<T>::PackedWeights(const Module& geometry, const Module& embedding,
                                 const std::vector<Module>& layers, const Kernels<T>& kernels,
                                 const DeferredTensors* deferred)
-    : kernels_(kernels) {
-  kept_weights();  // a wrong setting is told at once
+    : kernels_(kernels), kept_(kept_weights()) {
   read_geometry(geometry);
   for (const Module& layer : layers) layers_.push_back(read_layer(layer, deferred));
   if (layers_.empty()) throw Unsupported{"a model without layers"};

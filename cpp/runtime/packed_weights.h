@@ -186,14 +186,16 @@ class PackedWeights {
   const Block& block(std::vector<std::shared_ptr<Block>>& blocks, size_t layer, int64_t kind,
                      std::initializer_list<const Active*> experts, const Layout& layout,
                      const std::function<void(const Block&)>& fill);
-  void evict(const std::vector<int64_t>& used);
+  bool evict(const std::vector<int64_t>& used);
   void release(size_t group);
   void drop_unused_blocks();
   const T* keep(const at::Tensor& values);
 
+  const int64_t kept_;                                 // of MOECALC_WEIGHTS
   at::Tensor features_;                                // for which the groups were routed
   std::vector<std::map<std::string, Routes>> routes_;  // [layer][router]
   std::map<std::vector<int64_t>, std::shared_ptr<Block>> blocks_;
+  std::vector<int64_t> used_;  // in the last evaluation
   uint64_t n_block_ = 0, clock_ = 0;
 };
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
+import os
 import re
 import struct
 import zipfile
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 _END = b"PK\x05\x06"
+_LONGEST_END = 22 + 0xFFFF  # the end record and its comment
 _STAMP = re.compile(rb"^moecalc crc32=([0-9a-f]{8}) size=(\d+)$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -70,6 +73,16 @@ def foreign_package(path: Path) -> PackageError:
     return PackageError(f"{path}: not a moecalc package but {what}; expected a file *.moe.pt")
 
 
+def _checksum(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes, which need not fit into memory."""
+    crc = 0
+    with path.open("rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 20))):
+            crc = zlib.crc32(chunk, crc)
+            size -= len(chunk)
+    return crc
+
+
 def check_archive(path: str | Path) -> None:
     """Check that a file is a whole, undamaged package of a format that this version reads.
 
@@ -81,29 +94,34 @@ def check_archive(path: str | Path) -> None:
         raise PackageError(f"{path}: no such file")
     if not path.is_file():
         raise foreign_package(path)
-    body = path.read_bytes()
     foreign = foreign_package(path)
     again = "copy it again or package the checkpoint again"
-    if not body.startswith(b"PK\x03\x04"):
-        raise foreign
-    end = body.rfind(_END)
-    if end < 0 or len(body) < end + 22:
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise foreign
+        begin = max(0, file.seek(0, os.SEEK_END) - _LONGEST_END)
+        file.seek(begin)
+        tail = file.read()
+    place = tail.rfind(_END)
+    if place < 0 or len(tail) < place + 22:
         raise PackageError(f"{path}: incomplete file (truncated copy?): {again}")
-    stamp = _STAMP.match(body[end + 22 :])
+    end = begin + place
+    stamp = _STAMP.match(tail[place + 22 :])
     if stamp is None:
-        if b"moecalc crc32=" in body[end:]:
+        if b"moecalc crc32=" in tail[place:]:
             raise PackageError(f"{path}: damaged file (unreadable integrity stamp): {again}")
         raise foreign
     size, crc = int(stamp[2]), int(stamp[1], 16)
     if size != end:
         raise PackageError(f"{path}: incomplete file ({end} bytes of {size}, truncated copy?): {again}")
-    found = zlib.crc32(body[:end])
+    found = _checksum(path, end)
     if found != crc:
         raise PackageError(f"{path}: damaged file (checksum {found:08x}, expected {crc:08x}): {again}")
     # the checksum does not cover the record that carries it
-    if body[end + 20 :] != struct.pack("<H", len(stamp[0])) + b"moecalc crc32=%08x size=%d" % (crc, size):
+    if tail[place + 20 :] != struct.pack("<H", len(stamp[0])) + b"moecalc crc32=%08x size=%d" % (crc, size):
         raise PackageError(f"{path}: damaged file (end record): {again}")
-    _check_directory(path, body, end)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
+        _check_directory(path, body, end)
     version = read_record(path, "format_version").strip()
     if not re.fullmatch(r"[1-9][0-9]{0,4}", version):
         raise PackageError(
@@ -118,7 +136,7 @@ def check_archive(path: str | Path) -> None:
         )
 
 
-def _check_directory(path: Path, body: bytes, end: int) -> None:
+def _check_directory(path: Path, body: mmap.mmap, end: int) -> None:
     """Every reader of zip files must see the same records; the same rule as `read_directory` (cpp/runtime/records.cpp)."""
 
     def refuse(what: str) -> PackageError:
@@ -126,7 +144,7 @@ def _check_directory(path: Path, body: bytes, end: int) -> None:
             f"{path}: damaged or edited file ({what}): copy it again or package the checkpoint again"
         )
 
-    zip64 = end >= 76 and body[end - 76 :].startswith(b"PK\6\6") and body[end - 20 :].startswith(b"PK\6\7")
+    zip64 = end >= 76 and body[end - 76 : end - 72] == b"PK\6\6" and body[end - 20 : end - 16] == b"PK\6\7"
     disks, here, count, size, begin = struct.unpack("<IHHII", body[end + 4 : end + 20])
     stop = end - 76 if zip64 else end
     if zip64:
