@@ -374,7 +374,7 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   const std::string level = model.attr("routing_level").toStringRef();
   if (level != "element" && level != "configuration") {
     throw Error(path + ": expected routing level 'element' or 'configuration', got '" + level +
-                "': upgrade with `pip install -U moecalc`");
+                "': upgrade moecalc");
   }
   rules.group_by_system = level == "configuration";
   const at::Tensor mask = model.attr("pair_mask").toTensor().to(at::kCPU, at::kByte).contiguous();

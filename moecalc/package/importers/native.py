@@ -48,8 +48,7 @@ def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
     version = data[KEY]
     if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(
-            f"moecalc checkpoint form {version!r} is newer than this moecalc reads ({VERSION}): "
-            "upgrade with `pip install -U moecalc`"
+            f"moecalc checkpoint form {version!r} is newer than this moecalc reads ({VERSION}): upgrade moecalc"
         )
     if head is not None:
         raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
