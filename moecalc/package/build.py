@@ -33,7 +33,10 @@ from moecalc.package.metadata import (
 from moecalc.package.reference import reference_frame, reference_structures
 from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, verify_package
 
-CITATION = "T. Liu et al., arXiv:2603.07977 (element-wise MoE); D. Zhang et al., arXiv:2506.01686 (DPA3)"
+CITATION = (
+    "Yuzhi Liu et al., npj Artif. Intell. (2026), arXiv:2603.07977 (element-wise MoE); "
+    "Duo Zhang et al., arXiv:2506.01686 (DPA3)"
+)
 
 
 def package_checkpoint(
