@@ -40,7 +40,7 @@ SUPPORTED = ("2.11.0", "2.12.1", "2.13.0", "2.13.1", "2.14.0", "2.14.9")
 UNSUPPORTED = ("2.10.9", "2.15.0", "2.15.1", "3.0.0")
 
 
-def tracked_texts():
+def project_texts():
     """Files of the project, without environments and what was built."""
     for path in sorted(ROOT.rglob("*")):
         folders = path.relative_to(ROOT).parts[:-1]
@@ -138,9 +138,17 @@ class TestRangeOfTorch:
         (version,) = re.findall(rf"^{name} \?= (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert version in Requirement(_install.torch_requirement()).specifier
 
-    @pytest.mark.parametrize("path", ["README.md", "docs/pair_moe.md", "docs/clusters.md", "setup.py"])
-    def test_docs_name_it(self, path):
-        assert f'"{_install.torch_requirement()}"' in (ROOT / path).read_text()
+    def test_is_the_same_everywhere(self):
+        found = {
+            (str(path.relative_to(ROOT)), text)
+            for path in project_texts()
+            if path.parent.name != "tests"
+            for text in re.findall(r"\btorch[<>=]=?\d[\d.,<>=*]*", path.read_text(encoding="utf-8"))
+            if "==" not in text
+        }
+        pages = {path for path, _ in found}
+        assert {"README.md", "docs/pair_moe.md", "docs/clusters.md", "setup.py", "pyproject.toml"} <= pages
+        assert {text for _, text in found} == {_install.torch_requirement()}
 
     def test_readme_lists_the_versions(self):
         (row,) = re.findall(r"^\| torch \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
@@ -173,7 +181,7 @@ def test_build_tools_are_those_of_the_package():
 def test_every_command_in_the_project_is_one_to_run():
     found = [
         (path, arguments)
-        for path in tracked_texts()
+        for path in project_texts()
         if path != Path(__file__).resolve()
         for arguments in commands(path.read_text(encoding="utf-8"), path.suffix)
     ]
