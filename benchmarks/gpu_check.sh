@@ -54,7 +54,8 @@ print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None)
 PYTHON
 )" || exit 1
 if [[ -n "$missing" ]]; then
-  echo "gpu_check.sh: $python lacks $missing. Where there is a network: pip download -d wheels $missing; then --wheels wheels" >&2
+  torch="'torch>=2.11,<2.15'"
+  echo "gpu_check.sh: $python lacks $missing. Where there is a network: pip download -d wheels ${missing/#torch/$torch}; then --wheels wheels" >&2
   exit 2
 fi
 

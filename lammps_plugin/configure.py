@@ -36,7 +36,10 @@ def _folder_of(distribution: str, ending: str) -> Path:
     for file in metadata.files(distribution) or []:
         if file.as_posix().endswith("/" + ending):
             return Path(str(file.locate())).resolve().parent
-    raise FileNotFoundError(f"{distribution} has no {ending}: `pip install --force-reinstall {distribution}`")
+    again = f"{distribution}=={metadata.version(distribution)}"
+    raise FileNotFoundError(
+        f"{distribution} has no {ending}: `pip install --force-reinstall --no-deps {again}`"
+    )
 
 
 def _package_folder(name: str) -> Path:

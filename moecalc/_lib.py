@@ -6,12 +6,8 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
-REBUILD = (
-    "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps moecalc` "
-    "(in a source checkout: `make dev`)"
-)
+from moecalc import _install
+from moecalc._install import REBUILD
 
 
 def load() -> ModuleType:
@@ -26,11 +22,23 @@ def load() -> ModuleType:
     """
     if "moecalc._C" in sys.modules:
         return sys.modules["moecalc._C"]
-    _check_range("Python", f"{sys.version_info.major}.{sys.version_info.minor}", OLDEST_PYTHON, NEWEST_PYTHON)
+    _check_range(
+        "Python",
+        f"{sys.version_info.major}.{sys.version_info.minor}",
+        _install.OLDEST_PYTHON,
+        _install.NEWEST_PYTHON,
+        "install moecalc in an environment of a supported Python",
+    )
     import torch
 
     running = str(torch.__version__)
-    _check_range("torch", running, OLDEST_TORCH, NEWEST_TORCH)
+    _check_range(
+        "torch",
+        running,
+        _install.OLDEST_TORCH,
+        _install.NEWEST_TORCH,
+        f"`{_install.INSTALL_TORCH}`, then {REBUILD}",
+    )
     built = _torch_of_build()
     if built is None:
         raise ImportError(f"moecalc's native library has not been built for torch {running}: {REBUILD}")
@@ -56,18 +64,15 @@ def _torch_of_build() -> str | None:
         return None
 
 
-def _check_range(name: str, version: str, oldest: tuple[int, int], newest: tuple[int, int]) -> None:
+def _check_range(
+    name: str, version: str, oldest: tuple[int, int], newest: tuple[int, int], remedy: str
+) -> None:
     if not oldest <= _minor(version) <= newest:
         raise ImportError(
-            f"expected {name} {_dotted(oldest)} to {_dotted(newest)}, got {name} {version}: "
-            f"install a supported {name}, then {REBUILD}"
+            f"expected {name} {_install.dotted(oldest)} to {_install.dotted(newest)}, got {name} {version}: {remedy}"
         )
 
 
 def _minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))

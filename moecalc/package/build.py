@@ -43,7 +43,10 @@ from moecalc.package.reference import (
 )
 from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, verify_package
 
-CITATION = "T. Liu et al., arXiv:2603.07977 (element-wise MoE); D. Zhang et al., arXiv:2506.01686 (DPA3)"
+CITATION = (
+    "Yuzhi Liu et al., npj Artif. Intell. (2026), arXiv:2603.07977 (element-wise MoE); "
+    "Duo Zhang et al., arXiv:2506.01686 (DPA3)"
+)
 
 
 @clean_torch()

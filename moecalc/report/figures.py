@@ -161,11 +161,11 @@ def force_errors(ev: Evaluation, report: Report) -> Figure:
         title="error against force, per atom", xlabel="|reference force| (eV/Å)", ylabel="|error| (eV/Å)"
     )
     names = [e.name for e in report.elements]
-    x = np.arange(len(names))
-    right.bar(x - 0.2, [e.forces.mae for e in report.elements], 0.38, color=BLUE, label="MAE")
-    right.bar(x + 0.2, [e.forces.rmse for e in report.elements], 0.38, color="#9dbfe3", label="RMSE")
+    places = np.arange(len(names))
+    right.bar(places - 0.2, [e.forces.mae for e in report.elements], 0.38, color=BLUE, label="MAE")
+    right.bar(places + 0.2, [e.forces.rmse for e in report.elements], 0.38, color="#9dbfe3", label="RMSE")
     right.plot(
-        x,
+        places,
         [e.forces.scale for e in report.elements],
         "_",
         ms=16,
@@ -173,7 +173,7 @@ def force_errors(ev: Evaluation, report: Report) -> Figure:
         color=GREY,
         label="rms reference force",
     )
-    right.set_xticks(x, names)
+    right.set_xticks(places, names)
     right.set(title="force components by element (eV/Å)")
     right.grid(axis="x", visible=False)
     right.legend()

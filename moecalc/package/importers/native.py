@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from moecalc.errors import CheckpointError
@@ -53,7 +54,7 @@ def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
         )
     if version > VERSION:
         raise CheckpointError(
-            f"moecalc checkpoint form {version!r} is newer than this moecalc reads ({VERSION}): use a newer moecalc"
+            f"moecalc checkpoint form {version!r} is newer than this moecalc reads ({VERSION}): upgrade moecalc"
         )
     if head is not None:
         raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
