@@ -428,7 +428,7 @@ def test_two_names_of_a_fitting_layer_that_differ_are_refused(write):
     [
         ("type_map", "OH", "expected a list of words"),
         ("type_map", ["O", "O"], "distinct element symbols: one is there twice"),
-        ("type_map", ["O", "Qq"], "distinct element symbols: 'Qq' is none"),
+        ("type_map", ["O", ""], "distinct element symbols: one is empty"),
         ("type_map", [], "distinct element symbols: it is empty"),
         ("type_map", ["O", 1], "expected a list of words"),
         ("descriptor", None, "expected a dictionary"),

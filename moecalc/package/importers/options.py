@@ -381,16 +381,20 @@ def clean_params(params: object, where: str = "model") -> dict[str, Any]:
 
 
 def check_type_map(type_map: list[str]) -> None:
-    """Refuse anything but distinct element symbols.
+    """Refuse an empty list and names that are there twice.
 
     Raises:
-        CheckpointError: names the first that is none.
+        CheckpointError: shows the list.
     """
-    from ase.data import atomic_numbers
-
-    wrong = [name for name in type_map if atomic_numbers.get(name, 0) == 0]
-    if wrong or not type_map or len(set(type_map)) != len(type_map):
-        what = f"{wrong[0]!r} is none" if wrong else "it is empty" if not type_map else "one is there twice"
+    # names that are no element symbols can be left out of a package (`--elements`), so they are refused later
+    if not type_map or not all(type_map) or len(set(type_map)) != len(type_map):
+        what = (
+            "one is there twice"
+            if type_map and all(type_map)
+            else "one is empty"
+            if type_map
+            else "it is empty"
+        )
         raise CheckpointError(
             f"option model.type_map = {shown(type_map)}, expected a list of distinct element symbols: {what}"
         )
