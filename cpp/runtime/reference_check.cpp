@@ -144,8 +144,12 @@ std::vector<ReferenceFrame> read_reference(const std::string& text,
 std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, std::vector<bool> wanted) {
   std::vector<size_t> order(frames.size()), chosen;
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return frames[a].types.size() > frames[b].types.size(); });
+  // an atom of a crystal has more neighbours and angles than one of a cluster: a change shows more
+  const auto rank = [&](size_t k) {
+    const ReferenceFrame& frame = frames[k];
+    return std::pair(frame.pbc[0] && frame.pbc[1] && frame.pbc[2], frame.types.size());
+  };
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rank(a) > rank(b); });
   for (const size_t k : order) {
     bool adds = chosen.empty();  // an isolated atom would test little
     for (const int64_t type : frames[k].types) {

@@ -26,7 +26,8 @@ std::pair<at::Tensor, at::Tensor> conditions_of_frames(const std::vector<const R
 /// Frames of `text` (reference.json). Throws Error for what is not a list of whole frames of finite numbers.
 std::vector<ReferenceFrame> read_reference(const std::string& text, const std::vector<std::string>& elements);
 
-/// The fewest frames, largest first, that hold every element of `wanted` (types) that any frame holds.
+/// Few frames, periodic and large ones first, that hold every element of `wanted` (types) that any frame
+/// holds.
 std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, std::vector<bool> wanted);
 
 /// All frames as the systems of one graph; the edges, up to `cutoff`, come from all images, not from a list.
