@@ -265,8 +265,7 @@ void PackageFile::check_format() const {
   }
   if (format > package_format_version) {
     throw Error(path_ + ": package format " + std::to_string(format) + " is newer than this moecalc (" +
-                version() + ") reads (" + std::to_string(package_format_version) +
-                "): upgrade moecalc");
+                version() + ") reads (" + std::to_string(package_format_version) + "): upgrade moecalc");
   }
 }
 

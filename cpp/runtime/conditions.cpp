@@ -34,7 +34,10 @@ at::Device device_of(const Module& module) {
 std::string shape_of(const at::Tensor& tensor) {
   if (!tensor.defined()) return "none";
   std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(tensor.size(d));
+  }
   return text + ")";
 }
 

@@ -56,8 +56,8 @@ class Conditions {
   at::Tensor shift_, fitting_inputs_;
 };
 
-/// What a user's values come to with the `conditions` of a package's metadata (text of metadata.json), which say
-/// what the model takes and its defaults. Mirrors `resolve` in moecalc/conditions.py. Throws Error.
+/// What a user's values come to with the `conditions` of a package's metadata (text of metadata.json), which
+/// say what the model takes and its defaults. Mirrors `resolve` in moecalc/conditions.py. Throws Error.
 struct ResolvedConditions {
   at::Tensor charge_spin, fparam;  // (1, 2) int64, (1, n) float64; undefined where the model takes none
   AppliedConditions applied;

@@ -36,7 +36,8 @@ class DeviceModel {
   virtual ~DeviceModel() = default;
   /// Tables of the types, and conditions of the structures, from now on; the list must be set again.
   /// `features`: router input of every element (or condition and element) where weights depend on these;
-  /// `shift` (K, n_dim): charge and spin embedding of every condition, undefined where routers do not read it.
+  /// `shift` (K, n_dim): charge and spin embedding of every condition, undefined where routers do not read
+  /// it.
   virtual void set_conditions(const TypeTables& tables, const GraphRules& rules, const at::Tensor& features,
                               const at::Tensor& shift) = 0;
   /// Uploads `list`: the one upload per rebuild. Sorts atoms by routing group and edges by centre.

@@ -140,9 +140,9 @@ class Model final : public DeviceModel {
   PackedWeights<T> packed_;
   ReadoutSource readout_;
   at::Tensor shift_of_condition_;  // (K, n_dim), if routers read it at configuration level
-  at::Tensor composition_;     // for which the weights are routed, on the CPU
-  at::Tensor features_;        // of it
-  std::vector<int64_t> used_;  // groups of the list that have atoms
+  at::Tensor composition_;         // for which the weights are routed, on the CPU
+  at::Tensor features_;            // of it
+  std::vector<int64_t> used_;      // groups of the list that have atoms
   bool weights_are_up_ = false;
 
   // On the device: blocks of weights, pointers to them per layer and group, constants.
@@ -209,7 +209,8 @@ void Model<N, Target>::set_features(const at::Tensor& composition, const std::ve
     const at::NoGradGuard no_grad;
     std::vector<torch::jit::IValue> arguments{composition.to(target_.device(), kType)};
     if (shift_of_condition_.defined()) {
-      const at::Tensor of_system = at::tensor(rules_.condition_of_system, at::TensorOptions().dtype(at::kLong));
+      const at::Tensor of_system =
+          at::tensor(rules_.condition_of_system, at::TensorOptions().dtype(at::kLong));
       const at::Tensor rows = shift_of_condition_.index_select(0, of_system);
       arguments.emplace_back(rows.expand({composition.size(0), -1}).to(target_.device(), kType));
     }

@@ -326,10 +326,15 @@ class Evaluator::Impl {
        const std::string& precision, bool deterministic);
   Evaluation evaluate(const AtomicGraph& graph, const Request& request, GhostExchange* exchange);
   AppliedConditions set_conditions(const GivenConditions& given);
-  /// Forget conditions that nobody asked for when it goes.
-  struct ConditionReset {
-    explicit ConditionReset(Impl& impl) : impl(impl) {}
-    ~ConditionReset() { impl.conditions_->reset(); }
+  /// What the check of the frames needed is nothing that the structures to come need.
+  struct CheckEnds {
+    explicit CheckEnds(Impl& impl) : impl(impl) {}
+    CheckEnds(const CheckEnds&) = delete;
+    CheckEnds& operator=(const CheckEnds&) = delete;
+    ~CheckEnds() {
+      impl.conditions_->reset();
+      impl.release_weights();
+    }
     Impl& impl;
   };
   void set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam);
@@ -406,10 +411,10 @@ class Evaluator::Impl {
   std::unique_ptr<Readout> fitting_;  // with fused_; null: TorchScript
   std::unique_ptr<Conditions> conditions_;
   TypeTables tables_;
-  NeighborList list_;                 // the caller's; types undefined: none yet
-  int64_t n_rows_ = 0;                // of positions that list_ names
-  bool list_is_up_ = false;           // list_ is what on_device_ holds
-  at::Tensor element_features_;       // (n_types, n_dim) at element level: the same in every call
+  NeighborList list_;            // the caller's; types undefined: none yet
+  int64_t n_rows_ = 0;           // of positions that list_ names
+  bool list_is_up_ = false;      // list_ is what on_device_ holds
+  at::Tensor element_features_;  // (n_types, n_dim) at element level: the same in every call
   int64_t node_dim_ = 0;
   std::string reference_ = "[]";  // text of reference.json
 };
@@ -449,15 +454,6 @@ void Evaluator::Impl::load(const std::string& path, const std::string& dtype) {
   check_model(model, deferred, metadata, path);
   for (at::Tensor parameter : model.parameters()) parameter.set_requires_grad(false);
   for (const auto& layer : model.attr("layers").toModule().named_children()) layers.push_back(layer.value);
-  // The matrices of the experts stay in the file, all else is needed in any case.
-  std::set<const void*> matrices;
-  for_expert_matrices(layers, [&](const at::Tensor& matrix) {
-    if (matrix.is_contiguous()) matrices.insert(matrix.storage().data());
-  });
-  for_tensors(model, [&](at::Tensor& tensor) {
-    if (matrices.count(tensor.storage().data()) == 0) deferred.fill(tensor);
-  });
-
   for (const IValue& element : model.attr("elements").toListRef()) elements.push_back(element.toStringRef());
   rules.n_types = static_cast<int64_t>(elements.size());
   rules.cutoff = model.attr("cutoff").toDouble();
@@ -802,7 +798,8 @@ void Evaluator::Impl::run(const PreparedGraph& graph, const at::Tensor& system, 
   const at::AutoGradMode grad_mode(gradients);
   // No profiling and no re-specialisation: edge and angle counts change from step to step.
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
-  const at::Tensor types = graph.types.to(device_), elements_of = types.remainder(rules.n_types), edge_index = graph.edge_index.to(device_);
+  const at::Tensor types = graph.types.to(device_), elements_of = types.remainder(rules.n_types),
+                   edge_index = graph.edge_index.to(device_);
   const at::Tensor edge_vec = graph.edge_vec.to(device_), angle_index = graph.angle_index.to(device_);
 
   Segment geometry(geometry_, {edge_vec}, {gradients});
@@ -973,15 +970,16 @@ void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
   std::vector<const ReferenceFrame*> chosen;
   for (const size_t k : covering_frames(frames, types)) chosen.push_back(&frames[k]);
   // where the model takes conditions, other ones as well
-  const auto other = std::find_if(frames.begin(), frames.end(), [&](const ReferenceFrame& frame) {
-    return frame.types.size() > 1 && (frame.charge_spin != chosen[0]->charge_spin || frame.fparam != chosen[0]->fparam);
-  });
-  if (!chosen.empty() && other != frames.end()) chosen.push_back(&*other);
+  for (const ReferenceFrame& frame : frames) {
+    if (chosen.empty() || frame.types.size() < 2) continue;
+    if (frame.charge_spin == chosen[0]->charge_spin && frame.fparam == chosen[0]->fparam) continue;
+    chosen.push_back(&frame);
+    break;
+  }
   const AtomicGraph graph = reference_graph(chosen, rules.cutoff);
   const auto [charge_spin, fparam] = conditions_of_frames(chosen);
   set_conditions(charge_spin, fparam);
-  const ConditionReset reset(*this);
-
+  const CheckEnds ends(*this);
   compare_with_reference(chosen, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
                          "on " + device_name + " in " + dtype_name);
 }

@@ -182,7 +182,7 @@ class Checker {
     level_ = model_.text("routing_level");
     if (level_ != "element" && level_ != "configuration") {
       throw Error("expected routing level 'element' or 'configuration', got '" + printable(level_, 40) +
-                  "': upgrade with `pip install -U moecalc`");
+                  "': upgrade moecalc");
     }
     check_embedding();
     const std::vector<Part> layers = model_.children("layers");

@@ -11,9 +11,9 @@
 namespace moecalc {
 
 /// Checks types, shapes, index ranges and that numbers are finite, and that module and `metadata` (text of
-/// metadata.json) say the same; numbers in `deferred` are read for it. Throws Error that names the attribute and
-/// begins with `path`.
-void check_model(const torch::jit::Module& model, const DeferredTensors& deferred, const std::string& metadata,
-                 const std::string& path);
+/// metadata.json) say the same; numbers in `deferred` are read for it. Throws Error that names the attribute
+/// and begins with `path`.
+void check_model(const torch::jit::Module& model, const DeferredTensors& deferred,
+                 const std::string& metadata, const std::string& path);
 
 }  // namespace moecalc

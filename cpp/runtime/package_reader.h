@@ -47,8 +47,8 @@ class DeferredTensors {
   /// Place of its first byte in the file.
   uint64_t position(const at::Tensor& tensor) const;
   const std::shared_ptr<const PackageFile>& file() const { return file_; }
-  /// Whether all of its numbers are, float32 or float64; they are read for it. Numbers of its storage that the
-  /// tensor does not have count too.
+  /// Whether all of its numbers are, float32 or float64; they are read for it. Numbers of its storage that
+  /// the tensor does not have count too.
   bool is_finite(const at::Tensor& tensor) const;
   /// Reads the content; the tensor is then like any other.
   void fill(const at::Tensor& tensor);
@@ -64,9 +64,9 @@ class DeferredTensors {
 };
 
 /// The model of a package on the CPU. Tensors of many bytes are left in the file where torch's reader allows
-/// it: see `deferred`. The package's code is looked at before torch sees it (`check_package`), because torch runs
-/// code while it loads a file. Nothing else in moecalc loads TorchScript in C++. Throws Error that begins with
-/// the file's path.
+/// it: see `deferred`. The package's code is looked at before torch sees it (`check_package`), because torch
+/// runs code while it loads a file. Nothing else in moecalc loads TorchScript in C++. Throws Error that
+/// begins with the file's path.
 struct LoadedPackage {
   torch::jit::Module model;
   DeferredTensors deferred;

@@ -15,8 +15,8 @@
 
 #include "../ops/layer.h"
 #include "../ops/switch.h"
-#include "memory.h"
 #include "conditions.h"
+#include "memory.h"
 #include "package_reader.h"
 
 namespace moecalc {

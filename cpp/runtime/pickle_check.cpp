@@ -261,7 +261,8 @@ class Reader {
     if (id >= memo_.size()) refuse("memory out of order");
     const Kind kind = memo_[id]->kind;
     // a list, or a module before it has its attributes, could come to contain itself
-    if (!(kind == Kind::object && memo_[id]->built) && kind != Kind::text && kind != Kind::global && kind != Kind::storage && kind != Kind::tensor) {
+    if (!(kind == Kind::object && memo_[id]->built) && kind != Kind::text && kind != Kind::global &&
+        kind != Kind::storage && kind != Kind::tensor) {
       refuse("one value in two places");
     }
     stack_.push_back(memo_[id]);

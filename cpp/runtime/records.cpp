@@ -63,7 +63,9 @@ class Bytes {
   }
 
  private:
-  bool within(uint64_t position, uint64_t size) const { return position <= size_ && size <= size_ - position; }
+  bool within(uint64_t position, uint64_t size) const {
+    return position <= size_ && size <= size_ - position;
+  }
 
   void copy(uint64_t position, void* to, size_t n) const {
     if (position >= kept_begin_ && position - kept_begin_ <= kept_.size() &&

@@ -167,7 +167,8 @@ std::pair<at::Tensor, at::Tensor> conditions_of_frames(const std::vector<const R
   for (const ReferenceFrame* frame : frames) {
     if (frame->charge_spin.size() != frames[0]->charge_spin.size() ||
         frame->fparam.size() != frames[0]->fparam.size()) {
-      throw Error("expected reference frames that all have charge, spin and frame parameters, or none of them");
+      throw Error(
+          "expected reference frames that all have charge, spin and frame parameters, or none of them");
     }
     pairs.insert(pairs.end(), frame->charge_spin.begin(), frame->charge_spin.end());
     numbers.insert(numbers.end(), frame->fparam.begin(), frame->fparam.end());

@@ -19,8 +19,8 @@ struct ReferenceFrame {
   std::vector<double> fparam;
 };
 
-/// (n_frames, 2) int64 and (n_frames, n_fparam) float64, undefined where the model was given none. Throws Error for
-/// frames that differ in what they were given.
+/// (n_frames, 2) int64 and (n_frames, n_fparam) float64, undefined where the model was given none. Throws
+/// Error for frames that differ in what they were given.
 std::pair<at::Tensor, at::Tensor> conditions_of_frames(const std::vector<const ReferenceFrame*>& frames);
 
 /// Frames of `text` (reference.json). Throws Error for what is not a list of whole frames of finite numbers.

@@ -1,4 +1,5 @@
-// Charge, multiplicity and frame parameters that a user gave, against what a package says that its model takes.
+// Charge, multiplicity and frame parameters that a user gave, against what a package says that its model
+// takes.
 #include <ATen/ATen.h>
 
 #include <cmath>
@@ -22,7 +23,10 @@ std::string shown(double value) {
 
 std::string shown(const std::vector<double>& values) {
   std::string text;
-  for (const double value : values) text += (text.empty() ? "" : " ") + shown(value);
+  for (const double value : values) {
+    if (!text.empty()) text += ' ';
+    text += shown(value);
+  }
   return text;
 }
 
@@ -69,7 +73,8 @@ int64_t whole(const char* name, double value, const Json& range) {
 void check_fparam(const std::vector<double>& values, size_t size) {
   if (values.size() != size) {
     throw Error("fparam has " + std::to_string(values.size()) + " number" + (values.size() == 1 ? "" : "s") +
-                " (" + shown(values) + "), expected " + std::to_string(size) + " as this model was trained with");
+                " (" + shown(values) + "), expected " + std::to_string(size) +
+                " as this model was trained with");
   }
   for (const double value : values) {
     if (!std::isfinite(value)) throw Error("fparam has entry " + shown(value) + ", expected finite numbers");
@@ -87,8 +92,8 @@ void check_closed(const char* name, const std::vector<double>& given, bool taken
   const std::vector<double> values = held->kind() == Json::Kind::list ? held->numbers(held->list().size())
                                                                       : std::vector<double>{held->number()};
   if (values != given) {
-    throw Error(std::string(name) + " = " + shown(given) + " was given, but this package is fixed at " + name +
-                " " + shown(values) + ": package the checkpoint again for other values");
+    throw Error(std::string(name) + " = " + shown(given) + " was given, but this package is fixed at " +
+                name + " " + shown(values) + ": package the checkpoint again for other values");
   }
 }
 
@@ -142,11 +147,12 @@ class Resolver {
   void resolve_charge_spin() {
     const Json* fallback = member(charge_spin_, "default");
     size_t k = 0;
-    for (auto [name, range, value] :
-         {std::tuple{"charge", "charge_range", given_.charge}, std::tuple{"spin", "spin_range", given_.spin}}) {
+    for (auto [name, range, value] : {std::tuple{"charge", "charge_range", given_.charge},
+                                      std::tuple{"spin", "spin_range", given_.spin}}) {
       if (!value && fallback == nullptr) {
         const std::string missing = !given_.charge && !given_.spin ? "both" : name;
-        throw Error("this model needs charge and spin (multiplicity 2S+1) and has no default: give " + missing);
+        throw Error("this model needs charge and spin (multiplicity 2S+1) and has no default: give " +
+                    missing);
       }
       pair_[k] = whole(name, value ? *value : fallback->numbers(2)[k], charge_spin_->at(range));
       tell(std::string(name) + " " + std::to_string(pair_[k]), !value);
@@ -174,7 +180,10 @@ class Resolver {
   }
 
   void tell(const std::string& text, bool is_default) {
-    const auto append = [&](std::string& to) { to += (to.empty() ? "" : ", ") + text; };
+    const auto append = [&](std::string& to) {
+      if (!to.empty()) to += ", ";
+      to += text;
+    };
     append(out_.applied.values);
     if (is_default) append(out_.applied.defaults);
   }
