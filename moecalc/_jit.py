@@ -1,4 +1,4 @@
-"""TorchScript calls in one place: torch 2.13 calls TorchScript deprecated, which is no news for a user of moecalc."""
+"""TorchScript calls in one place: torch 2.13 and 2.14 call TorchScript deprecated, which is no news for a user of moecalc."""
 
 from __future__ import annotations
 
