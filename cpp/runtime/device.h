@@ -52,6 +52,8 @@ class DeviceModel {
   virtual int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const = 0;
   /// Routing groups whose weights are on the device. And gives them all back; a list must be set again.
   virtual int64_t n_packed_groups() const = 0;
+  /// Bytes of the weights that are laid out on the device.
+  virtual int64_t weight_bytes() const = 0;
   virtual void release_weights() = 0;
   /// What runs: "cuda fp32", "cuda float64", "cuda emulated float64", ...
   virtual std::string name() const = 0;

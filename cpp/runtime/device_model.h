@@ -69,6 +69,11 @@ class Model final : public DeviceModel {
                       GhostExchange* exchange) override;
   int64_t bytes() const override;
   int64_t n_packed_groups() const override { return packed_.n_packed_groups(); }
+  int64_t weight_bytes() const override {
+    int64_t total = 0;
+    for (const auto& [id, memory] : weight_blocks_) total += memory.numel();
+    return total;
+  }
   void release_weights() override;
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const override;
   std::string name() const override { return target_.name() + " " + N::name; }
@@ -674,8 +679,7 @@ int64_t Model<N, Target>::fixed_bytes() const {
   for (const at::Tensor* memory : {&update_memory_, &group_memory_, &constant_memory_, &list_memory_}) {
     total += memory->defined() ? memory->numel() : 0;
   }
-  for (const auto& [id, memory] : weight_blocks_) total += memory.numel();
-  return total;
+  return total + weight_bytes();
 }
 
 template <class N, class Target>

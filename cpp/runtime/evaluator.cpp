@@ -41,6 +41,8 @@ namespace {
 using torch::jit::IValue;
 using torch::jit::Module;
 
+constexpr int64_t most_checked_weights = int64_t{256} << 20;  // bytes laid out for reference frames
+
 // --- errors --------------------------------------------------------------------------------------
 
 /// The line of a torch message that says what happened.
@@ -347,6 +349,7 @@ class Evaluator::Impl {
   std::string dtype_name, device_name, metadata, precision_name;
   std::shared_ptr<const PackageFile> file;
   void check_reference(const std::vector<std::string>& wanted);
+  void check_frames(const std::vector<const ReferenceFrame*>& frames);
   std::vector<Module> layers;
   std::string backend = "torchscript", backend_reason;
 
@@ -961,27 +964,44 @@ static double reference_tolerance(at::ScalarType dtype, ProductPrecision precisi
   return precision == ProductPrecision::tf32 ? 2e-3 : 2e-5;
 }
 
+void Evaluator::Impl::check_frames(const std::vector<const ReferenceFrame*>& frames) {
+  const auto [charge_spin, fparam] = conditions_of_frames(frames);
+  set_conditions(charge_spin, fparam);
+  const AtomicGraph graph = reference_graph(frames, rules.cutoff);
+  compare_with_reference(frames, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
+                         "on " + device_name + " in " + dtype_name);
+}
+
 void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
   std::vector<bool> types(elements.size(), wanted.empty());
   for (size_t t = 0; t < elements.size(); ++t) {
     if (std::find(wanted.begin(), wanted.end(), elements[t]) != wanted.end()) types[t] = true;
   }
   const std::vector<ReferenceFrame> frames = read_reference(reference_, elements);
+  const CheckEnds ends(*this);
+  const ReferenceFrame& cheapest = frames[cheapest_frame(frames)];
+  check_frames({&cheapest});
   std::vector<const ReferenceFrame*> chosen;
-  for (const size_t k : covering_frames(frames, types)) chosen.push_back(&frames[k]);
+  std::set<int64_t> present;
+  for (const size_t k : covering_frames(frames, types)) {
+    chosen.push_back(&frames[k]);
+    present.insert(frames[k].types.begin(), frames[k].types.end());
+  }
   // where the model takes conditions, other ones as well
   for (const ReferenceFrame& frame : frames) {
-    if (chosen.empty() || frame.types.size() < 2) continue;
+    if (frame.types.size() < 2) continue;
     if (frame.charge_spin == chosen[0]->charge_spin && frame.fparam == chosen[0]->fparam) continue;
     chosen.push_back(&frame);
     break;
   }
-  const AtomicGraph graph = reference_graph(chosen, rules.cutoff);
-  const auto [charge_spin, fparam] = conditions_of_frames(chosen);
-  set_conditions(charge_spin, fparam);
-  const CheckEnds ends(*this);
-  compare_with_reference(chosen, evaluate(graph, {}, nullptr), reference_tolerance(dtype_, precision_),
-                         "on " + device_name + " in " + dtype_name);
+  // Nobody waits for the weights of the whole periodic table to be laid out: `moecalc verify` checks them
+  // all.
+  const int64_t n_packed = n_packed_groups();
+  const int64_t bytes = fused_ != nullptr       ? fused_->weight_bytes()
+                        : on_device_ != nullptr ? on_device_->weight_bytes()
+                                                : 0;
+  const int64_t needed = n_packed == 0 ? 0 : bytes / n_packed * static_cast<int64_t>(present.size());
+  if (needed <= most_checked_weights) check_frames(chosen);
 }
 
 void Evaluator::set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam) {

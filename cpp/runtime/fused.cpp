@@ -72,6 +72,7 @@ class Fused final : public FusedModel, private PackedWeights<T> {
   void set_types(const TypeTables& tables) override { Packed::set_types(tables); }
   int64_t bytes() const override;
   int64_t n_packed_groups() const override { return Packed::n_packed_groups(); }
+  int64_t weight_bytes() const override { return Packed::packed_bytes(); }
   void release_weights() override { Packed::release_groups(); }
   const char* instruction_set() const override { return kernels_.name; }
   void take_timings(Timings& timings) override {

@@ -56,6 +56,8 @@ class FusedModel {
   virtual int64_t bytes() const = 0;
   /// Routing groups whose weights are laid out: those that have had atoms. And gives them all back.
   virtual int64_t n_packed_groups() const = 0;
+  /// Bytes of the weights that are laid out.
+  virtual int64_t weight_bytes() const = 0;
   virtual void release_weights() = 0;
   /// Adds seconds of thread time since the last call, by part, and starts anew.
   virtual void take_timings(Timings& timings) = 0;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <numeric>
+#include <set>
 #include <utility>
 
 #include "json.h"
@@ -159,6 +160,16 @@ std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, s
     if (adds) chosen.push_back(k);
   }
   return chosen;
+}
+
+size_t cheapest_frame(const std::vector<ReferenceFrame>& frames) {
+  const auto cost = [](const ReferenceFrame& frame) {
+    const std::set<int64_t> elements(frame.types.begin(), frame.types.end());
+    return std::pair(frame.types.size() < 2, elements.size());
+  };
+  const auto found = std::min_element(frames.begin(), frames.end(),
+                                      [&](const auto& a, const auto& b) { return cost(a) < cost(b); });
+  return static_cast<size_t>(found - frames.begin());
 }
 
 std::pair<at::Tensor, at::Tensor> conditions_of_frames(const std::vector<const ReferenceFrame*>& frames) {

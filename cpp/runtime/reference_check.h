@@ -30,6 +30,9 @@ std::vector<ReferenceFrame> read_reference(const std::string& text, const std::v
 /// holds.
 std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, std::vector<bool> wanted);
 
+/// The frame of fewest elements among those that have neighbours, or any frame.
+size_t cheapest_frame(const std::vector<ReferenceFrame>& frames);
+
 /// All frames as the systems of one graph; the edges, up to `cutoff`, come from all images, not from a list.
 AtomicGraph reference_graph(const std::vector<const ReferenceFrame*>& frames, double cutoff);
 
