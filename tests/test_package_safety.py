@@ -28,6 +28,7 @@ from helpers import DATA
 
 from moecalc import MoECalculator, _lib, testing
 from moecalc._jit import jit_load, jit_script
+from moecalc.conditions import Conditions
 from moecalc.errors import MoecalcError, PackageError, printable
 from moecalc.keys import REFERENCE_TOLERANCE
 from moecalc.package import check_archive, package_checkpoint, read_metadata, read_reference, verify_package
@@ -102,18 +103,33 @@ OPTIONS = {
     "gelu": {"activation_function": "gelu"},
     "softplus": {"activation_function": "softplus"},
     "sigmoid": {"activation_function": "sigmoid"},
+    "charge and spin": {"add_chg_spin_ebd": True, "n_routed": 4},
+    "charge, spin and frame parameters, routed": {
+        "add_chg_spin_ebd": True, "n_routed": 4, "route_on_charge_spin": True, "concat_output_tebd": True,
+        "fitting": {"numb_fparam": 3, "dim_case_embd": 2}, "neuron": (21, 8),
+    },
+    "charge and spin, configuration": {
+        "add_chg_spin_ebd": True, "n_routed": 4, "route_on_charge_spin": True, "routing": "configuration",
+    },
+    "frame parameters": {"fitting": {"numb_fparam": 2}},
+    "frame parameters, skip path": {"fitting": {"numb_fparam": 2}, "neuron": (20, 8)},
+    "frame parameters, no hidden layer": {"fitting": {"numb_fparam": 1}, "neuron": ()},
+    "residual tables": {"add_chg_spin_ebd": True, "n_dim": 100},
 }  # fmt: skip
 
 
 def models():
     """Lowered models of every checkpoint of the oracle and of every option that changes code."""
     for path in sorted((DATA / "oracle" / "models").glob("*.pt")):
-        head = "water_a" if "multitask" in path.name else None
+        head = {"D1_multitask": "water_a", "H8_multi_chgspin": "OMat"}.get(path.stem)
         imported = load_checkpoint(path, head)
         yield lower(build_model(imported, torch.float64), imported.config)[0]
     for options in OPTIONS.values():
         config = testing.random_config(ELEMENTS, **options)
         yield lower(testing.random_potential(config), config)[0]
+    # fixed charge and spin beside routers that read the bare table
+    config = testing.random_config(ELEMENTS, add_chg_spin_ebd=True, n_routed=4, routing="configuration")
+    yield lower(testing.random_potential(config), config, fixed=Conditions(1, 2))[0]
     config = testing.random_config(ELEMENTS, neuron=(8, 16, 16))
     fitting = {"dim_case_embd": 2, "resnet_dt": True, "atom_exclude_types": [1]}
     config = config.model_copy(update={"fitting": config.fitting.model_copy(update=fitting)})

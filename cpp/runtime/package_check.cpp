@@ -189,6 +189,7 @@ class Checker {
     if (layers.empty()) model_.refuse("layers", "at least one layer", "none");
     for (const Part& layer : layers) check_layer(layer);
     check_geometry();
+    if (model_.has("conditions")) check_conditions();
     check_readout();
     try {
       check_metadata(layers.size());
@@ -281,6 +282,9 @@ class Checker {
     embedding.tensor("edge_bias", dtype_, {e_});
     embedding.tensor("angle_matrix", dtype_, {1, a_});
     check_activation(embedding.part("phi"));
+    if (embedding.has("own_router_table") && embedding.boolean("own_router_table")) {
+      embedding.part("router_table").tensor("table", dtype_, {n_types_, n_});
+    }
     Part module = embedding;
     const at::Tensor identity = at::eye(
         n_types_, at::TensorOptions().dtype(dtype_).device(embedding.tensor("edge_bias", dtype_).device()));
@@ -379,6 +383,67 @@ class Checker {
     if (live_angle) layer.tensor("a_residual", dtype_, {1, a_});
   }
 
+  /// Charge, multiplicity and frame parameters (docs/architecture.md): float64 whatever the network's dtype.
+  void check_conditions() {
+    const Part conditions = model_.part("conditions");
+    conditions.integer("n_dim", n_, n_);
+    const int64_t n_fparam = conditions.integer("n_fparam", 0, max_width);
+    const int64_t n_case = conditions.integer("n_case", 0, max_width);
+    const bool charge_spin = conditions.boolean("takes_charge_spin");
+    if (conditions.boolean("routed") && !charge_spin) {
+      conditions.refuse("routed", "false where charge and spin are not taken", "true");
+    }
+    if (conditions.boolean("takes_fparam") != (n_fparam > 0)) {
+      conditions.refuse("takes_fparam", "that of `n_fparam`", "another");
+    }
+    if (conditions.boolean("with_case") != (n_case > 0)) {
+      conditions.refuse("with_case", "that of `n_case`", "another");
+    }
+    if (charge_spin) {
+      const Part embedding = conditions.part("embedding");
+      embedding.integer("charge_offset", 100, 100);
+      embedding.tensor("charge_matrix", at::kDouble, {200, n_});
+      embedding.tensor("spin_matrix", at::kDouble, {100, n_});
+      embedding.tensor("mix_matrix", at::kDouble, {2 * n_, n_});
+      embedding.tensor("mix_bias", at::kDouble, {n_});
+      check_activation(embedding.part("phi"));
+    }
+    if (n_fparam > 0) {
+      conditions.tensor("fparam_avg", at::kDouble, {n_fparam});
+      conditions.tensor("fparam_inv_std", at::kDouble, {n_fparam});
+    }
+    if (n_case > 0) conditions.tensor("case_embedding", at::kDouble, {n_case});
+    if (charge_spin || n_fparam > 0) n_constant_ = n_fparam + n_case;
+    routed_ = conditions.boolean("routed");
+    if (model_.part("embedding").boolean("routed") != routed_) {
+      model_.part("embedding").refuse("routed", "that of the conditions", "another");
+    }
+    check_said_conditions(charge_spin, n_fparam);
+  }
+
+  /// What the metadata say is taken is what engines ask users for.
+  void check_said_conditions(bool charge_spin, int64_t n_fparam) const {
+    const Json* conditions = said("conditions");
+    const auto taken = [&](const char* name) {
+      return conditions != nullptr && conditions->kind() == Json::Kind::object && conditions->has(name) &&
+             conditions->at(name).kind() != Json::Kind::null;
+    };
+    if (taken("charge_spin") != charge_spin) {
+      refuse_metadata(
+          std::string("metadata that say that charge and spin are ") + (charge_spin ? "taken" : "not taken"),
+          "others");
+    }
+    const bool shared = taken("fparam_is_charge_spin") && conditions->at("fparam_is_charge_spin").boolean();
+    if (!shared && taken("fparam") != (n_fparam > 0)) {
+      refuse_metadata("metadata with the frame parameters of the model, " + std::to_string(n_fparam),
+                      "others");
+    }
+    if (taken("fparam") && conditions->at("fparam").at("size").number() != static_cast<double>(n_fparam)) {
+      refuse_metadata(std::to_string(n_fparam) + " frame parameters in the metadata, as in the model",
+                      shown(conditions->at("fparam").at("size").number()));
+    }
+  }
+
   void check_readout() {
     const Part readout = model_.part("readout"), net = readout.part("net");
     readout.tensor("energy_shift", at::kDouble, {n_types_});
@@ -394,6 +459,7 @@ class Checker {
       width += n_;
     }
     if (net.boolean("with_case")) width += net.width("case_embedding", dtype, 1, 0);
+    if (net.has("n_constant")) width += net.integer("n_constant", n_constant_, n_constant_);
     for (const Part& layer : net.children("layers")) {
       const int64_t n_out = layer.width("bias", dtype, 1, 0);
       layer.tensor("matrix", dtype, {width, n_out});
@@ -495,7 +561,8 @@ class Checker {
   std::string level_, phi_;
   int64_t n_types_ = 0, n_ = 0, e_ = 0, a_ = 0;
   double cutoff_ = 0.0, angle_cutoff_ = 0.0;
-  bool with_angles_ = false;
+  bool with_angles_ = false, routed_ = false;
+  int64_t n_constant_ = 0;  // inputs of the fitting net that conditions give
   at::ScalarType dtype_ = at::kDouble;
 };
 

@@ -118,6 +118,32 @@ void PackedWeights<T>::set_types(const TypeTables& tables) {
   }
 }
 
+ExpertMatrices::ExpertMatrices(const at::Tensor& values, const DeferredTensors* deferred)
+    : sizes_(values.sizes().vec()), stored_(values.scalar_type()) {
+  if (deferred == nullptr || !deferred->holds(values)) {
+    values_ = values.detach();
+    return;
+  }
+  file_ = deferred->file();
+  position_ = deferred->position(values);
+}
+
+at::Tensor ExpertMatrices::select(const std::vector<int64_t>& ids, at::ScalarType dtype) const {
+  const auto k = static_cast<int64_t>(ids.size());
+  if (values_.defined()) {
+    const at::Tensor index = at::tensor(ids, at::TensorOptions().dtype(at::kLong)).to(values_.device());
+    return values_.index_select(0, index).to(at::kCPU, dtype).contiguous();
+  }
+  at::Tensor values = at::empty({k, sizes_[1], sizes_[2]}, at::TensorOptions().dtype(stored_));
+  const auto size = static_cast<size_t>(sizes_[1] * sizes_[2] * values.element_size());
+  auto* to = static_cast<char*>(values.mutable_data_ptr());
+  for (int64_t x = 0; x < k; ++x) {
+    const auto id = static_cast<uint64_t>(ids[static_cast<size_t>(x)]);
+    file_->read(position_ + id * size, to + static_cast<size_t>(x) * size, size);
+  }
+  return values.to(dtype);
+}
+
 template <class T>
 Position PackedWeights<T>::read_position(const Module& module, const DeferredTensors* deferred) {
   Position position;
