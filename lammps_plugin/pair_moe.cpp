@@ -15,6 +15,7 @@
 
 #include "atom.h"
 #include "comm.h"
+#include "condition_keywords.h"
 #include "domain.h"
 #include "error.h"
 #include "exceptions.h"
@@ -40,12 +41,16 @@ namespace {
 
 constexpr int not_mapped = -1;
 
+const std::vector<std::string> keywords = {"device", "dtype", "precision", "untrained",
+                                           "charge", "spin",  "fparam"};
+
 /// What the package's metadata say that the evaluator does not offer.
 struct Description {
   std::string name, citation;
   std::vector<std::string> trained_elements;
   int node_dim = 0;
   int edge_limit = 0, angle_limit = 0;  // 0 = unknown
+  std::string fixed;                    // charge, spin and frame parameters that cannot be given any more
 
   Description() = default;
   explicit Description(const std::string& text) {
@@ -57,6 +62,10 @@ struct Description {
     if (metadata.contains("neighbor_limits")) {
       edge_limit = metadata["neighbor_limits"].value("edge", 0);
       angle_limit = metadata["neighbor_limits"].value("angle", 0);
+    }
+    if (!metadata.contains("conditions") || !metadata["conditions"].contains("fixed")) return;
+    for (const auto& [condition, value] : metadata["conditions"]["fixed"].items()) {
+      if (!value.is_null()) fixed += (fixed.empty() ? "" : ", ") + condition + " " + value.dump();
     }
   }
 };
@@ -133,6 +142,7 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   std::string device = "auto", dtype;    // dtype "" = the package's own
   std::string precision = "fp32";        // of products on a GPU
   bool allow_untrained = false;          // elements that the model was not trained on
+  moecalc::GivenConditions given;        // charge, spin and frame parameters
   std::string file;                      // as given
   std::vector<std::string> type_labels;  // element (or NULL) per atom type, as given
 
@@ -145,6 +155,12 @@ class PairMoE::Impl : public moecalc::GhostExchange {
   int n_threads = 0;                 // in use, and in the log
   bool density_checked = false;
   bool types_checked = false;  // since the model was loaded
+  moecalc::AppliedConditions conditions;
+  bool conditions_given = false;  // to the evaluator
+  std::string told_defaults;      // the last that the log says
+
+  // whether init_style() has been called since the input changed anything of the above
+  bool is_ready = false;
 
   // of the run
   bool run_starts = true;       // nothing has been evaluated since init_style()
@@ -297,14 +313,32 @@ void PairMoE::allocate() {
 void PairMoE::settings(int narg, char** arg) {
   std::string device = "auto", dtype, precision = "fp32";
   bool allow_untrained = false;
-  for (int i = 0; i < narg; i += 2) {
-    const std::string keyword = arg[i];
-    if (keyword != "device" && keyword != "dtype" && keyword != "precision" && keyword != "untrained") {
-      error->all(FLERR, "Pair style moe: expected keyword device, dtype, precision or untrained, got {}",
-                 keyword);
+  moecalc::GivenConditions given;
+  const std::vector<std::string> words(arg, arg + narg);
+  std::vector<std::string> seen;
+  for (size_t i = 0; i < words.size();) {
+    const std::string& keyword = words[i];
+    if (!contains(keywords, keyword)) {
+      error->all(FLERR, "Pair style moe: expected keyword {} or {}, got {}",
+                 joined({keywords.begin(), keywords.end() - 1}, ", "), keywords.back(), keyword);
     }
-    if (i + 1 == narg) error->all(FLERR, "Pair style moe: expected a value after keyword {}", keyword);
-    const std::string value = arg[i + 1];
+    if (contains(seen, keyword)) {
+      error->all(FLERR, "Pair style moe: expected keyword {} once, got it twice", keyword);
+    }
+    seen.push_back(keyword);
+    if (is_condition_keyword(keyword)) {
+      try {
+        i = read_condition(words, i, keywords, given);
+      } catch (const moecalc::Error& exception) {
+        error->all(FLERR, "Pair style moe: " + std::string(exception.what()));
+      }
+      continue;
+    }
+    if (i + 1 == words.size()) {
+      error->all(FLERR, "Pair style moe: expected a value after keyword {}", keyword);
+    }
+    const std::string& value = words[i + 1];
+    i += 2;
     if (keyword == "device") {
       const bool known = value == "auto" || value == "cpu" || value == "cuda" || value.rfind("cuda:", 0) == 0;
       if (!known) {
@@ -329,12 +363,16 @@ void PairMoE::settings(int narg, char** arg) {
     }
   }
   check_units();
-  if (device != impl->device || dtype != impl->dtype || precision != impl->precision)
+  if (device != impl->device || dtype != impl->dtype || precision != impl->precision) {
     impl->evaluator.reset();  // loaded again in init_style()
+    impl->is_ready = false;
+  }
+  if (!same(given, impl->given)) impl->conditions_given = impl->is_ready = false;
   impl->device = device;
   impl->dtype = dtype;
   impl->precision = precision;
   impl->allow_untrained = allow_untrained;
+  impl->given = given;
 }
 
 void PairMoE::check_units() {
@@ -379,7 +417,7 @@ void PairMoE::load_model() {
   const Node node(world);
   impl->evaluator.reset();
   impl->density_checked = false;
-  impl->types_checked = false;
+  impl->types_checked = impl->conditions_given = impl->is_ready = false;
   std::string path = impl->file, message;
   if (path == "default") {
     path = package_folder() + "/models/metals10.moe.pt";
@@ -403,7 +441,8 @@ void PairMoE::load_model() {
       if (label != "NULL") used.push_back(label);
     }
     try {
-      impl->evaluator->check_reference(used);
+      impl->evaluator->check_reference(used);  // and forgets the conditions of the frames
+      set_conditions();
     } catch (const moecalc::Error& exception) {
       message = path + ": " + exception.what();
     }
@@ -414,17 +453,7 @@ void PairMoE::load_model() {
     message = path + ": cannot be loaded";
   }
 
-  int failed = message.empty() ? comm->nprocs : comm->me, first = 0;
-  MPI_Allreduce(&failed, &first, 1, MPI_INT, MPI_MIN, world);
-  if (first < comm->nprocs) {
-    int size = static_cast<int>(message.size());
-    MPI_Bcast(&size, 1, MPI_INT, first, world);
-    message.resize(size);
-    MPI_Bcast(message.data(), size, MPI_CHAR, first, world);
-    impl->evaluator.reset();
-    const std::string where = first == 0 ? "" : " (on rank " + std::to_string(first) + ")";
-    error->all(FLERR, "Pair style moe: " + message + where);
-  }
+  agree(message);
 
   const std::vector<std::string>& elements = impl->evaluator->elements();
   impl->element_of_type.assign(atom->ntypes + 1, not_mapped);
@@ -454,6 +483,43 @@ void PairMoE::load_model() {
   log_model();
 }
 
+/// Stops all ranks if any has a message, which is the first one's; the model is of no use then.
+void PairMoE::agree(const std::string& message) {
+  std::string text = message;
+  int failed = text.empty() ? comm->nprocs : comm->me, first = 0;
+  MPI_Allreduce(&failed, &first, 1, MPI_INT, MPI_MIN, world);
+  if (first == comm->nprocs) return;
+  int size = static_cast<int>(text.size());
+  MPI_Bcast(&size, 1, MPI_INT, first, world);
+  text.resize(size);
+  MPI_Bcast(text.data(), size, MPI_CHAR, first, world);
+  impl->evaluator.reset();
+  const std::string where = first == 0 ? "" : " (on rank " + std::to_string(first) + ")";
+  error->all(FLERR, "Pair style moe: " + text + where);
+}
+
+void PairMoE::set_conditions() {
+  try {
+    impl->conditions = impl->evaluator->set_conditions(impl->given);
+  } catch (const moecalc::Error& exception) {
+    throw moecalc::Error(std::string(exception.what()) +
+                         " (keywords charge, spin and fparam of pair_style moe)");
+  }
+  impl->conditions_given = true;
+}
+
+/// Other charge, spin or frame parameters for the model that is loaded.
+void PairMoE::give_conditions() {
+  std::string message;
+  try {
+    set_conditions();
+  } catch (const std::exception& exception) {
+    message = impl->file + ": " + exception.what();
+  }
+  agree(message);
+  log_conditions();
+}
+
 /// Threads of the evaluator, which are its own: LAMMPS and its OpenMP styles go on with theirs. As many as
 /// `package omp` says where it is in use, else OMP_NUM_THREADS, else this rank's share of the processors.
 /// That package cannot come later: it comes before the box, and models after it.
@@ -474,6 +540,7 @@ void PairMoE::log_model() {
                  moecalc::version(), impl->description.name, impl->file, joined(evaluator.elements()),
                  evaluator.cutoff(), evaluator.dtype(), evaluator.device(), evaluator.backend(),
                  impl->n_threads);
+  log_conditions();
   if (evaluator.backend() == "torchscript") {
     error->warning(FLERR,
                    "Pair style moe: evaluated through TorchScript, several times slower than the {} kernels "
@@ -485,11 +552,28 @@ void PairMoE::log_model() {
   }
 }
 
+void PairMoE::log_conditions() {
+  if (comm->me != 0) return;
+  Impl& s = *impl;
+  if (!s.description.fixed.empty()) {
+    utils::logmesg(lmp, "  {}, which is fixed in this package\n", s.description.fixed);
+  }
+  if (!s.conditions.values.empty()) utils::logmesg(lmp, "  {}\n", s.conditions.values);
+  const std::string defaults = s.conditions.defaults.empty() ? "" : s.file + " " + s.conditions.defaults;
+  if (!defaults.empty() && defaults != s.told_defaults) {
+    error->warning(FLERR,
+                   "Pair style moe: {} not given by pair_style, so the default of the model {} is used",
+                   s.conditions.defaults, s.description.name);
+  }
+  s.told_defaults = defaults;
+}
+
 void PairMoE::init_style() {
   if (force->newton_pair == 0) error->all(FLERR, "Pair style moe: expected newton on, got newton pair off");
   if (atom->tag_enable == 0) error->all(FLERR, "Pair style moe: expected atom IDs, got atom_modify id no");
   check_units();
   if (impl->evaluator == nullptr) load_model();  // from a restart file, or after another pair_style command
+  if (!impl->conditions_given) give_conditions();
   impl->density_checked = false;
   impl->has_list = false;
   impl->run_starts = true;
@@ -510,6 +594,7 @@ void PairMoE::init_style() {
     atom->map_set();
   }
   neighbor->add_request(this, NeighConst::REQ_FULL);
+  impl->is_ready = true;
 }
 
 double PairMoE::init_one(int /*i*/, int /*j*/) { return impl->evaluator->cutoff(); }
@@ -538,14 +623,27 @@ void PairMoE::write_restart_settings(FILE* fp) {
   write_text(fp, impl->device);
   write_text(fp, impl->dtype);
   write_text(fp, impl->precision);
-  write_text(fp, impl->allow_untrained ? "yes" : "no");
+  // in one text, so that the files of versions that knew no conditions can be read
+  std::vector<std::string> words = condition_words(impl->given);
+  words.insert(words.begin(), impl->allow_untrained ? "yes" : "no");
+  write_text(fp, joined(words));
 }
 
 void PairMoE::read_restart_settings(FILE* fp) {
   impl->device = read_text(fp, world, error);
   impl->dtype = read_text(fp, world, error);
   impl->precision = read_text(fp, world, error);
-  impl->allow_untrained = read_text(fp, world, error) == "yes";
+  const std::vector<std::string> words = utils::split_words(read_text(fp, world, error));
+  impl->allow_untrained = !words.empty() && words[0] == "yes";
+  impl->given = {};
+  try {
+    for (size_t i = 1; i < words.size();) {
+      if (!is_condition_keyword(words[i])) throw moecalc::Error("expected a keyword, got " + words[i]);
+      i = read_condition(words, i, keywords, impl->given);
+    }
+  } catch (const moecalc::Error& exception) {
+    error->all(FLERR, "Pair style moe: damaged restart file: " + std::string(exception.what()));
+  }
 }
 
 // --- every step ----------------------------------------------------------------------------------
@@ -813,6 +911,12 @@ moecalc::Evaluation PairMoE::evaluate(const moecalc::Request& request) {
 }
 
 void PairMoE::compute(int eflag, int vflag) {
+  if (!impl->is_ready) {
+    error->all(
+        FLERR,
+        "Pair style moe: pair_style or pair_coeff changed the model since the last run: expected a run "
+        "with `pre yes`, got `pre no`");
+  }
   ev_init(eflag, vflag);
 
   moecalc::Request request;

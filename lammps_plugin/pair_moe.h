@@ -49,8 +49,12 @@ class PairMoE : public Pair {
   void allocate();
   void check_units();
   void load_model();
+  void agree(const std::string& message);
+  void set_conditions();
+  void give_conditions();
   int choose_threads(int n_cores) const;
   void log_model();
+  void log_conditions();
   int hidden_groups() const;
   int kind(int i, int hidden) const;
   void add_node(int i, int kind);

@@ -300,6 +300,17 @@ PYBIND11_MODULE(_C, module) {
            py::arg("fparam") = py::none(),
            "Charge and multiplicity (K, 2) and frame parameters (K, n) of the structures to come; K is their "
            "number, or 1 for any number. None where the model takes none.")
+      .def(
+          "give_conditions",
+          [](moecalc::Evaluator& evaluator, std::optional<double> charge, std::optional<double> spin,
+             std::optional<std::vector<double>> fparam) {
+            const py::gil_scoped_release release;
+            const auto applied = evaluator.set_conditions({charge, spin, std::move(fparam)});
+            return std::pair(applied.values, applied.defaults);
+          },
+          py::arg("charge") = py::none(), py::arg("spin") = py::none(), py::arg("fparam") = py::none(),
+          "The same for all structures to come, from what a user gave, as engines without Python have it: "
+          "what is missing has the package's default. Returns texts of all values and of the defaults.")
       .def("set_list", &set_list, py::arg("types"), py::arg("edge_index"), py::arg("edge_shift"),
            py::arg("system_index"), py::arg("n_systems") = 1,
            "The list of the evaluate_positions calls to come; edge_shift (n_edge, 3) counts cells, None: no "

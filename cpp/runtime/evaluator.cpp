@@ -251,6 +251,10 @@ void check_finite(const Evaluation& result, const Request& request) {
                   std::to_string(i) + ": its neighbourhood is far outside of the training data");
     }
   }
+  const auto* total = result.energy.const_data_ptr<double>();
+  for (int64_t k = 0; k < result.energy.size(0); ++k) {
+    if (!std::isfinite(total[k])) throw Error("expected finite energies, got a sum that overflows");
+  }
   if (request.forces && !std::isfinite(result.forces.sum().item<double>())) {
     throw Error(
         "expected finite forces, got NaN or infinity: the structure is far outside of the training data");

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +30,9 @@ std::string shown(const std::vector<double>& values) {
   }
   return text;
 }
+
+// of a package whose values are fixed, as CHARGE_RANGE and SPIN_RANGE of moecalc/conditions.py
+const std::vector<double> charge_range{-100.0, 99.0}, spin_range{0.0, 99.0};
 
 /// `conditions` of the metadata; a package that does not say takes nothing.
 class Taken {
@@ -56,13 +60,12 @@ const Json* member(const Json* object, const char* name) {
   return &object->at(name);
 }
 
-int64_t whole(const char* name, double value, const Json& range) {
-  const std::vector<double> limits = range.numbers(2);
+int64_t whole(const char* name, double value, const std::vector<double>& limits) {
   const std::string expectation =
       "expected a whole number from " + shown(limits[0]) + " to " + shown(limits[1]);
   if (!std::isfinite(value) || value != std::floor(value)) {
-    throw Error(std::string(name) + " = " + shown(value) + ", " + expectation +
-                ": fractions have no meaning in this embedding");
+    const std::string why = std::isfinite(value) ? ": fractions have no meaning in this embedding" : "";
+    throw Error(std::string(name) + " = " + shown(value) + ", " + expectation + why);
   }
   if (value < limits[0] || value > limits[1]) {
     throw Error(std::string(name) + " = " + shown(value) + ", " + expectation);
@@ -82,23 +85,30 @@ void check_fparam(const std::vector<double>& values, size_t size) {
 }
 
 /// Refuses values for what the model does not take, and others than those that are fixed in the package.
-void check_closed(const char* name, const std::vector<double>& given, bool taken, const Json* fixed) {
-  if (given.empty() || taken) return;
-  const Json* held = member(fixed, name);
+void check_closed(const std::string& name, const std::optional<std::vector<double>>& given, bool taken,
+                  const Json* fixed, const std::string& hint) {
+  if (!given || taken) return;
+  const Json* held = member(fixed, name.c_str());
   if (held == nullptr) {
-    throw Error(std::string(name) + " = " + shown(given) + " was given, but this model takes no " + name +
-                ": leave it out");
+    throw Error(name + " = " + shown(*given) + " was given, but this model takes no " + name + ": " + hint);
   }
-  const std::vector<double> values = held->kind() == Json::Kind::list ? held->numbers(held->list().size())
-                                                                      : std::vector<double>{held->number()};
-  if (values != given) {
-    throw Error(std::string(name) + " = " + shown(given) + " was given, but this package is fixed at " +
-                name + " " + shown(values) + ": package the checkpoint again for other values");
+  const bool is_list = held->kind() == Json::Kind::list;
+  const std::vector<double> values =
+      is_list ? held->numbers(held->list().size()) : std::vector<double>{held->number()};
+  if (is_list) {
+    check_fparam(*given, values.size());
+  } else {
+    whole(name.c_str(), given->at(0), name == "charge" ? charge_range : spin_range);
+  }
+  if (values != *given) {
+    throw Error(name + " = " + shown(*given) + " was given, but this package is fixed at " + name + " " +
+                shown(values) + ": package the checkpoint again for other values");
   }
 }
 
-std::vector<double> list_of(const std::optional<double>& value) {
-  return value ? std::vector<double>{*value} : std::vector<double>{};
+std::optional<std::vector<double>> list_of(const std::optional<double>& value) {
+  if (!value) return std::nullopt;
+  return std::vector<double>{*value};
 }
 
 class Resolver {
@@ -115,9 +125,13 @@ class Resolver {
       take_charge_spin_from_fparam();
     } else {
       const Json* fixed = taken_.part("fixed");
-      check_closed("charge", list_of(given_.charge), charge_spin_ != nullptr, fixed);
-      check_closed("spin", list_of(given_.spin), charge_spin_ != nullptr, fixed);
-      check_closed("fparam", given_.fparam.value_or(std::vector<double>{}), fparam_ != nullptr, fixed);
+      const bool may_be_both = fparam_ != nullptr && fparam_->at("size").number() == 2.0;
+      const std::string hint = may_be_both
+                                   ? "give fparam, if its two frame parameters are charge and multiplicity"
+                                   : "leave it out";
+      check_closed("charge", list_of(given_.charge), charge_spin_ != nullptr, fixed, hint);
+      check_closed("spin", list_of(given_.spin), charge_spin_ != nullptr, fixed, hint);
+      check_closed("fparam", given_.fparam, fparam_ != nullptr, fixed, "leave it out");
     }
     if (charge_spin_ != nullptr) resolve_charge_spin();
     if (shared_) {
@@ -154,7 +168,7 @@ class Resolver {
         throw Error("this model needs charge and spin (multiplicity 2S+1) and has no default: give " +
                     missing);
       }
-      pair_[k] = whole(name, value ? *value : fallback->numbers(2)[k], charge_spin_->at(range));
+      pair_[k] = whole(name, value ? *value : fallback->numbers(2)[k], charge_spin_->at(range).numbers(2));
       tell(std::string(name) + " " + std::to_string(pair_[k]), !value);
       ++k;
     }

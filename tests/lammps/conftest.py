@@ -25,11 +25,13 @@ def metals() -> Path:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
-    """Packages of small checkpoints by name; made when first asked for, without the verification that other tests cover."""
+    """Packages of small checkpoints by name; made when first asked for, with the smallest reference frames and without
+    the verification that other tests cover."""
     from moecalc.package import build
     from moecalc.package.metadata import VerificationReport
 
     folder = tmp_path_factory.mktemp("packages")
+    structures = build.reference_structures
 
     def package(name: str) -> Path:
         out = folder / f"{name}.moe.pt"
@@ -39,7 +41,7 @@ def packages(tmp_path_factory):
             with (
                 mock.patch.object(build, "verify_package", return_value=VerificationReport(checks=[])),
                 mock.patch.object(build, "_compare_with_full", return_value=[]),
-                mock.patch.object(build, "reference_structures", return_value=[]),
+                mock.patch.object(build, "reference_structures", lambda *given: structures(*given)[:2]),
             ):
                 build.package_checkpoint(found[0] / f"{file}.pt", out, head=head or None)
         return out
