@@ -14,7 +14,9 @@ from ase.data import atomic_numbers
 from helpers import DATA, evaluate_atoms
 
 from moecalc import testing
+from moecalc.conditions import Conditions
 from moecalc.errors import CheckpointError, ElementError, PackageError
+from moecalc.nn.config import ModelConfig
 from moecalc.package.importers import build_model, load_checkpoint, save_checkpoint
 
 ORACLE = DATA / "oracle" / "models"
@@ -46,8 +48,13 @@ LAYOUTS: dict[str, tuple[Any, str | None]] = {
     "dpa3": (ORACLE / "C1_polysw_tebdbias_concat_heads2_norm.pt", None),
     "dpa3_float32": (ORACLE / "G_float32.pt", None),
     "dpa3_multitask": (ORACLE / "D1_multitask.pt", "water_a"),
+    "dpa3_fparam": (ORACLE / "H1_fparam_default.pt", None),
+    "dpa3_charge_spin": (ORACLE / "H3_chgspin.pt", None),
+    "dpa3_charge_spin_fparam": (ORACLE / "H5_chgspin_fparam.pt", None),
+    "dpa3_charge_spin_multitask": (ORACLE / "H8_multi_chgspin.pt", "OMol"),
     "moe": (ORACLE / "E1_moe_all.pt", None),
     "moe_fused": (DATA / "deepmd" / "moe_fused_heads.pt", None),
+    "moe_charge_spin": (ORACLE / "J_moe_chgspin.pt", None),
     "0415_moe_pack": (ORACLE / "F1_pack_moe.pt", None),
     "dpa3_moe": (write_plugin, None),
     "moecalc": (write_native, None),
@@ -174,6 +181,12 @@ def mutate(data: dict[str, Any], head: str | None, rng: np.random.Generator) -> 
     return f"tensor {key}: {name}"
 
 
+def _some_conditions(config: ModelConfig) -> Conditions:
+    """Values for whatever a model takes."""
+    charge, spin = (-1, 3) if config.descriptor.add_chg_spin_ebd else (None, None)
+    return Conditions(charge, spin, (0.5,) * config.fitting.numb_fparam or None)
+
+
 def reference_of(path: Path, head: str | None) -> tuple[Any, Any]:
     """Configuration and model of an unchanged file."""
     imported = load_checkpoint(path, head)
@@ -212,7 +225,7 @@ def outcome(path: Path, head: str | None, reference: Any) -> tuple[str, str]:
         first, last = model.elements[0], model.elements[-1]
         atoms = testing.molecule()
         atoms.symbols = [first if i % 2 else last for i in range(len(atoms))]
-        out = evaluate_atoms(model, atoms)
+        out = evaluate_atoms(model, atoms, _some_conditions(imported.config))
         assert bool(torch.isfinite(out.forces).all())
         assert bool(torch.isfinite(out.energy).all())
     return "changed", ""
