@@ -193,7 +193,6 @@ ATTACKS = {
     "call an expression": "x0 = (torch.add)(1, 2)",
     "call a string": 'x0 = "a"("b")',
     "use a tensor of the constants": "x0 = CONSTANTS.c0",
-    "raise": 'ops.prim.RaiseException("x", "y")',
     "lambda": "x0 = lambda y: y",
     "method": 'x0 = ("x").format("y")',
     "spawn": "x0 = torch.fork(self)",

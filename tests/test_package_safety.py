@@ -158,6 +158,26 @@ def test_code_that_packages_do_not_have_is_refused(refusal, genuine, attack):
     assert message.endswith("it was not loaded; get the package from its maker")
 
 
+def test_code_that_raises_is_refused_in_one_line(refusal, genuine):
+    """Genuine code raises as well, where it is given what it does not take."""
+    message = refusal(insert_code(genuine, r'ops.prim.RaiseException("x\\n\\033[2J", "y")'))
+    assert message.startswith("cannot be loaded on cpu: ")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silut:3.0", "softplus"])
+def test_a_package_of_any_activation_may_be_loaded(library, tmp_path, activation):
+    """torch keeps its version in another record where the code has an operator of a later one."""
+    config = testing.random_config(ELEMENTS, activation_function=activation)
+    save_checkpoint(tmp_path / "x.pt", testing.random_potential(config), config)
+    package_checkpoint(tmp_path / "x.pt", tmp_path / "x.moe.pt")
+    assert library.Evaluator(str(tmp_path / "x.moe.pt")).elements == ELEMENTS
+
+
+def test_two_versions_are_refused(refusal, genuine):
+    message = refusal(pack({**records_of(genuine), "model/.data/version": b"10\n"}))
+    assert message.startswith("unsafe or edited file (the file has two records `version`, ")
+
+
 def test_a_loop_at_load_is_refused_before_it_runs(refusal, genuine):
     records = records_of(genuine)
     records[DESCRIPTOR] += SET_STATE.encode()
@@ -201,7 +221,7 @@ def test_torch_loads_packages_in_one_place_only():
             text = path.read_text()
             if "torch.jit.load(" in text or "jit::load(" in text:
                 loads.append(path.name)
-    assert sorted(loads) == ["_jit.py", "package_check.cpp"]
+    assert sorted(loads) == ["_jit.py", "package_reader.cpp"]
 
 
 @pytest.mark.parametrize(

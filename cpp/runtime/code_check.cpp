@@ -207,8 +207,8 @@ bool is_number(std::string_view text) {
 /// Whether packages have a record of this name.
 bool is_known_record(std::string_view name) {
   for (const std::string_view known :
-       {"data.pkl", "constants.pkl", "version", "byteorder", "extra/format_version", "extra/metadata.json",
-        "extra/reference.json", "extra/verification.json"}) {
+       {"data.pkl", "constants.pkl", "version", ".data/version", "byteorder", "extra/format_version",
+        "extra/metadata.json", "extra/reference.json", "extra/verification.json"}) {
     if (name == known) return true;
   }
   for (const std::string_view folder : {"data/", "constants/"}) {
@@ -238,7 +238,10 @@ void check_content(const PackageFile& file) {
       }
     }
   }
-  const std::string version = file.record("version");
+  // torch moves it where an operator of the code (gelu) is of a later version
+  const bool moved = file.records().count(".data/version") != 0;
+  if (moved && file.records().count("version") != 0) refuse("the file", "two records `version`");
+  const std::string version = file.record(moved ? ".data/version" : "version");
   if (version.size() > 4 ||
       !std::all_of(version.begin(), version.end(), [](char c) { return is_digit(c) || c == '\n'; })) {
     refuse("the file", "an unknown `version`");
