@@ -207,7 +207,7 @@ expected = atoms.get_potential_energy()
 
 def run_held(tmp_path, monkeypatch, code: str) -> str:
     monkeypatch.chdir(tmp_path)
-    return python(HELD + code, limit=60.0)
+    return python(HELD + code)
 
 
 def test_a_child_uses_a_calculator_that_a_thread_holds(tmp_path, monkeypatch):
