@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -47,11 +48,15 @@ def jit_load(path: str | Path) -> torch.jit.ScriptModule:
 
     native = load()
     try:
-        native.check_package(os.fsencode(path))
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        native.check_package(os.fsencode(path), content)
     except native.Error as error:
         raise PackageError(str(error)) from None
-    # not by name: torch wants names in UTF-8
-    with _quiet(), Path(path).open("rb") as file:
+    # what was checked, whatever happens to the file meanwhile
+    with _quiet(), io.BytesIO(content) as file:
         return torch.jit.load(file, map_location="cpu")
 
 

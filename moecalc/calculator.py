@@ -8,10 +8,10 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 from ase import Atoms
@@ -105,7 +105,7 @@ class MoECalculator(Calculator):
         self._model = _open(path, device, dtype_name, precision, check=check)
         self._warned = self._told_defaults = False
         self._conditions = Conditions()  # of the results
-        self._lock = threading.RLock()
+        self._renew_lock()
         self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
         super().__init__()
         self.parameters.update(
@@ -248,12 +248,25 @@ class MoECalculator(Calculator):
             self._model
         )  # a model does not change: copies share it, whatever happened to the file
         with self._lock:
-            memo[id(self._lock)] = threading.RLock()
+            memo[id(self._lock)] = None
             other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        other._renew_lock()  # noqa: SLF001 - its own class
         return other
 
     def __copy__(self) -> MoECalculator:
         return copy.deepcopy(self)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+        _calculators.add(self)
+
+    def _after_fork(self) -> None:
+        """In a forked child: a thread that stayed behind may hold the lock, and be in the middle of results or list."""
+        idle = self._lock.acquire(blocking=False)
+        self._renew_lock()
+        if not idle:
+            super().reset()
+            self.neighbor_list.reset()
 
     # --- results -------------------------------------------------------------------------------
     #
@@ -484,11 +497,21 @@ def _voigt(tensor: Floats) -> Floats:
 class _Model:
     """A package in memory: the evaluator, and what of its metadata every call needs. Shared by calculators, never changed."""
 
-    def __init__(self, path: Path, evaluator: Any, error: type[Exception]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        evaluator: Any,
+        error: type[Exception],
+        open_again: Callable[[], Any] | None = None,  # None: a forked process cannot use the evaluator
+    ) -> None:
         self.path = path
         self._evaluator = evaluator
+        self._open_again = open_again
         self._error = error
-        self.renew_lock()
+        self._lock = threading.Lock()  # an evaluator serves one thread at a time
+        self._version = _version(path)
+        self._interrupted = False
+        self._abandoned: list[Any] = []
         self.metadata: dict[str, Any] = json.loads(evaluator.metadata)
         self.name = str(self.metadata.get("name", path.name))
         self.elements: list[str] = list(evaluator.elements)
@@ -518,9 +541,27 @@ class _Model:
         )
         self._any_untrained = bool(self._untrained.any())
 
-    def renew_lock(self) -> None:
-        """An evaluator serves one thread at a time. In a forked child, a thread that is not there may hold the lock."""
+    def after_fork(self) -> None:
+        """In a forked child: a thread that stayed behind may hold the lock, and be in the middle of an evaluation."""
+        self._interrupted |= self._lock.locked()
         self._lock = threading.Lock()
+
+    def _ready(self) -> Any:
+        """The evaluator, opened anew where a fork found it in use. Call it with the lock."""
+        if self._interrupted and self._open_again is not None:
+            if _version(self.path) != self._version:
+                raise PackageError(
+                    f"{self.path}: the file was changed or removed since it was loaded, but must be read again, because this process was forked "
+                    f"while a thread was evaluating: make a new calculator, or use multiprocessing.get_context('spawn')"
+                )
+            try:
+                opened = self._open_again()
+            except self._error as error:
+                raise PackageError(str(error)) from error
+            self._abandoned.append(self._evaluator)  # not even destroyed: its state is unknown
+            self._evaluator, self._listed, self._given = opened, None, []
+            self._interrupted = False
+        return self._evaluator
 
     def types(self, atoms: Atoms, *, allow_untrained: bool) -> Ints:
         """(n_atoms,) index of each atom's element in the package's list."""
@@ -565,8 +606,9 @@ class _Model:
         """Raise MoecalcError unless the stored reference frames come out as stored."""
         try:
             with self._lock:
+                evaluator = self._ready()
                 self._given = []  # the frames have conditions of their own
-                self._evaluator.check_reference()
+                evaluator.check_reference()
         except self._error as error:
             raise MoecalcError(f"{self.path}: {error}") from error
 
@@ -581,8 +623,9 @@ class _Model:
     def release_weights(self) -> None:
         """Give back what is laid out for the elements seen so far; it is laid out again where it is needed."""
         with self._lock:
+            evaluator = self._ready()
             self._listed = None
-            self._evaluator.release_weights()
+            evaluator.release_weights()
 
     def evaluate(
         self,
@@ -595,9 +638,10 @@ class _Model:
     ) -> Mapping[str, Any]:
         try:
             with self._lock:
-                self._evaluator.num_threads = threads or 0
+                evaluator = self._ready()
+                evaluator.num_threads = threads or 0
                 self._give(conditions)
-                result: Mapping[str, Any] = self._evaluator.evaluate(
+                result: Mapping[str, Any] = evaluator.evaluate(
                     graph.types,
                     graph.edge_index,
                     graph.edge_vec,
@@ -626,7 +670,8 @@ class _Model:
         """As `evaluate`. The list is handed to the evaluator only if it is another than in the last call."""
         try:
             with self._lock:
-                self._evaluator.num_threads = threads or 0
+                evaluator = self._ready()
+                evaluator.num_threads = threads or 0
                 self._give(conditions)
                 if (
                     self._listed is None
@@ -634,11 +679,11 @@ class _Model:
                     or not np.array_equal(self._listed[1], types)
                 ):
                     self._listed = None
-                    self._evaluator.set_list(
+                    evaluator.set_list(
                         types, pairs.edge_index, pairs.edge_shift, pairs.system_index, pairs.n_systems
                     )
                     self._listed = (pairs, types)
-                result: Mapping[str, Any] = self._evaluator.evaluate_positions(
+                result: Mapping[str, Any] = evaluator.evaluate_positions(
                     positions, cells, forces=True, virial=virial, atom_virial=atom_virial
                 )
         except self._error as error:
@@ -646,21 +691,33 @@ class _Model:
         return result
 
 
+_calculators: WeakSet[MoECalculator] = WeakSet()
 _open_models: WeakValueDictionary[tuple[Any, ...], _Model] = WeakValueDictionary()
 _checked: set[tuple[Any, ...]] = set()
 _open_lock = threading.Lock()
 
 
-def _renew_locks() -> None:
+def _after_fork() -> None:
     """In a forked child: the threads that may have held the locks stayed behind."""
     global _open_lock  # noqa: PLW0603 - a lock cannot be renewed in place
     _open_lock = threading.Lock()
     for model in list(_open_models.values()):
-        model.renew_lock()
+        model.after_fork()
+    for calculator in list(_calculators):
+        calculator._after_fork()  # noqa: SLF001 - not for users
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -> _Model:
@@ -684,8 +741,12 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
     with _open_lock:
         model = _open_models.get(key)
         if model is None:
+
+            def open_evaluator(device: str = key[3]) -> Any:
+                return native.Evaluator(os.fsencode(path), device, dtype, precision)
+
             try:
-                evaluator = native.Evaluator(os.fsencode(path), key[3], dtype, precision)
+                evaluator = open_evaluator()
             except native.OutOfMemoryError as error:
                 raise MoecalcError(f"{path}: {error}") from error
             except native.Error as error:
@@ -694,7 +755,10 @@ def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -
                     raise _foreign(path) from error
                 kind = PackageError if precision == "fp32" else MoecalcError
                 raise kind(message if str(path) in message else f"{path}: {message}") from error
-            model = _open_models[key] = _Model(path, evaluator, native.Error)
+            kernels_on_cpu = evaluator.device == "cpu" and evaluator.backend != "torchscript"
+            model = _open_models[key] = _Model(
+                path, evaluator, native.Error, open_evaluator if kernels_on_cpu else None
+            )
             if evaluator.backend == "torchscript":
                 kernels = "fused" if evaluator.device == "cpu" else "CUDA"
                 warnings.warn(

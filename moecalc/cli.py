@@ -548,16 +548,18 @@ def fit(
     every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 2000,
 ) -> None:
     """Fit a potential on CPUs with the fused kernels; the result is a checkpoint for `moecalc package`."""
+    from moecalc.package.metadata import worst
+
     console = _console()
 
     def show(entry: dict[str, Any]) -> None:
         groups = entry["validation"].values()
         frames = sum(g["frames"] for g in groups)
         energy = sum(g["energy"] * g["frames"] for g in groups) / max(1, frames)
-        worst = max((g["force"] for g in groups), default=0.0)
+        worst_force = worst(*(g["force"] for g in groups))
         console.print(
             f"step {entry['step']:>8,}  {1e3 * entry['seconds']:.0f} ms  batches {1e3 * entry['energy']:.1f} meV/atom "
-            f"{entry['force']:.3f} eV/A  held out {1e3 * energy:.1f} meV/atom, worst group {worst:.3f} eV/A",
+            f"{entry['force']:.3f} eV/A  held out {1e3 * energy:.1f} meV/atom, worst group {worst_force:.3f} eV/A",
             soft_wrap=True,
         )
 

@@ -293,6 +293,24 @@ def test_the_command_fits_goes_on_and_names_the_next_step(files: tuple[Path, Pat
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_command_shows_that_a_group_has_no_number(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    errors = {"energy": 0.1, "force": 0.2, "frames": 1}
+
+    def validate(*_: object) -> dict[str, dict[str, float]]:
+        groups = [errors, errors]
+        groups[place] = {**errors, "force": float("nan")}
+        return {"a": groups[0], "b": groups[1]}
+
+    monkeypatch.setattr(Fit, "validate", validate)
+    command = ["fit", str(files[0]), "--input", str(files[1]), "-o", str(tmp_path / "out"), "--every", "4"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "worst group nan eV/A" in result.output
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -72,7 +72,7 @@ def strings_of_python(source):
 
 def commands(text, suffix=".md"):
     """The arguments of each `pip install` in a text."""
-    texts = strings_of_python(text) if suffix == ".py" else [text]
+    texts = strings_of_python(text) if suffix == ".py" else [re.sub(r'" \+ \w+ \+ "', "0", text)]
     for part in texts:
         for match in COMMAND.finditer(part):
             arguments = re.split(r"&&|\|\||;|>&2|\\n", PLACEHOLDER.sub("0", match[1]))[0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moecalc import _lib
+from moecalc.package.metadata import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_library_loads_and_knows_its_build():
     assert set(info) == {"moecalc", "torch", "compiler", "cuda", "cuda_kernels", "package_format"}
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["moecalc"])
-    assert info["package_format"] == 1
+    assert info["package_format"] == FORMAT_VERSION
 
 
 def test_torch_of_another_minor_version_is_refused_before_loading(unloaded):

@@ -158,6 +158,20 @@ def test_code_that_packages_do_not_have_is_refused(refusal, genuine, attack):
     assert message.endswith("it was not loaded; get the package from its maker")
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silut:3.0", "softplus"])
+def test_a_package_of_any_activation_may_be_loaded(library, tmp_path, activation):
+    """torch keeps its version in another record where the code has an operator of a later one."""
+    config = testing.random_config(ELEMENTS, activation_function=activation)
+    save_checkpoint(tmp_path / "x.pt", testing.random_potential(config), config)
+    package_checkpoint(tmp_path / "x.pt", tmp_path / "x.moe.pt")
+    assert library.Evaluator(str(tmp_path / "x.moe.pt")).elements == ELEMENTS
+
+
+def test_two_versions_are_refused(refusal, genuine):
+    message = refusal(pack({**records_of(genuine), "model/.data/version": b"10\n"}))
+    assert message.startswith("unsafe or edited file (the file has two records `version`, ")
+
+
 def test_a_loop_at_load_is_refused_before_it_runs(refusal, genuine):
     records = records_of(genuine)
     records[DESCRIPTOR] += SET_STATE.encode()

@@ -169,6 +169,148 @@ other.join()
     python(code)
 
 
+HELD = """
+import os, shutil, sys, threading
+from ase.build import bulk
+from moecalc import MoECalculator
+import moecalc.calculator as module
+
+def fork(work):
+    "Exit status of `work` in a child."
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if work() else 1)
+        except BaseException as error:
+            print(type(error).__name__, error, flush=True)
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def hold(lock):
+    "A thread that holds `lock` until the returned function is called."
+    held, over = threading.Event(), threading.Event()
+    def keep():
+        with lock:
+            held.set()
+            over.wait()
+    thread = threading.Thread(target=keep)
+    thread.start()
+    held.wait()
+    return lambda: (over.set(), thread.join())
+
+shutil.copy(MoECalculator(device="cpu").path, "held.moe.pt")
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+atoms.calc = calc = MoECalculator("held.moe.pt", device="cpu", threads=2)
+expected = atoms.get_potential_energy()
+"""
+
+
+def run_held(tmp_path, monkeypatch, code: str) -> str:
+    monkeypatch.chdir(tmp_path)
+    return python(HELD + code)
+
+
+def test_a_child_uses_a_calculator_that_a_thread_holds(tmp_path, monkeypatch):
+    """What the thread was in the middle of is not trusted: results and list are made anew."""
+    code = """
+release = hold(calc._lock)
+calc.results["energy"] = 0.0
+calc.neighbor_list._shift_vec = calc.neighbor_list._shift_vec + 0.3
+assert fork(lambda: abs(atoms.get_potential_energy() - expected) < 1e-9) == 0
+release()
+"""
+    run_held(tmp_path, monkeypatch, code)
+
+
+def test_a_child_uses_copies_of_a_calculator_that_threads_hold(tmp_path, monkeypatch):
+    code = """
+import copy, pickle
+for other in (copy.deepcopy(calc), copy.copy(calc), pickle.loads(pickle.dumps(calc))):
+    mine = atoms.copy()
+    mine.calc = other
+    release = hold(other._lock)
+    assert fork(lambda: abs(mine.get_potential_energy() - expected) < 1e-9) == 0
+    release()
+"""
+    run_held(tmp_path, monkeypatch, code)
+
+
+def test_results_of_an_idle_calculator_stay_in_a_child(tmp_path, monkeypatch):
+    code = """
+del calc._model._evaluator
+assert fork(lambda: atoms.get_potential_energy() == expected) == 0
+"""
+    run_held(tmp_path, monkeypatch, code)
+
+
+def test_a_model_that_a_thread_evaluates_is_opened_again_in_a_child(tmp_path, monkeypatch):
+    code = """
+release = hold(calc._model._lock)
+before = calc._model._evaluator
+def work():
+    calc.reset()
+    right = abs(atoms.get_potential_energy() - expected) < 1e-9
+    return right and calc._model._evaluator is not before
+assert fork(work) == 0
+release()
+calc.reset()
+assert abs(atoms.get_potential_energy() - expected) < 1e-9 and calc._model._evaluator is before
+"""
+    run_held(tmp_path, monkeypatch, code)
+
+
+def test_a_changed_file_is_not_opened_again_in_a_child(tmp_path, monkeypatch):
+    code = """
+release = hold(calc._model._lock)
+os.utime("held.moe.pt", (1, 1))
+def work():
+    calc.reset()
+    return atoms.get_potential_energy()
+assert fork(work) == 2
+release()
+"""
+    output = run_held(tmp_path, monkeypatch, code)
+    assert "PackageError" in output
+    assert "held.moe.pt: the file was changed or removed since it was loaded" in output
+    assert "multiprocessing.get_context('spawn')" in output
+
+
+def test_a_child_opens_a_package_while_a_thread_was_opening_one(tmp_path, monkeypatch):
+    code = """
+release = hold(module._open_lock)
+def work():
+    atoms.calc = MoECalculator(device="cpu")
+    return abs(atoms.get_potential_energy() - expected) < 1e-9
+assert fork(work) == 0
+release()
+"""
+    run_held(tmp_path, monkeypatch, code)
+
+
+def test_a_child_has_the_precision_that_the_program_asked_of_torch(tmp_path, monkeypatch):
+    """Evaluations of other threads, for which it was raised, do not end in the child."""
+    code = """
+import torch
+from moecalc._lib import load
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+def evaluate(inside, over):
+    with load().CleanState():
+        inside.set()
+        over.wait()
+inside, over = threading.Event(), threading.Event()
+thread = threading.Thread(target=evaluate, args=(inside, over))
+thread.start()
+inside.wait()
+precision = lambda: torch.backends.mkldnn.matmul.fp32_precision
+assert precision() == "ieee", precision()
+assert fork(lambda: precision() == "bf16") == 0
+over.set()
+thread.join()
+assert precision() == "bf16"
+"""
+    run_held(tmp_path, monkeypatch, code)
+
+
 def test_torchscript_in_a_forked_child_says_what_to_do():
     code = """
 import os

@@ -235,6 +235,14 @@ PYBIND11_MODULE(_C, module) {
       "Raise Error unless `path` is an intact package that torch may load: its code can do nothing but "
       "compute.");
   module.def(
+      "check_package",
+      [](const std::string& path, const py::bytes& content) {
+        const auto bytes = static_cast<std::string_view>(content);
+        const py::gil_scoped_release others_run;
+        moecalc::check_package(moecalc::PackageFile(path, bytes));
+      },
+      py::arg("path"), py::arg("content"), "The same for what was read from `path`.");
+  module.def(
       "words_of_code",
       [](const std::string& path) { return moecalc::words_of_code(moecalc::PackageFile(path)); },
       py::arg("path"), "Words of a package's code that check_package looks at, sorted.");

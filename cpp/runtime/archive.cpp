@@ -165,17 +165,33 @@ PackageFile::PackageFile(const std::string& path) : path_(printable(path, 4096))
     if (::fstat(file_, &status) != 0) throw Error(path_ + ": cannot be read: " + std::strerror(errno));
     size_ = static_cast<uint64_t>(status.st_size);
     changed_ns_ = int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;
-    read_records(check_checksum());
-    check_format();
+    check();
   } catch (...) {
     ::close(file_);
     throw;
   }
 }
 
-PackageFile::~PackageFile() { ::close(file_); }
+PackageFile::PackageFile(const std::string& name, std::string_view bytes)
+    : path_(printable(name, 4096)), bytes_(bytes), size_(bytes.size()) {
+  check();
+}
+
+PackageFile::~PackageFile() {
+  if (file_ >= 0) ::close(file_);
+}
+
+void PackageFile::check() {
+  read_records(check_checksum());
+  check_format();
+}
 
 void PackageFile::read(uint64_t position, void* to, size_t n) const {
+  if (file_ < 0) {
+    if (position > size_ || n > size_ - position) throw Error(path_ + ": cannot be read: it ends too early");
+    std::copy_n(bytes_.data() + position, n, static_cast<char*>(to));
+    return;
+  }
   struct stat status{};
   if (::fstat(file_, &status) != 0) throw Error(path_ + ": cannot be read: " + std::strerror(errno));
   const int64_t changed = int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec;

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/ThreadLocalState.h>
+#include <pthread.h>
 
 #include <array>
 #include <cfenv>
@@ -27,6 +28,8 @@ const at::ThreadLocalState& untouched() {
 class FullPrecision {
  public:
   FullPrecision() {
+    static const int forks = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, in_child);
+    (void)forks;
     const std::lock_guard<std::mutex> lock(mutex);
     ++users;
     for (size_t i = 0; i < backends.size(); ++i) {
@@ -40,17 +43,27 @@ class FullPrecision {
 
   ~FullPrecision() {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (--users > 0) return;
-    for (size_t i = 0; i < backends.size(); ++i) {
-      if (lowered[i]) set(i, before[i]);
-      lowered[i] = false;
-    }
+    if (--users <= 0) put_back();
   }
 
   FullPrecision(const FullPrecision&) = delete;
   FullPrecision& operator=(const FullPrecision&) = delete;
 
  private:
+  /// The evaluations of other threads do not go on in a forked process.
+  static void in_child() {
+    users = 0;
+    put_back();
+    mutex.unlock();
+  }
+
+  static void put_back() {
+    for (size_t i = 0; i < backends.size(); ++i) {
+      if (lowered[i]) set(i, before[i]);
+      lowered[i] = false;
+    }
+  }
+
   static void set(size_t i, at::Float32Precision precision) {
     at::globalContext().setFloat32Precision(backends[i], at::Float32Op::MATMUL, precision);
   }

@@ -238,8 +238,9 @@ void check_content(const PackageFile& file) {
       }
     }
   }
-  // torch moves it where an operator of a later version is used, as by gelu
+  // torch moves it where an operator of the code (gelu) is of a later version
   const bool moved = file.records().count(".data/version") != 0;
+  if (moved && file.records().count("version") != 0) refuse("the file", "two records `version`");
   const std::string version = file.record(moved ? ".data/version" : "version");
   if (version.size() > 4 ||
       !std::all_of(version.begin(), version.end(), [](char c) { return is_digit(c) || c == '\n'; })) {

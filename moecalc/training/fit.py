@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from moecalc._clean import clean_torch
-from moecalc._jit import jit_save, jit_script
+from moecalc._jit import jit_script
 from moecalc._lib import load
 from moecalc._torch_threads import torch_threads
 from moecalc.dataset import check_frames, read_frames, split_frames
@@ -43,8 +43,10 @@ from moecalc.files import (
     write_bytes,
 )
 from moecalc.nn import ModelConfig, MoEPotential
+from moecalc.package.archive import write_archive
 from moecalc.package.importers.common import first_error
 from moecalc.package.importers.native import save_checkpoint
+from moecalc.package.metadata import FORMAT_VERSION
 from moecalc.training.data import Batch, Frame, collate, smallest_cell, to_frame
 from moecalc.training.losses import huber
 from moecalc.training.packing import Packed, pack
@@ -161,9 +163,9 @@ class Fit:
             parameter.data = parameter.data.to(self.dtype)
         self.model.dtype_probe = self.model.dtype_probe.to(self.dtype)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.pt"
-            with path.open("wb") as file:
-                jit_save(jit_script(self.model), file, {})
+            path = Path(folder) / "model.moe.pt"
+            records = {"format_version": str(FORMAT_VERSION), "metadata.json": "{}"}
+            write_archive(path, jit_script(self.model), records)
             self.kernels: Any = load().Trainer(os.fsencode(path), config.descriptor.precision)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))

@@ -7,6 +7,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "moecalc/version.h"
@@ -43,6 +44,9 @@ class MOECALC_API PackageFile {
  public:
   /// Opens and checks `path`. Throws Error, with a message that begins with `path`, if the file is unusable.
   explicit PackageFile(const std::string& path);
+  /// Checks the content of a file that was read already; messages begin with `name`. `bytes` must outlive
+  /// this.
+  PackageFile(const std::string& name, std::string_view bytes);
   ~PackageFile();
   PackageFile(const PackageFile&) = delete;
   PackageFile& operator=(const PackageFile&) = delete;
@@ -61,12 +65,14 @@ class MOECALC_API PackageFile {
 
  private:
   std::string read(uint64_t position, size_t n) const;
+  void check();
   uint64_t check_checksum() const;
   void read_records(uint64_t eocd);
   void check_format() const;
 
   std::string path_;
-  int file_ = -1;
+  int file_ = -1;           // none: `bytes_`
+  std::string_view bytes_;  // the caller's
   uint64_t size_ = 0;
   int64_t changed_ns_ = 0;  // time of the last change
   Records records_;
