@@ -247,6 +247,16 @@ def test_restart_files_of_before_can_be_read(models, tmp_path):
     assert (3).to_bytes(4, "little") + b"yes" + len(str(models["plain"])).to_bytes(4, "little") in content
 
 
+@pytest.mark.parametrize(("old", "new"), [(b" charge -3", b" chargf -3"), (b" charge -3", b" charge x3")])
+def test_damaged_restart_files_are_refused(old, new, models, tmp_path):
+    succeed(water(models["H3"], "charge -3", "run 0\nwrite_restart file.restart"), tmp_path)
+    file = tmp_path / "file.restart"
+    file.write_bytes(file.read_bytes().replace(old, new))
+    run = lmp("read_restart file.restart", tmp_path, ranks=2, limit=60)
+    assert run.code == 1
+    assert "Pair style moe: damaged restart file: expected a" in run.error()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_models_of_different_charge_in_one_hybrid_style(ranks, models, tmp_path):
     moe = "moe dtype float64 device cpu charge"
