@@ -243,6 +243,14 @@ void accumulate(at::Tensor& sum, const at::Tensor& gradient) {
   sum = sum.defined() ? sum + gradient.to(at::kDouble) : gradient.to(at::kDouble);
 }
 
+/// Energies of atoms may be finite where their sum is not.
+void check_sums(const Evaluation& result) {
+  const auto* total = result.energy.const_data_ptr<double>();
+  for (int64_t k = 0; k < result.energy.size(0); ++k) {
+    if (!std::isfinite(total[k])) throw Error("expected finite energies, got a sum that overflows");
+  }
+}
+
 void check_finite(const Evaluation& result, const Request& request) {
   const auto* energy = result.energies.const_data_ptr<double>();
   for (int64_t i = 0; i < result.energies.size(0); ++i) {
@@ -250,10 +258,6 @@ void check_finite(const Evaluation& result, const Request& request) {
       throw Error("expected finite energies, got " + std::to_string(energy[i]) + " eV for atom " +
                   std::to_string(i) + ": its neighbourhood is far outside of the training data");
     }
-  }
-  const auto* total = result.energy.const_data_ptr<double>();
-  for (int64_t k = 0; k < result.energy.size(0); ++k) {
-    if (!std::isfinite(total[k])) throw Error("expected finite energies, got a sum that overflows");
   }
   if (request.forces && !std::isfinite(result.forces.sum().item<double>())) {
     throw Error(
@@ -719,6 +723,7 @@ Evaluation Evaluator::Impl::evaluate(const AtomicGraph& graph, const Request& re
   const auto* system_of = system.const_data_ptr<int64_t>();
   auto* energy = result.energy.mutable_data_ptr<double>();
   for (int64_t i = 0; i < prepared.n_local; ++i) energy[system_of[i]] += atom_energy[i];
+  check_sums(result);
   return result;
 }
 
@@ -796,6 +801,7 @@ Evaluation Evaluator::Impl::run_on_device(const NeighborList& list, const at::Te
                            std::to_string(list.edge_index.size(1)) + " pairs on " + device_name);
   }
   check_finite(result, request);
+  check_sums(result);
   return result;
 }
 

@@ -150,9 +150,9 @@ def test_two_ranks(backend, tmp_path):
     assert output.count("WARNING: Pair style moe: atoms 1 and 2 are 0.4") == 1
 
 
-def test_closest_atoms_of_all_ranks_are_named(tmp_path, packages):
+def test_closest_atoms_of_all_ranks_are_named(tmp_path):
     """The rank that fails is not the one that has the closest atoms."""
-    broken = _broken_package(packages, tmp_path)
+    broken = _broken_package(tmp_path)
     script = f"""
     units metal
     processors 2 1 1

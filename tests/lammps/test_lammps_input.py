@@ -189,7 +189,7 @@ def test_package_missing_on_one_rank(tmp_path, metals):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_energies_that_are_not_finite(ranks, tmp_path, packages):
+def test_energies_that_are_not_finite(ranks, tmp_path):
     """A model whose energies overflow for one element: rank 1, which owns it, names the atom, and no rank waits for it."""
     broken = _broken_package(tmp_path)
     script = f"""
