@@ -213,7 +213,7 @@ def test_a_fitting_net_of_another_precision_equals_the_plain_model(
     "name", ["both, case embedding", "pack", "pack, configuration", "skip path", "merged experts"]
 )
 def test_float32_kernels_agree_with_float64(packages, monkeypatch, name, backend):
-    path, model, config = packages(name, "float32")
+    path, _, config = packages(name, "float32")
     conditions = [values_of(config, *x) for x in ((1, 2, 1.0), (-2, 3, -0.4), (1, 2, 1.0))]
     wide = run(open_evaluator(monkeypatch, path, "fused", "float64"), STRUCTURES, conditions)
     narrow = run(open_evaluator(monkeypatch, path, backend, "float32"), STRUCTURES, conditions)
