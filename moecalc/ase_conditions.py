@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from ase import Atoms
+from numpy.typing import NDArray
 
 from moecalc.conditions import (
     ConditionError,
@@ -63,9 +64,32 @@ def check_general(model: ModelConditions, general: Mapping[str, Any]) -> None:
     resolve(complete, **{name: general.get(name) for name in NAMES})
 
 
-def defaults_used(conditions: Conditions, model_name: str) -> str | None:
+def arrays_of(
+    conditions: Sequence[Conditions],
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float64] | None]:
+    """Charge and multiplicity (n, 2) and frame parameters (n, size) as the evaluator takes them; None where the model takes none."""
+    pairs = [one.charge_spin for one in conditions]
+    fparam = [one.fparam for one in conditions]
+    return (
+        None if pairs[0] is None else np.array(pairs, dtype=np.int64),
+        None if fparam[0] is None else np.array(fparam, dtype=np.float64),
+    )
+
+
+def same_info(atoms: Atoms, other: Atoms) -> bool:
+    """Whether two structures carry the same charge, spin and frame parameters, for models whatever they take."""
+    for name in (*NAMES, PAIR):
+        one, two = atoms.info.get(name), other.info.get(name)
+        if not (one is two is None or (one is not None and two is not None and _equal(one, two))):
+            return False
+    return True
+
+
+def defaults_used(conditions: Conditions, model: ModelConditions, model_name: str) -> str | None:
     """What to tell the user about values that were not given; None where all were."""
     names = [name for name in NAMES if name in conditions.defaulted]
+    if model.fparam_is_charge_spin:
+        names = [name for name in names if name != "fparam"]
     if not names:
         return None
     values = ", ".join(f"{name} = {_shown(getattr(conditions, name))}" for name in names)

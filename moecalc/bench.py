@@ -22,6 +22,8 @@ import numpy as np
 from ase import Atoms
 from pydantic import BaseModel, ConfigDict
 
+from moecalc.ase_conditions import arrays_of, conditions_of
+from moecalc.conditions import ConditionError, ModelConditions
 from moecalc.costs import PARTS, Cost, costs, count_graph, read_architecture, total_cost
 from moecalc.errors import ElementError, MoecalcError, StructureError
 from moecalc.files import display_text, from_text, replacing
@@ -278,6 +280,7 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     from moecalc._lib import load
     from moecalc.calculator import _device_name
     from moecalc.neighbors import SkinNeighborList
+    from moecalc.package.archive import read_metadata
 
     # how many neighbours a model has seen in training does not matter here
     warnings.filterwarnings("ignore", message="an atom has .* neighbours")
@@ -292,6 +295,9 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     start = time.perf_counter()
     evaluator = native.Evaluator(os.fsencode(from_text(case.package)), device, case.dtype or "")
     load_s = time.perf_counter() - start
+    taken = read_metadata(from_text(case.package)).conditions
+    if taken is not None and taken.open:
+        evaluator.set_conditions(*arrays_of([conditions_of(atoms, taken, {})]))
     known = list(evaluator.elements)
     types = np.array([known.index(s) for s in atoms.symbols], dtype=np.int64)
     neighbor_list = SkinNeighborList(float(evaluator.cutoff), 1.0)
@@ -454,6 +460,7 @@ def benchmark(
         PackageError: as `check_archive`.
         ElementError: the structure has an element that the package does not know.
         StructureError: unreadable or empty structure, or copies of one that is not periodic.
+        ConditionError: charge, spin or frame parameters in the structure's `info` that the model cannot take, or that are missing.
     """
     from moecalc.models import default_model_path
     from moecalc.package.archive import read_metadata
@@ -471,6 +478,12 @@ def benchmark(
             f"the structure contains {', '.join(unknown)}, expected only elements of {metadata.name}, {', '.join(metadata.elements)}: use another "
             f"structure or package"
         )
+    try:
+        conditions_of(atoms, metadata.conditions or ModelConditions(), {})
+    except ConditionError as error:
+        raise ConditionError(
+            f"{error}, in `info` of the structure (--structure, extxyz with charge=0 spin=1 and the like)"
+        ) from None
     for n in copies:
         repeated(atoms[:1] if n > 1 else atoms, n)
     sizes: list[Size] = []

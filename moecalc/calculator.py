@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from moecalc import __version__, keys
 from moecalc._lib import load
-from moecalc.ase_conditions import check_general, conditions_of, defaults_used
+from moecalc.ase_conditions import arrays_of, check_general, conditions_of, defaults_used
 from moecalc.conditions import Conditions, ModelConditions
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
 from moecalc.models import default_model_path
@@ -210,18 +210,20 @@ class MoECalculator(Calculator):
                 raise TypeError(f"expected a parameter among {', '.join(self.parameters)}, got {name!r}")
             if np.array_equal(self.parameters[name], value):
                 continue
-            if name == "skin":
-                self.neighbor_list = SkinNeighborList(self.cutoff, value)
-            elif name in _CONDITIONS:
-                self._model.check_conditions({name: value})
-            elif name == "threads":
+            if name == "threads":
                 _check_threads(value)
-            elif name != "allow_untrained":
+            elif name not in {"skin", "allow_untrained", *_CONDITIONS}:
                 raise MoecalcError(
                     f"{name} cannot be changed to {value!r} after the model was loaded: make a new MoECalculator"
                 )
-            changed[name] = self.parameters[name] = value
-        if changed:
+            changed[name] = value
+        if not set(_CONDITIONS).isdisjoint(changed):
+            together = self.parameters | changed
+            self._model.check_conditions({name: together[name] for name in _CONDITIONS})
+        if "skin" in changed:
+            self.neighbor_list = SkinNeighborList(self.cutoff, changed["skin"])
+        if changed:  # all of them, or none
+            self.parameters.update(changed)
             self.reset()
         return changed
 
@@ -234,12 +236,14 @@ class MoECalculator(Calculator):
                 "atoms": self.atoms,
                 "results": self.results,
                 "conditions": self._conditions,
+                "told_defaults": self._told_defaults,
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state["parameters"])  # type: ignore[misc]
         self.atoms, self.results = state["atoms"], state["results"]
         self._conditions = state["conditions"]
+        self._told_defaults = state["told_defaults"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoECalculator:
         other = type(self).__new__(type(self))
@@ -308,7 +312,8 @@ class MoECalculator(Calculator):
         if self._told_defaults or not conditions.defaulted:
             return
         self._told_defaults = True
-        warnings.warn(str(defaults_used(conditions, self._model.name)), stacklevel=4)
+        message = defaults_used(conditions, self._model.conditions, self._model.name)
+        warnings.warn(str(message), stacklevel=4)
 
     def calculate(
         self,
@@ -594,12 +599,7 @@ class _Model:
         if found == self._given:
             return
         self._given = []
-        pairs = [one.charge_spin for one in found]
-        fparam = [one.fparam for one in found]
-        self._evaluator.set_conditions(
-            None if pairs[0] is None else np.array(pairs, dtype=np.int64),
-            None if fparam[0] is None or self.conditions.fparam is None else np.array(fparam, dtype=float),
-        )
+        self._evaluator.set_conditions(*arrays_of(found))
         self._given = found
 
     def check_reference(self) -> None:

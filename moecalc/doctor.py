@@ -198,6 +198,8 @@ def check_default_model() -> list[Finding]:
         worst = 0.0
         for frame in frames:
             atoms = Atoms(frame.symbols, frame.positions, cell=frame.cell, pbc=frame.pbc)
+            given = {"charge": frame.charge, "spin": frame.spin, "fparam": frame.fparam}
+            atoms.info.update({key: value for key, value in given.items() if value is not None})
             got = calculator.calculate_batch([atoms])[0]
             forces = np.array(frame.forces).reshape(-1, 3)
             scale = max(1.0, float(np.abs(forces).max(initial=0.0)))

@@ -358,7 +358,13 @@ def full_size_config(
     return random_config(type_map, n_routed=n_routed, kind=kind, **{**size, **options})
 
 
-def write_random_package(path: str | Path, config: Any, dtype: str = "float32", seed: int = 0) -> None:
+def write_random_package(
+    path: str | Path,
+    config: Any,
+    dtype: str = "float32",
+    seed: int = 0,
+    fixed: Mapping[str, Any] | None = None,
+) -> None:
     """Write a package of random weights, for timing: without checkpoint, and verified only by one reference frame.
 
     Args:
@@ -366,6 +372,7 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
         config: for example from `full_size_config`.
         dtype: precision of the network.
         seed: of the weights.
+        fixed: `charge`, `spin`, `fparam` to fold into the model, as far as given.
     """
     import copy
     import json
@@ -374,6 +381,7 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
 
     from moecalc import __version__
     from moecalc._jit import jit_script
+    from moecalc.conditions import fix
     from moecalc.package.archive import write_archive
     from moecalc.package.importers import set_precision
     from moecalc.package.lower import count_parameters, lower
@@ -382,12 +390,12 @@ def write_random_package(path: str | Path, config: Any, dtype: str = "float32", 
 
     path = Path(path)
     model = random_potential(config, seed, dtype)
-    low, routing = lower(model, config)
+    folded, conditions = fix(config.conditions(), **(fixed or {}))
+    low, routing = lower(model, config, None, folded)
     rounded = copy.deepcopy(low)
     set_precision(rounded, "float64", "float64")
     _, (label, dimer), *_ = reference_structures(low.elements[:2], (low.cutoff, low.angle_cutoff))
     d = config.descriptor
-    conditions = config.conditions()
     frame = reference_frame(rounded, label, dimer, reference_conditions(low, conditions)[0])
     total, active = count_parameters(low)
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -23,6 +23,7 @@ from ase.calculators.mixing import SumCalculator
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 from numpy.typing import NDArray
 
+from moecalc.ase_conditions import same_info
 from moecalc.errors import ElementError, MoecalcError
 from moecalc.keys import VOIGT
 from moecalc.neighbors import SkinNeighborList
@@ -261,7 +262,18 @@ def guarded(model: Any, shortest: Mapping[Pair, float] | None = None) -> SumCalc
         model: a `MoECalculator`, or any calculator with `elements`.
         shortest: shortest distances in the training data, from `shortest_distances`.
     """
-    return SumCalculator([model, ZBL(guard_radii(model.elements, shortest))])
+    return _Guarded([model, ZBL(guard_radii(model.elements, shortest))])
+
+
+class _Guarded(SumCalculator):
+    """ASE's sum, whose results are not kept when the charge, spin or frame parameters of the structure change."""
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What differs between the structure and the one that the results are of."""
+        changes: list[str] = super().check_state(atoms, tol)
+        if not changes and not same_info(self.atoms, atoms):
+            changes.append("info")
+        return changes
 
 
 def charge_and_length(a: Any, b: Any) -> tuple[Any, Any]:

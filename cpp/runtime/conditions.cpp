@@ -116,9 +116,9 @@ bool Conditions::set(const at::Tensor& charge_spin, const at::Tensor& fparam) {
   }
   const at::Tensor distinct = all.index_select(0, at::tensor(first, at::TensorOptions().dtype(at::kLong)));
   if (given_ && at::equal(distinct, values_)) return false;
+  given_ = false;  // until all is there
   values_ = distinct;
   n_ = distinct.size(0);
-  given_ = true;
   const at::NoGradGuard no_grad;
   const at::Device device = device_of(module_);
   const auto on_cpu = [](const torch::jit::IValue& value) {
@@ -131,6 +131,7 @@ bool Conditions::set(const at::Tensor& charge_spin, const at::Tensor& fparam) {
   }
   const at::Tensor parameters = distinct.narrow(1, 2, n_fparam_).contiguous().to(device);
   fitting_inputs_ = on_cpu(module_.get_method("fitting_input")({parameters}));
+  given_ = true;
   return true;
 }
 

@@ -581,8 +581,13 @@ void Evaluator::Impl::set_conditions(const at::Tensor& charge_spin, const at::Te
   rules.condition_of_system = conditions_->of_system();
   rules.n_conditions = conditions_->n();
   list_is_up_ = false;
-  if (changed) tables_ = type_tables(*conditions_, embedding_, readout_);
-  apply_conditions();
+  try {
+    if (changed) tables_ = type_tables(*conditions_, embedding_, readout_);
+    apply_conditions();
+  } catch (const std::exception& exception) {
+    conditions_->reset();  // half of them must not be used
+    rethrow(exception, "setting " + std::to_string(conditions_->n()) + " conditions");
+  }
 }
 
 AppliedConditions Evaluator::Impl::set_conditions(const GivenConditions& given) {

@@ -15,6 +15,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from moecalc.calculator import MoECalculator
+from moecalc.conditions import ConditionError
 from moecalc.dataset import VIRIAL_KEYS, adopt_virials, parse_frames
 from moecalc.errors import ElementError, MoecalcError, StructureError
 from moecalc.files import describe, display_text
@@ -305,7 +306,7 @@ def _evaluate(
         start = time.perf_counter()
         try:
             answers = calculator.calculate_batch([frames[k] for k in batch], properties)
-        except StructureError:
+        except (StructureError, ConditionError):
             raise _culprit(calculator, [(indices[k], frames[k]) for k in batch], properties) from None
         times.append(time.perf_counter() - start)
         found.update(zip(batch, answers, strict=True))
@@ -325,8 +326,8 @@ def _culprit(
     for index, atoms in members:
         try:
             calculator.calculate_batch([atoms], properties)
-        except StructureError as error:
-            return StructureError(f"frame {index}: {str(error).removeprefix('structure 0: ')}")
+        except (StructureError, ConditionError) as error:
+            return type(error)(f"frame {index}: {str(error).removeprefix('structure 0: ')}")
     return StructureError(f"frames {members[0][0]} to {members[-1][0]} cannot be evaluated together")
 
 
