@@ -104,6 +104,17 @@ def test_intact_package_is_accepted_and_its_records_read(library, path, tmp_path
         library.read_record(str(path), "extra/nothing")
 
 
+@pytest.mark.parametrize("shift", range(0, 80, 16))
+def test_checksums_of_bodies_of_any_length_are_those_of_zlib(library, path, tmp_path, shift):
+    body = archive(tmp_path)
+    for n in range(shift, shift + 16):
+        path.write_bytes(body)
+        with zipfile.ZipFile(path, "a") as more:
+            more.writestr("raw/extra/pad", bytes(range(n)))
+        path.write_bytes(stamp(path.read_bytes()))
+        library.check_archive(str(path))
+
+
 def test_missing_file(library, path):
     assert refusal(library, path) == "no such file"
     assert refusal(library, path / "below") == "no such file"

@@ -67,6 +67,8 @@ Pages::Pages(size_t n_byte) : size_(n_byte) {
                            " MiB of weights: use fewer processes, dtype float32 or more memory");
   }
   data_ = static_cast<char*>(memory);
+  // Filled at once, and 2 MiB at a time is faster; only whole ones inside, so no memory is lost. A hint.
+  (void)::madvise(memory, n_byte, MADV_HUGEPAGE);
 }
 
 Pages::~Pages() {
