@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -128,6 +128,22 @@ class MoECalculator(Calculator):
             self._model.check_conditions(given)
         if atoms is not None:
             atoms.calc = self
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102 - that of `__init__`
+        calculator = super().__new__(cls)
+        _calculators[id(calculator)] = calculator
+        return calculator
+
+    def renew_lock(self) -> None:
+        """In a forked child: a lock that another thread held will never be released, and what that thread worked on is half done."""
+        lock = self.__dict__.get("_lock")
+        if lock is None or lock.acquire(blocking=False):
+            if lock is not None:
+                lock.release()
+            return
+        self._lock = threading.RLock()
+        self.neighbor_list = SkinNeighborList(self.cutoff, self.parameters["skin"])
+        self.reset()
 
     # --- what the model is ---------------------------------------------------------------------
 
@@ -649,6 +665,7 @@ class _Model:
 _open_models: WeakValueDictionary[tuple[Any, ...], _Model] = WeakValueDictionary()
 _checked: set[tuple[Any, ...]] = set()
 _open_lock = threading.Lock()
+_calculators: WeakValueDictionary[int, MoECalculator] = WeakValueDictionary()  # all of this process
 
 
 def _renew_locks() -> None:
@@ -657,6 +674,8 @@ def _renew_locks() -> None:
     _open_lock = threading.Lock()
     for model in list(_open_models.values()):
         model.renew_lock()
+    for calculator in list(_calculators.values()):
+        calculator.renew_lock()
 
 
 if hasattr(os, "register_at_fork"):
