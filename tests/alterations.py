@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moecalc._jit import jit_load
-from moecalc.package.archive import write_archive
+from moecalc.package.archive import digest_of, write_archive
 
 Records = dict[str, bytes]
 END = b"PK\x05\x06"
@@ -40,13 +40,29 @@ def records_of(path: Path) -> Records:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def pack(records: Records | list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
-    """A stamped package of these records; a list may name one twice."""
+def pack(
+    records: Records | list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED, *, digest: bool = True
+) -> bytes:
+    """A stamped package of these records, with the digest that fits them; a list may name one twice."""
     buffer = io.BytesIO()
+    if isinstance(records, dict) and digest:
+        records = _with_right_digest(records)
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in records.items() if isinstance(records, dict) else records:
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, compress_type=method)
     return stamp(buffer.getvalue())
+
+
+def _with_right_digest(records: Records) -> Records:
+    """So that what is behind the check of the digest is tested, too."""
+    name = "model/extra/metadata.json"
+    if b'"digest"' not in records.get(name, b""):
+        return records
+    entries = {n: zipfile.ZipInfo(n) for n in records if n.startswith("model/")}
+    for n, entry in entries.items():
+        entry.file_size, entry.CRC = len(records[n]), zlib.crc32(records[n])
+    right = b'"digest": "%s"' % digest_of(entries.items()).encode()
+    return {**records, name: re.sub(rb'"digest": "[0-9a-f]{8}"', right, records[name])}
 
 
 def edit_json(path: Path, record: str, change: Callable[[object], object]) -> bytes:
@@ -193,6 +209,7 @@ ATTACKS = {
     "call an expression": "x0 = (torch.add)(1, 2)",
     "call a string": 'x0 = "a"("b")',
     "use a tensor of the constants": "x0 = CONSTANTS.c0",
+    "assert": "assert False",
     "lambda": "x0 = lambda y: y",
     "method": 'x0 = ("x").format("y")',
     "spawn": "x0 = torch.fork(self)",

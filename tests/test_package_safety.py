@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -226,6 +227,30 @@ def test_records_that_packages_do_not_have_are_refused(refusal, genuine, name):
     assert f"a record `{name}`, which no package of moecalc has" in message
 
 
+DEEP = 60_000  # enough for the stack of torch's reader
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("x0 = " + "(" * DEEP + "1" + ")" * DEEP, "a statement of that size"),
+        ("x0 = " + "[" * 40 + "1" + "]" * 40, "a statement of that size"),
+        ("x0 = " + "-" * DEEP + "1", "a statement of that size"),
+        ("x0 = 1" + "+1" * DEEP, "a statement of that size"),
+        ("x0 = edge_vec" + "[0]" * DEEP, "a statement of that size"),
+        ("x0 = 1" + " if True else 1" * DEEP, "a statement of that size"),
+        ("x0 = self" + ".layers" * DEEP, "a name of that length"),
+        ("if True:\n" + " " * 100 + "pass", "blocks of that depth"),
+        ("\n    ".join(["x0 = 1"] * 200_000), "bytes of code"),
+    ],
+    ids=["brackets", "lists", "signs", "sums", "items", "choices", "attributes", "blocks", "statements"],
+)
+def test_code_too_deep_for_torch_is_refused(refusal, genuine, line, what):
+    message = refusal(insert_code(genuine, line))
+    assert message.startswith("unsafe or edited file (`code/__torch__/moecalc/nn/descriptor.py` has ")
+    assert what in message
+
+
 # --- pickles ---------------------------------------------------------------------------------------
 
 
@@ -334,6 +359,57 @@ def test_python_and_the_library_agree_on_edited_directories(library, genuine, tm
                 outcomes.append("refused")
         # dates and versions say nothing about what a record holds; Python's reader minds some of them
         assert outcomes[0] == outcomes[1] or outcomes == ["refused", "accepted"], at - begin
+
+
+def scaled(content):
+    """A record of float64 numbers, one of them 1.001 times as large."""
+    numbers = np.frombuffer(content).copy()
+    numbers[numbers.size // 2] *= 1.001
+    return numbers.tobytes()
+
+
+def largest_tensor(records):
+    return max((n for n in records if "/data/" in n), key=lambda n: len(records[n]))
+
+
+def test_changed_weights_do_not_fit_the_digest(refusal, genuine):
+    records = records_of(genuine)
+    name = largest_tensor(records)
+    records[name] = scaled(records[name])
+    message = refusal(pack(records, digest=False))
+    pattern = r"edited file \(digest [0-9a-f]{8} of the model's records, expected '[0-9a-f]{8}' of the metadata\): get .*"
+    assert re.fullmatch(pattern, message)
+
+
+def test_changed_weights_do_not_fit_the_directory(library, genuine, tmp_path):
+    records, body = records_of(genuine), genuine.read_bytes()
+    name = largest_tensor(records)
+    altered = stamp(body.replace(records[name], scaled(records[name]), 1))
+    assert len(altered) == len(body)
+    for message in both_refuse(library, tmp_path / "x.moe.pt", altered):
+        assert f"record '{name.partition('/')[2]}' has another checksum" in message.replace("model/", "")
+
+
+@pytest.mark.parametrize("digest", [7, "", "0" * 8, None])
+def test_digests_of_another_form_are_refused(refusal, genuine, digest):
+    records = records_of(genuine)
+    metadata = json.loads(records["model/extra/metadata.json"]) | {"digest": digest}
+    records["model/extra/metadata.json"] = json.dumps(metadata).encode()
+    message = refusal(pack(records, digest=False))
+    assert "digest" in message or "metadata.json: expected a text" in message
+
+
+def test_packages_of_older_versions_have_no_digest(library, genuine, tmp_path):
+    path = tmp_path / "x.moe.pt"
+    path.write_bytes(
+        edit_json(genuine, "metadata.json", lambda m: {k: v for k, v in m.items() if k != "digest"})
+    )
+    library.check_package(str(path))
+    assert read_metadata(path).digest == ""
+
+
+def test_the_shipped_package_has_a_digest():
+    assert re.fullmatch("[0-9a-f]{8}", read_metadata(MoECalculator(device="cpu").path).digest)
 
 
 # --- numbers and texts -----------------------------------------------------------------------------

@@ -501,3 +501,35 @@ assert not np.array_equal(forces[0], forces[2])
 
 def test_the_default_model_is_what_the_energies_are_of(shared_calculator):
     assert read_metadata(Path(shared_calculator.path)).name == "metals10"
+
+
+def test_a_child_that_is_forked_while_a_thread_uses_the_same_calculator_goes_on():
+    """The thread holds the calculator's lock almost always, and is in the middle of a step."""
+    code = """
+import os, threading, time
+from ase.build import bulk
+from moecalc import MoECalculator
+calc = MoECalculator(device="cpu", threads=2)
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+atoms.calc = calc
+expected = atoms.get_potential_energy()
+stop = False
+def work():
+    seed = 0
+    while not stop:
+        mine = bulk("W", "bcc", a=3.1, cubic=True) * 3
+        mine.rattle(0.01, seed=(seed := seed + 1))
+        mine.calc = calc
+        mine.get_forces()
+other = threading.Thread(target=work)
+other.start()
+for _ in range(5):
+    time.sleep(0.02)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if abs(atoms.get_potential_energy() - expected) < 1e-3 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop = True
+other.join()
+"""
+    python(code)

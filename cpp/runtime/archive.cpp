@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "moecalc/text.h"
@@ -112,6 +113,26 @@ uint32_t crc32(uint32_t crc, const unsigned char* data, size_t size) {
   if (has_products) return crc32_by_products(crc, data, size);
 #endif
   return crc32_by_tables(crc, data, size);
+}
+
+/// Product of polynomials over GF(2) modulo that of the checksum; the highest bit is the coefficient of 1.
+constexpr uint32_t crc_product(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (uint32_t bit = 1U << 31; bit != 0; bit >>= 1) {
+    if ((a & bit) != 0) product ^= b;
+    b = (b >> 1) ^ ((b & 1U) != 0 ? 0xEDB88320U : 0U);
+  }
+  return product;
+}
+
+/// Checksum of two parts in turn; `size`: bytes of the second.
+uint32_t crc_of_both(uint32_t first, uint32_t second, uint64_t size) {
+  uint32_t power = 1U << 23, shift = 1U << 31;  // x^8, for one byte more; 1
+  for (; size != 0; size >>= 1) {
+    if ((size & 1U) != 0) shift = crc_product(power, shift);
+    power = crc_product(power, power);
+  }
+  return crc_product(shift, first) ^ second;
 }
 
 // --- end of a zip file ---------------------------------------------------------------------------
@@ -230,7 +251,8 @@ PackageFile::~PackageFile() {
 }
 
 void PackageFile::check() {
-  read_records(check_checksum());
+  check_checksum();
+  check_records();
   check_format();
 }
 
@@ -266,17 +288,64 @@ std::string PackageFile::read(uint64_t position, size_t n) const {
   return bytes;
 }
 
-void PackageFile::read_records(uint64_t eocd) {
-  const auto copy = [this](uint64_t position, void* to, size_t n) { read(position, to, n); };
-  try {
-    records_ = read_directory(copy, size_, eocd);
-  } catch (const Error& error) {
-    throw Error(path_ + ": " + error.what());
+/// Checksum of the first `covered` bytes, and in passing those of the records.
+uint32_t PackageFile::checksum(uint64_t covered) {
+  struct Piece {
+    uint64_t end;
+    uint32_t* checksum;
+  };
+  std::vector<std::pair<const std::string*, Record>> order;
+  order.reserve(records_.size());
+  for (const auto& [name, place] : records_) order.emplace_back(&name, place);
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.second.position, a.second.size) < std::pair(b.second.position, b.second.size);
+  });
+  std::vector<Piece> pieces;
+  for (const auto& [name, place] : order) {
+    pieces.push_back({place.position, nullptr});
+    pieces.push_back({place.position + place.size, &found_[*name]});
+  }
+  pieces.push_back({covered, nullptr});
+
+  uint32_t total = 0, state = 0xFFFFFFFFU;
+  uint64_t begin = 0;
+  auto piece = pieces.begin();
+  const auto finish = [&](uint64_t position) {
+    for (; piece != pieces.end() && piece->end == position; ++piece) {
+      if (piece->checksum != nullptr) *piece->checksum = ~state;
+      total = crc_of_both(total, ~state, position - begin);
+      state = 0xFFFFFFFFU;
+      begin = position;
+    }
+  };
+  std::vector<unsigned char> chunk(static_cast<size_t>(std::min<uint64_t>(covered, 256 << 10)));  // in cache
+  for (uint64_t at = 0; at < covered;) {
+    const auto n = static_cast<size_t>(std::min<uint64_t>(chunk.size(), covered - at));
+    read(at, chunk.data(), n);
+    for (size_t done = 0; done < n;) {
+      const auto part = static_cast<size_t>(std::min<uint64_t>(n - done, piece->end - (at + done)));
+      state = crc32(state, chunk.data() + done, part);
+      done += part;
+      finish(at + done);
+    }
+    at += n;
+  }
+  return total;
+}
+
+/// An edit that left the directory as it was.
+void PackageFile::check_records() const {
+  for (const auto& [name, place] : records_) {
+    const auto found = found_.find(name);
+    if (found == found_.end() || found->second == place.checksum) continue;
+    throw Error(
+        path_ + ": damaged or edited file (record '" + printable(name) +
+        "' has another checksum than the directory says): copy it again or package the checkpoint again");
   }
 }
 
-/// Returns the place of the end record.
-uint64_t PackageFile::check_checksum() const {
+/// Reads the directory as well, so that one pass over the file is enough.
+void PackageFile::check_checksum() {
   constexpr uint64_t longest_tail = max_comment + eocd_size + zip64_size;
   const uint64_t base = size_ - std::min(size_, longest_tail);
   const std::string tail = read(base, static_cast<size_t>(size_ - base));
@@ -292,15 +361,13 @@ uint64_t PackageFile::check_checksum() const {
   if (comment.size() < comment_size) throw Error(path_ + ": " + incomplete);
 
   const uint64_t covered = base + eocd;
-  uint32_t actual = 0xFFFFFFFFU;
-  std::vector<unsigned char> chunk(static_cast<size_t>(std::min<uint64_t>(covered, 256 << 10)));  // in cache
-  for (uint64_t at = 0; at < covered;) {
-    const auto n = static_cast<size_t>(std::min<uint64_t>(chunk.size(), covered - at));
-    read(at, chunk.data(), n);
-    actual = crc32(actual, chunk.data(), n);
-    at += n;
+  std::string bad_directory;  // of less interest than damage, which explains it
+  try {
+    records_ = read_directory([this](uint64_t at, void* to, size_t n) { read(at, to, n); }, size_, covered);
+  } catch (const Error& error) {
+    bad_directory = error.what();
   }
-  actual = ~actual;
+  const uint32_t actual = checksum(covered);
   uint32_t expected = 0;
   size_t expected_size = 0;
   if (std::sscanf(comment.c_str(), "moecalc crc32=%8x size=%zu", &expected, &expected_size) != 2) {
@@ -315,7 +382,7 @@ uint64_t PackageFile::check_checksum() const {
       !eocd_fields_agree(tail, base, eocd)) {
     throw Error(path_ + ": " + damaged(actual, expected));
   }
-  return covered;
+  if (!bad_directory.empty()) throw Error(path_ + ": " + bad_directory);
 }
 
 void PackageFile::check_format() const {
@@ -339,6 +406,20 @@ std::string PackageFile::record(const std::string& name) const {
     throw Error(path_ + ": not a moecalc package: it has no record `" + name + "`");
   }
   return read(found->second.position, static_cast<size_t>(found->second.size));
+}
+
+std::string digest_of(const PackageFile& file) {
+  std::string lines;  // of sorted names
+  char numbers[40];
+  for (const auto& [name, place] : file.records()) {
+    if (name.rfind("extra/", 0) == 0) continue;
+    std::snprintf(numbers, sizeof(numbers), " %llu %08x\n", static_cast<unsigned long long>(place.size),
+                  place.checksum);
+    lines += name + numbers;
+  }
+  std::snprintf(numbers, sizeof(numbers), "%08x",
+                ~crc32(0xFFFFFFFFU, reinterpret_cast<const unsigned char*>(lines.data()), lines.size()));
+  return numbers;
 }
 
 void check_archive(const std::string& path) { const PackageFile checked(path); }

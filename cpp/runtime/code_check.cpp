@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "allowed_code.h"
+#include "json.h"
 #include "moecalc/archive.h"
 #include "moecalc/text.h"
 #include "pickle_check.h"
@@ -20,6 +21,14 @@ namespace {
   throw Error("unsafe or edited file (" + shown + " has " + what +
               ", which no package of moecalc has): it was not loaded; get the package from its maker");
 }
+
+// torch reads code by recursion, so that deep expressions would overflow its stack. Packages have about 80
+// words and symbols in a statement, brackets in brackets four times, and 10 kB in a record.
+constexpr size_t max_code = 1 << 20;
+constexpr size_t max_statement = 1000;
+constexpr size_t max_brackets = 30;
+constexpr size_t max_indentation = 60;
+constexpr size_t max_name = 1000;
 
 struct Token {
   char kind;  // n: name, or names joined by dots; 0: number; s: string; else the character itself
@@ -51,11 +60,13 @@ size_t end_of_string(std::string_view code, size_t i, const std::string& shown) 
 
 std::vector<Token> tokens_of(std::string_view code, const std::string& shown) {
   std::vector<Token> tokens;
+  if (code.size() > max_code) refuse(shown, std::to_string(code.size()) + " bytes of code");
   for (size_t i = 0; i < code.size();) {
     const char c = code[i];
     size_t end = i + 1;
     if (c == ' ') {
-      // indentation is torch's business
+      while (end < code.size() && code[end] == ' ') ++end;
+      if (end - i > max_indentation) refuse(shown, "blocks of that depth");
     } else if (starts_name(c)) {
       while (end < code.size() && (in_name(code[end]) || (code[end] == '.' && end + 1 < code.size() &&
                                                           starts_name(code[end + 1])))) {
@@ -102,6 +113,7 @@ class Scanner {
       : shown_(std::move(shown)), tokens_(tokens_of(code, shown_)) {}
 
   std::set<std::string> run() {
+    check_depth();
     for (at_ = 0; at_ < tokens_.size(); ++at_) {
       const Token& token = tokens_[at_];
       if (token.kind == 'n') {
@@ -120,6 +132,17 @@ class Scanner {
  private:
   char before() const { return at_ == 0 ? '\n' : tokens_[at_ - 1].kind; }
   char after() const { return at_ + 1 < tokens_.size() ? tokens_[at_ + 1].kind : '\n'; }
+
+  void check_depth() const {
+    size_t brackets = 0, length = 0;
+    for (const Token& token : tokens_) {
+      if (token.kind == '(' || token.kind == '[' || token.kind == '{') ++brackets;
+      if (token.kind == ')' || token.kind == ']' || token.kind == '}') brackets -= brackets > 0 ? 1 : 0;
+      length = token.kind == '\n' && brackets == 0 ? 0 : length + 1;
+      if (brackets > max_brackets || length > max_statement) refuse(shown_, "a statement of that size");
+      if (token.kind == 'n' && token.text.size() > max_name) refuse(shown_, "a name of that length");
+    }
+  }
 
   void read_name(const std::string& name) {
     const std::string first = name.substr(0, name.find('.'));
@@ -220,6 +243,24 @@ bool is_known_record(std::string_view name) {
   return is_known_code(qualified + ".x");
 }
 
+/// What was changed by hand is seen, unless the digest was changed with it. Older packages have none.
+void check_digest(const PackageFile& file) {
+  if (file.records().count("extra/metadata.json") == 0) return;
+  std::string stored;
+  try {
+    const Json metadata = Json::parse(file.record("extra/metadata.json"));
+    if (metadata.kind() != Json::Kind::object || !metadata.has("digest")) return;
+    stored = metadata.at("digest").text();
+  } catch (const Error& error) {
+    throw Error(std::string("metadata.json: ") + error.what() + ": package the checkpoint again");
+  }
+  const std::string found = digest_of(file);
+  if (stored != found) {
+    throw Error("edited file (digest " + found + " of the model's records, expected " +
+                quoted(stored, 20, '\'') + " of the metadata): get the package from its maker");
+  }
+}
+
 }  // namespace
 
 std::set<std::string> code_words(std::string_view code, const std::string& shown) {
@@ -251,6 +292,7 @@ void check_content(const PackageFile& file) {
   }
   check_pickle(file, "data.pkl", "data");
   check_pickle(file, "constants.pkl", "constants");
+  check_digest(file);
 }
 
 void check_package(const PackageFile& file) {

@@ -109,7 +109,7 @@ std::string folded(std::string_view name) {
 struct Entry {
   std::string name;
   uint64_t size = 0, compressed = 0, offset = 0;
-  uint64_t flags = 0, method = 0;
+  uint64_t flags = 0, method = 0, checksum = 0;
   uint64_t next = 0;  // position of the entry that follows
 };
 
@@ -134,6 +134,7 @@ Entry read_entry(const Bytes& bytes, uint64_t position) {
   Entry entry;
   entry.flags = bytes.number(position + 8, 2);
   entry.method = bytes.number(position + 10, 2);
+  entry.checksum = bytes.number(position + 16, 4);
   entry.compressed = bytes.number(position + 20, 4);
   entry.size = bytes.number(position + 24, 4);
   entry.offset = bytes.number(position + 42, 4);
@@ -184,7 +185,8 @@ Records read_directory(const ReadBytes& read, uint64_t file_size, uint64_t eocd)
     if (slash == std::string::npos) refuse(shown + " is in no folder");
     if (records.empty()) folder = entry.name.substr(0, slash);
     if (entry.name.substr(0, slash) != folder) refuse(shown + " is outside of the folder of the others");
-    records.emplace(entry.name.substr(slash + 1), Record{data, entry.size});
+    records.emplace(entry.name.substr(slash + 1),
+                    Record{data, entry.size, static_cast<uint32_t>(entry.checksum)});
   }
   if (position != end) refuse("a bad directory");
   if (records.size() != count || (zip64 && bytes.number(end + 24, 8) != count) ||

@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,19 +47,43 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
 
     # through memory: torch's own writer ends the process when the disk is full
     raw, packed = io.BytesIO(), io.BytesIO()
-    jit_save(module, raw, records)
+    jit_save(module, raw, {})
     with zipfile.ZipFile(raw) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as target:
-        for name in sorted(source.namelist()):
-            # source paths of the machine that packaged, and a random id: nothing that a run needs
-            if name.endswith((".debug_pkl", "/serialization_id")):
-                continue
-            # torch names the top folder after the file; give it one name
-            inner = "model/" + name.split("/", 1)[1]
-            target.writestr(zipfile.ZipInfo(inner, date_time=_EPOCH), source.read(name))
+        # torch names the top folder after the file; give it one name
+        names = {"model/" + name.split("/", 1)[1]: name for name in source.namelist()}
+        # source paths of the machine that packaged, and a random id: nothing that a run needs
+        names = {n: name for n, name in names.items() if not n.endswith((".debug_pkl", "/serialization_id"))}
+        extra = {f"model/extra/{name}": text for name, text in records.items()}
+        if "metadata.json" in records:
+            digest = digest_of({n: source.getinfo(name) for n, name in names.items()}.items())
+            extra["model/extra/metadata.json"] = with_digest(records["metadata.json"], digest)
+        for name in sorted([*names, *extra]):
+            content = extra[name].encode() if name in extra else source.read(names[name])
+            target.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), content)
     body = packed.getvalue()
     end = body.rindex(_END)
     stamp = f"moecalc crc32={zlib.crc32(body[:end]):08x} size={end}".encode()
     path.write_bytes(body[: end + 20] + struct.pack("<H", len(stamp)) + stamp)
+
+
+def digest_of(records: Iterable[tuple[str, zipfile.ZipInfo]]) -> str:
+    """Digest of the records of a model, all but those in `extra/`: CRC-32 of lines `NAME SIZE CRC`, sorted by name.
+
+    Args:
+        records: full names in a package, and entries of the directory.
+    """
+    inner = {name.split("/", 1)[1]: entry for name, entry in records}
+    lines = [
+        f"{name} {entry.file_size} {entry.CRC:08x}\n"
+        for name, entry in sorted(inner.items())
+        if not name.startswith("extra/")
+    ]
+    return f"{zlib.crc32(''.join(lines).encode()):08x}"
+
+
+def with_digest(metadata: str, digest: str) -> str:
+    """Text of metadata.json with this digest."""
+    return json.dumps(json.loads(metadata) | {"digest": digest}, indent=1, ensure_ascii=False)
 
 
 def foreign_package(path: Path) -> PackageError:
@@ -193,6 +217,8 @@ def _check_directory(path: Path, body: mmap.mmap, end: int) -> None:
         written = body[entry.header_offset + 30 : entry.header_offset + 30 + name_size]
         if written != name.encode() or header[8:10] != b"\0\0":
             raise refuse(f"{shown} differs from its header")
+        if zlib.crc32(memoryview(body)[data : data + entry.file_size]) != entry.CRC:
+            raise refuse(f"{shown} has another checksum than the directory says")
         spans.append((entry.header_offset, data + entry.file_size))
     if len({name.partition("/")[0] for name in seen}) != 1 or any("/" not in name for name in seen):
         raise refuse("records in more than one folder")

@@ -18,7 +18,7 @@ from moecalc.conditions import Conditions, ModelConditions, fix
 from moecalc.errors import PackageError, printable
 from moecalc.files import check_outputs, display_text, move_into_place, temporary_folder
 from moecalc.nn import MoEPotential
-from moecalc.package.archive import check_archive, write_archive
+from moecalc.package.archive import check_archive, read_metadata, write_archive
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
 from moecalc.package.importers.registry import resolve_checkpoint
 from moecalc.package.lower import count_parameters, lower
@@ -160,7 +160,7 @@ def package_checkpoint(
         check_archive(draft)
         move_into_place(draft, out)  # a reader never sees half of it
     return PackageReport(
-        path=display_text(out), metadata=metadata, verification=report, size_bytes=out.stat().st_size,
+        path=display_text(out), metadata=read_metadata(out), verification=report, size_bytes=out.stat().st_size,
         pruned={
             "elements": [e for e in imported.config.type_map if e not in low.elements],
             "experts_before": _count_experts(full),

@@ -137,6 +137,8 @@ class Metadata(_Record):
     license: str = ""
     citation: str = ""
     remarks: list[str] = Field(default_factory=list)
+    digest: str = ""
+    """Of the records of the model (`digest_of`); written with them."""
 
 
 class ReferenceFrame(_Record):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from alterations import SET_STATE, alterations, edit_code, edit_json, insert_code, pack, records_of
 
@@ -77,8 +78,16 @@ def test_altered_packages_are_refused(genuine, tmp_path):
             frame["energy"] += 1e-3
         return frames
 
+    def scaled(path):
+        records = records_of(path)
+        name = max((n for n in records if "/data/" in n), key=lambda n: len(records[n]))
+        records[name] = (np.frombuffer(records[name]) * 1.001).tobytes()
+        return pack(records, digest=False)
+
     target = tmp_path / "touched"
     cases = {
+        "edited file (digest ": scaled,
+        "a statement of that size": lambda p: insert_code(p, "x0 = " + "(" * 100_000 + "1" + ")" * 100_000),
         "__setstate__": loop,
         "torch.save": lambda p: insert_code(p, f'torch.save(edge_vec, "{target}")'),
         "torch.from_file": lambda p: insert_code(p, f'x0 = torch.from_file("{target}", True, 10)'),

@@ -31,6 +31,7 @@ class MOECALC_API OutOfMemoryError : public Error {
 /// Where the bytes of a record are in the file.
 struct Record {
   uint64_t position = 0, size = 0;
+  uint32_t checksum = 0;  // CRC-32 of its bytes, the same as in the archive's directory
 };
 /// By name, without the archive's top folder.
 using Records = std::map<std::string, Record, std::less<>>;
@@ -66,8 +67,9 @@ class MOECALC_API PackageFile {
  private:
   std::string read(uint64_t position, size_t n) const;
   void check();
-  uint64_t check_checksum() const;
-  void read_records(uint64_t eocd);
+  void check_checksum();
+  uint32_t checksum(uint64_t covered);
+  void check_records() const;
   void check_format() const;
 
   std::string path_;
@@ -76,6 +78,8 @@ class MOECALC_API PackageFile {
   uint64_t size_ = 0;
   int64_t changed_ns_ = 0;  // time of the last change
   Records records_;
+  std::map<std::string, uint32_t, std::less<>>
+      found_;  // checksums of the records' bytes while they are checked
 };
 
 /// Throws Error if `path` is missing, truncated, damaged, not a moecalc package, or of a newer format.
@@ -83,8 +87,12 @@ MOECALC_API void check_archive(const std::string& path);
 
 /// Throws Error, which begins with the file's path, if the package holds anything that moecalc does not write
 /// into one: other records, TorchScript that could do more than compute, pickles of other things than numbers
-/// and tensors. To be called before torch sees the file, because torch runs code of a file while it loads it.
+/// and tensors; or if its records are not those that the digest in its metadata was made for. To be called
+/// before torch sees the file, because torch runs code of a file while it loads it.
 MOECALC_API void check_package(const PackageFile& file);
+
+/// Digest of the records of the model, all but those in `extra/` (docs/architecture.md).
+MOECALC_API std::string digest_of(const PackageFile& file);
 
 /// The words of a package's code that `check_package` looks at, sorted: to compare with the allowed ones.
 MOECALC_API std::vector<std::string> words_of_code(const PackageFile& file);
