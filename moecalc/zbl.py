@@ -271,7 +271,7 @@ class _Guarded(SumCalculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What differs between the structure and the one that the results are of."""
         changes: list[str] = super().check_state(atoms, tol)
-        if not changes and not same_info(self.atoms, atoms):
+        if self.atoms is not None and not changes and not same_info(self.atoms, atoms):
             changes.append("info")
         return changes
 

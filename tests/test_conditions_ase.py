@@ -314,13 +314,10 @@ def test_defaults_are_said_once_with_their_values(oracle, atoms):
 
 
 def test_one_input_for_both_is_named_once(tmp_path, atoms):
-    options = {
-        "add_chg_spin_ebd": True,
-        "fparam_is_charge_spin": True,
-        "default_chg_spin": (0, 1),
-        "nlayers": 1,
-    }
-    config = testing.random_config(["O", "H"], fitting={"numb_fparam": 2}, **options)
+    options = {"add_chg_spin_ebd": True, "fparam_is_charge_spin": True, "nlayers": 1}
+    config = testing.random_config(
+        ["O", "H"], fitting={"numb_fparam": 2, "default_fparam": [0, 1]}, **options
+    )
     testing.write_random_package(tmp_path / "x.moe.pt", config)
     with pytest.warns(UserWarning, match=r"^no charge and no spin given: .* charge = 0, spin = 1 \(set"):
         energy(MoECalculator(tmp_path / "x.moe.pt", device="cpu"), atoms)
