@@ -88,7 +88,7 @@ def load_plain(path: Path) -> Any:
         # torch's own message advises to load the file with its code
         found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand) ([\w.]+)", str(error))
         name = next((g for g in found.groups() if g), "") if found else ""
-        if name:
+        if name and describe(path) in (None, CHECKPOINT):  # a file of another kind is no pickle at all
             raise CheckpointError(
                 f"not a readable checkpoint (it holds {name}, which is code), expected tensors and plain containers only: "
                 "do not load this file elsewhere unless you trust its source"
