@@ -3,6 +3,7 @@
 import math
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,7 +213,8 @@ class TypeEmbedding(nn.Module):
         if use_econf:
             rows = torch.stack([electron_configuration(symbol) for symbol in type_map])
         else:
-            rows = torch.eye(len(type_map), dtype=torch.float64)
+            # not torch.eye: on the meta device, where importers compare shapes, that imports torch's compiler
+            rows = torch.from_numpy(np.eye(len(type_map)))
         self.use_bias = use_bias
         self.register_buffer("rows", rows, persistent=False)
         self.matrix = nn.Parameter(torch.randn(rows.size(1), n_dim) / (rows.size(1) + n_dim) ** 0.5)

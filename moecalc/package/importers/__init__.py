@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from moecalc._clean import clean_torch
 from moecalc.errors import CheckpointError
 from moecalc.files import describe
-from moecalc.nn import MoEPotential
+from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.importers.checks import check_config, check_finite, check_shape
 from moecalc.package.importers.common import ImportedModel
 from moecalc.package.importers.container import check_container, is_torchscript, load_plain
@@ -111,6 +112,23 @@ def _build(imported: ImportedModel, dtype: torch.dtype | None) -> MoEPotential:
 _DERIVED = {"pair_mask", "dtype_probe", "readout.energy_weight"}
 
 
+_FEW_NUMBERS = 2**24
+
+
+def _most_numbers(config: ModelConfig) -> int:
+    """An upper bound of the numbers in a model, from its options alone."""
+    c, neuron = (
+        config.descriptor,
+        [*config.fitting.neuron, config.fitting.numb_fparam + config.fitting.dim_case_embd],
+    )
+    experts = max((r.n_routed_experts + r.n_shared_experts for r in config.moe.routers.values()), default=1)
+    rows = c.axis_neuron * (c.n_dim + c.e_dim) + 2 * c.n_dim + c.e_dim + c.angle_dim
+    columns = (2 + c.n_multi_edge_message) * c.n_dim + 3 * c.e_dim + c.a_dim + experts
+    fitting = (len(neuron) + 1) * (max(neuron) + 2 * c.n_dim) ** 2
+    tables = (len(config.type_map) + 318) * (c.n_dim + len(config.type_map)) + 2 * c.n_dim**2
+    return c.nlayers * experts * rows * columns + fitting + tables
+
+
 def _check_against(imported: ImportedModel) -> None:
     """Compare names and shapes of the tensors with the configuration, without the memory that it asks for.
 
@@ -123,7 +141,8 @@ def _check_against(imported: ImportedModel) -> None:
             f"option nlayers = {config.descriptor.nlayers} or the {len(config.fitting.neuron)} entries of neuron, expected "
             f"fewer for a checkpoint of {len(state)} tensors"
         )
-    with torch.device("meta"):
+    # on the meta device, torch imports its compiler, which takes seconds: only where memory is at stake
+    with torch.device("meta") if _most_numbers(config) > _FEW_NUMBERS else nullcontext():
         own = MoEPotential(config).state_dict()
     missing = sorted(set(own) - set(state) - _DERIVED)
     surplus = sorted(set(state) - set(own))
