@@ -382,7 +382,11 @@ def test_stored_default_counts_more_than_the_option(tmp_path):
             [1.0],
             r"default_fparam = \[1.0\], expected numb_fparam = 2 numbers",
         ),
-        (("fitting_net", "numb_aparam"), 1, r"fitting_net.numb_aparam = 1 \(int\) is not supported, expected 0"),
+        (
+            ("fitting_net", "numb_aparam"),
+            1,
+            r"fitting_net.numb_aparam = 1 \(int\) is not supported, expected 0",
+        ),
     ],
 )
 def test_checkpoints_with_impossible_values_are_refused(tmp_path, where, value, message):
