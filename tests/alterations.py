@@ -197,7 +197,7 @@ def _module_alterations(source: Path, rng: np.random.Generator, folder: Path) ->
 
 
 ATTACKS = {
-    "write a file": 'torch.save(edge_vec, "/tmp/moecalc_attack")',
+    "write a file": 'torch.save(edge_vec, "moecalc_attack")',
     "read a file": 'x0 = torch.from_file("/etc/passwd", False, 10)',
     "read an image": 'x0 = ops.image.read_file("/etc/passwd")',
     "print": 'print("hello")',
