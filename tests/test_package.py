@@ -23,6 +23,8 @@ from moecalc.package import (
 )
 from moecalc.package.importers import build_model, load_checkpoint, save_checkpoint
 from moecalc.package.metadata import Check, VerificationReport
+from moecalc.package.reference import CUTOFF_GAP
+from moecalc.package.verify import _strain_step
 
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
 ORACLE = DATA / "oracle" / "models"
@@ -333,3 +335,8 @@ def test_shipped_package_is_the_example_checkpoint():
     atoms.calc = MoECalculator(dtype="float64", device="cpu")
     # routing weights are rounded to float32 in the package
     assert np.abs(atoms.get_forces() - out.forces.numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("cutoff", [2.0, 4.5, 6.0, 9.0])
+def test_strains_of_the_verification_take_no_pair_across_a_cutoff(cutoff):
+    assert 2.0 * _strain_step(cutoff) * cutoff < CUTOFF_GAP

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 _MAX_ELEMENTS_PER_FRAME = 10
 # distance of every edge from the cutoffs, so that finite differences never step across one (Angstrom)
-_CUTOFF_GAP = 1e-3
+CUTOFF_GAP = 1e-3
 
 
 def graph_tensors(
@@ -140,7 +140,7 @@ def _random_frame(seed: int, symbols: list[str], periodic: bool, avoid: tuple[fl
         r = np.linalg.norm(brute_force_edges(atoms, max(avoid) + 0.1)[2], axis=1)
         # swell the structure by up to 5 % until no distance is near a cutoff
         for scale in np.linspace(1.0, 1.05, 300):
-            if all((np.abs(scale * r - c) > _CUTOFF_GAP).all() for c in avoid):
+            if all((np.abs(scale * r - c) > CUTOFF_GAP).all() for c in avoid):
                 return Atoms(symbols, positions=scale * positions, cell=scale * cell, pbc=periodic)
 
 

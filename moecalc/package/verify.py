@@ -23,7 +23,12 @@ from moecalc.nn.model import ModelOutput
 from moecalc.package.archive import read_metadata, read_reference
 from moecalc.package.importers import set_precision
 from moecalc.package.metadata import Check, ReferenceFrame, VerificationReport, worst
-from moecalc.package.reference import condition_tensors, evaluate_structure, graph_tensors
+from moecalc.package.reference import (
+    CUTOFF_GAP,
+    condition_tensors,
+    evaluate_structure,
+    graph_tensors,
+)
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str], None]
@@ -102,9 +107,13 @@ def _give_conditions(evaluator: Any, conditions: Conditions) -> None:
     )
 
 
-def _fourth_order(energy: Callable[[float], float]) -> float:
-    h = _STEP
+def _fourth_order(energy: Callable[[float], float], h: float = _STEP) -> float:
     return (8.0 * (energy(h) - energy(-h)) - (energy(2 * h) - energy(-2 * h))) / (12.0 * h)
+
+
+def _strain_step(cutoff: float) -> float:
+    """A strain of twice this moves a pair by up to its distance times that, which must stay below the gap at the cutoff."""
+    return min(_STEP, 0.45 * CUTOFF_GAP / cutoff)
 
 
 def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float, float]:
@@ -125,13 +134,15 @@ def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float,
         slope = _fourth_order(lambda h, d=direction: energy(positions + h * d, cell))  # type: ignore[misc]
         exact = -float((out.forces.numpy() * direction).sum())
         force_error = worst(force_error, abs(slope - exact) / max(1.0, abs(exact)))
+    step = _strain_step(float(model.cutoff))  # type: ignore[arg-type]
     if all(pbc):
         for a in range(3):
             for b in range(a, 3):
                 strain = np.zeros((3, 3))
                 strain[a, b] = strain[b, a] = 1.0 if a == b else 0.5
                 slope = _fourth_order(
-                    lambda h, s=strain: energy(positions @ (np.eye(3) + h * s), cell @ (np.eye(3) + h * s))  # type: ignore[misc]
+                    lambda h, s=strain: energy(positions @ (np.eye(3) + h * s), cell @ (np.eye(3) + h * s)),  # type: ignore[misc]
+                    step,
                 )
                 w = out.virial[0].numpy()
                 exact = -float((w * strain).sum())
