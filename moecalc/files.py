@@ -163,11 +163,17 @@ def _describe_text(head: bytes) -> str | None:
     return f"a text file that begins with {line!r}"
 
 
+def code_in_pickle(error: Exception) -> str | None:
+    """What `torch.load(..., weights_only=True)` refused because it could run code; None if it failed for another reason."""
+    found = re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|global)) ([\w.]+)", " ".join(str(error).split()))
+    return found[1] if found else None
+
+
 def load_failure(error: Exception) -> str:
     """Why `torch.load(..., weights_only=True)` failed, in a few words; without torch's advice to load the file unsafely."""
     text = " ".join(str(error).split())
-    if found := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+)", text):
-        return f"it has {found[1]} in it, which could run code, expected only tensors, numbers, texts, lists and dictionaries"
+    if code := code_in_pickle(error):
+        return f"it has {code} in it, which could run code, expected only tensors, numbers, texts, lists and dictionaries"
     if "weights_only" in text or "Weights only" in text:
         return "it has objects in it that could run code, expected only tensors, numbers, texts, lists and dictionaries"
     if isinstance(error, EOFError):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moecalc.errors import CheckpointError
-from moecalc.files import CHECKPOINT, describe
+from moecalc.files import CHECKPOINT, code_in_pickle, describe
 
 _FOREIGN = {
     ".pb": "a frozen model of DeePMD-kit's TensorFlow backend",
@@ -86,9 +86,7 @@ def load_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load the file with its code
-        found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand) ([\w.]+)", str(error))
-        name = next((g for g in found.groups() if g), "") if found else ""
-        if name and describe(path) in (None, CHECKPOINT):  # a file of another kind is no pickle at all
+        if name := code_in_pickle(error):
             raise CheckpointError(
                 f"not a readable checkpoint (it holds {name}, which is code), expected tensors and plain containers only: "
                 "do not load this file elsewhere unless you trust its source"
