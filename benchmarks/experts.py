@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,10 +20,9 @@ from pathlib import Path
 
 import ase.io
 import numpy as np
-import torch
 
 from moecalc import MoECalculator, testing
-from moecalc.bench import ceilings, machine, water
+from moecalc.bench import machine, water
 from moecalc.costs import costs, count_graph, read_architecture, total_cost
 from moecalc.neighbors import SkinNeighborList
 
@@ -32,6 +33,20 @@ MODELS: dict[str, dict[str, object]] = {
     "MoLE, 8 routed": {"n_routed": 8, "kind": "linear"},
 }
 WARM_UP = 2
+CEILINGS = "import sys; from moecalc.bench import ceilings; print(ceilings(sys.argv[1], int(sys.argv[2])).model_dump_json())"
+
+
+def ceilings(dtype: str, threads: int) -> dict[str, float]:
+    """What matrix products and copies reach, in a process of their own: NumPy's threads are set when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", CEILINGS, dtype, str(threads)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
 
 
 def main() -> int:
@@ -50,7 +65,6 @@ def main() -> int:
     if arguments.structure is not None and not arguments.structure.is_file():
         parser.error(f"{arguments.structure}: no such file")
     warnings.filterwarnings("ignore", message="an atom has .* neighbours")
-    torch.set_num_threads(arguments.threads)
     atoms = water() if arguments.structure is None else ase.io.read(arguments.structure)
     results: dict[str, dict[str, float]] = {}
     calculators = {}
@@ -59,11 +73,12 @@ def main() -> int:
             print(f"writing {name}", file=sys.stderr, flush=True)
             package = Path(folder) / f"{number}.moe.pt"
             testing.write_random_package(package, testing.full_size_config(**options), arguments.dtype)
-            calculators[name] = MoECalculator(package, device="cpu", check=False)
+            calculators[name] = MoECalculator(package, device="cpu", threads=arguments.threads, check=False)
             architecture = read_architecture(package)
             types = np.array([["O", "H"].index(s) for s in atoms.symbols])
-            graph = SkinNeighborList(6.0, 0.0).graph(atoms, types)
-            counts = count_graph(architecture, types, graph.edge_index, graph.edge_vec, 6.0, 4.0)
+            pairs, positions = SkinNeighborList(6.0, 0.0).pairs(atoms)
+            edge_vec = pairs.vectors(positions, atoms.cell.array[None])
+            counts = count_graph(architecture, types, pairs.edge_index, edge_vec, 6.0, 4.0)
             results[name] = {"gflop": total_cost(costs(architecture, counts)).flops / 1e9}
         times: dict[str, list[float]] = {name: [] for name in MODELS}
         rng = np.random.default_rng(0)
@@ -91,7 +106,7 @@ def main() -> int:
             **machine().model_dump(),
             "threads": arguments.threads,
             "dtype": arguments.dtype,
-            **ceilings(arguments.dtype).model_dump(),
+            **ceilings(arguments.dtype, arguments.threads),
         }
         record = {"machine": about, "atoms": len(atoms), "results": results, "times_s": times}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

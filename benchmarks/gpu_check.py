@@ -3,13 +3,17 @@
 python benchmarks/gpu_check.py --json gpu.json [--dry-run] [--peer-python PYTHON --peer-model MODEL ...]
 
 Every measurement is a process of its own, so that one that runs out of memory stops no other. `--dry-run` goes through all of it with the emulated
-kernels, a small model and 24 atoms: its times mean nothing.
+kernels, a small model and 24 atoms: its times mean nothing. torch makes the models, and its profiler counts the transfers; without torch, give models
+with `--packages`, and nothing is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime as dt
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -44,20 +48,42 @@ def write_package(path: Path, n_routed: int, *, dry_run: bool) -> None:
     testing.write_random_package(path, testing.full_size_config(["O", "H"], n_routed=n_routed, **small))
 
 
+def made_packages(folder: Path, *, dry_run: bool) -> dict[str, str]:
+    """The packages of `MODELS` in a folder; those that are missing are written."""
+    packages = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for model, n_routed in MODELS.items():
+        path = folder / f"{model}.moe.pt"
+        if not path.exists():
+            write_package(path, n_routed, dry_run=dry_run)
+        packages[model] = str(path.resolve())
+    return packages
+
+
 def evaluator_of(spec: dict[str, Any]) -> Any:
     """The model on the device, with the CUDA kernels or not at all."""
     from moecalc import _lib
 
     double = spec["precision"] == "float64"
-    model = _lib.load().Evaluator(
+    return _lib.load().Evaluator(
         spec["model"],
         spec["device"],
         "float64" if double else "float32",
         "fp32" if double else spec["precision"],
+        spec["backend"],
     )
-    if not model.keeps_lists:
-        raise RuntimeError(f"no CUDA kernels: {model.backend} ({model.backend_reason})")
-    return model
+
+
+def device_memory_in_use() -> int | None:
+    """Bytes of the device that are taken, by whatever program; None where there is none. After an evaluation, which chooses the device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)):
+        return None
+    return total.value - free.value
 
 
 class Steps:
@@ -79,7 +105,7 @@ class Steps:
     def step(self) -> dict[str, Any]:
         """Energy and forces, as a step of NVE needs them."""
         moved = self.positions + self.rng.normal(scale=0.002, size=self.positions.shape)
-        result: dict[str, Any] = self.model.evaluate_positions(moved, self.cells, virial=False)
+        result: dict[str, Any] = self.model.evaluate(moved, self.cells, virial=False)
         return result
 
 
@@ -107,6 +133,7 @@ def measure_time(spec: dict[str, Any]) -> dict[str, Any]:
         "first_s": first,
         "buffer_bytes": steps.model.buffer_bytes,
         "estimate_bytes": estimate,
+        "device_bytes_in_use": device_memory_in_use(),
     }
 
 
@@ -122,6 +149,7 @@ def measure_calculator(spec: dict[str, Any]) -> dict[str, Any]:
         device=spec["device"],
         dtype="float64" if double else "float32",
         precision="fp32" if double else spec["precision"],
+        backend=spec["backend"] or None,
         check=False,
         allow_untrained=True,
     )
@@ -137,6 +165,8 @@ def measure_calculator(spec: dict[str, Any]) -> dict[str, Any]:
 
 def measure_transfers(spec: dict[str, Any]) -> dict[str, Any]:
     """What one step asks of the CUDA runtime, as torch's profiler sees all calls of the process: launches, copies by direction, waits."""
+    if importlib.util.find_spec("torch") is None:
+        return {"left_out": "not counted: torch, whose profiler counts them, is not installed"}
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -181,8 +211,6 @@ def run(kind: str, spec: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[s
     """A measurement in a process of its own: its result, or `error` and the last line that it wrote."""
     environment = dict(os.environ)
     environment.pop("MOECALC_BACKEND", None)
-    if spec["dry_run"]:
-        environment["MOECALC_BACKEND"] = "cuda-emulation"
     command = [*prefix, sys.executable, __file__, "--measure", kind, json.dumps(spec)]
     return _run(command, environment)
 
@@ -261,23 +289,45 @@ def peer(options: argparse.Namespace, model: str, copies: int, folder: Path) -> 
 
 def describe(*, dry_run: bool) -> dict[str, Any]:
     """The device, and the versions of what runs on it."""
-    import torch
+    from moecalc import __version__
 
-    from moecalc import __version__, _lib
-
-    found = {
+    found: dict[str, Any] = {
         "device": "emulated on the CPU",
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
         "moecalc": __version__,
-        "kernels": json.loads(_lib.load().build_info())["cuda_kernels"],
+        "torch": _version("torch"),
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
     }
     if not dry_run:
-        properties = torch.cuda.get_device_properties(0)
-        found["device"] = properties.name
-        found["memory_bytes"] = properties.total_memory
+        cuda = cuda_info()
+        first = cuda["devices"][0]
+        found |= {"device": first["name"], "memory_bytes": first["memory"], "cuda": cuda}
     return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cuda_info() -> dict[str, Any]:
+    """What libmoecalc_cuda.so says of itself, the driver and the devices (cpp/backends/cuda/interface.h).
+
+    Raises:
+        SystemExit: it was not built, or sees no device.
+    """
+    import moecalc
+
+    path = Path(moecalc.__file__).with_name("libmoecalc_cuda.so")
+    if not path.exists():
+        raise SystemExit(f"{path}: no such file: build moecalc with MOECALC_CUDA=1, or use --dry-run")
+    function = ctypes.CDLL(str(path)).moecalc_cuda_info
+    function.restype = ctypes.c_char_p
+    info: dict[str, Any] = json.loads(function())
+    if not info["devices"]:
+        raise SystemExit(f"{path} sees no GPU ({info['error']}): see nvidia-smi, or use --dry-run")
+    return info
 
 
 def report(results: dict[str, Any]) -> None:
@@ -314,8 +364,8 @@ def report(results: dict[str, Any]) -> None:
         what = row["error"] if "error" in row else f"{row['atoms']} atoms ({row['stopped_by']})"
         console.print(f"largest system, {name}: {what}", soft_wrap=True)
     moved = results["transfers"]
-    if "error" in moved:
-        console.print(f"transfers per step: {moved['error']}", soft_wrap=True)
+    if reason := moved.get("error", moved.get("left_out")):
+        console.print(f"transfers per step: {reason}", soft_wrap=True)
     else:
         console.print(
             f"per step: {moved['launches']:g} launches, {moved['copies_up']:g} copies to the device, {moved['copies_down']:g} back, "
@@ -337,6 +387,11 @@ def main() -> int:
         "--peer-python", type=Path, help="Python of an environment with DeePMD-kit and its LAMMPS"
     )
     parser.add_argument("--peer-model", nargs="*", default=[], help="its models, .pth or .pt2")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        help="folder of dense.moe.pt and moe.moe.pt; made where missing, which needs torch",
+    )
     parser.add_argument("--sanitizer", help="compute-sanitizer: check a few steps with it, and nothing else")
     options = parser.parse_args()
     if bool(options.peer_model) != (options.peer_python is not None):
@@ -346,16 +401,14 @@ def main() -> int:
     copies = options.copies or ((1,) if dry else COPIES)
     base = {
         "device": "cpu" if dry else "cuda:0",
+        "backend": "cuda-emulation" if dry else "",
         "dry_run": dry,
         "warm_up": 1 if dry else 5,
         "steps": 2 if dry else options.steps,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        packages = {}
-        for model, n_routed in MODELS.items():
-            packages[model] = str(folder / f"{model}.moe.pt")
-            write_package(Path(packages[model]), n_routed, dry_run=dry)
+        packages = made_packages(options.packages or folder, dry_run=dry)
         if options.sanitizer:
             return _sanitize(options.sanitizer, {**base, "model": packages["moe"], "copies": 1})
         results: dict[str, Any] = {"machine": describe(dry_run=dry), "times": [], "largest": {}}

@@ -1,6 +1,9 @@
 """Speed of pair_style moe on 2 ranks x 1 thread against 1 rank x 1 thread, run alternately; medians of whole short runs.
 
 python benchmarks/lammps_ranks.py [--repeat 10] [--steps 10] [--rounds 5] [--json FILE]
+python benchmarks/lammps_ranks.py --start-up [--rounds 5] [--json FILE]
+
+The second form measures what the pair style adds to a rank beside `pair_style zero`: time of a whole `run 0` of 54 atoms, and peak memory.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -57,14 +61,70 @@ def seconds_per_step(ranks: int, repeat: int, steps: int, folder: Path) -> float
     return float(loops[1]) / steps
 
 
+STYLES = {
+    "zero": "pair_style zero 6.0\npair_coeff * *",
+    "moe": "pair_style moe\npair_coeff * * default Nb Mo Ta W",
+}
+
+
+def start_up(style: str, folder: Path) -> tuple[float, float]:
+    """Wall time (s) of `run 0` with 54 atoms, start and end of the process included, and its peak memory (1e6 bytes)."""
+    script = SCRIPT.format(repeat=3, steps=0)
+    before, after = script.split("pair_style moe\n")[0], script.split("Nb Mo Ta W\n")[1]
+    # not what getrusage says, which is inherited from the program that starts LAMMPS
+    peak = 'shell "grep VmHWM /proc/$PPID/status"'
+    (folder / "in.start").write_text(f"{before}{STYLES[style]}\n{after}{peak}\n")
+    command = [str(Path(sys.executable).parent / "lmp"), "-in", "in.start", "-log", "none"]
+    begin = time.perf_counter()
+    run = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.perf_counter() - begin
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", run.stdout)
+    return seconds, 1024 * int(kibibytes) / 1e6
+
+
+def measure_start_up(rounds: int, json_file: Path | None) -> None:
+    """Both styles in turn; prints a table."""
+    found: dict[str, list[tuple[float, float]]] = {style: [] for style in STYLES}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for style, values in found.items():
+                values.append(start_up(style, Path(folder)))
+    medians = {
+        style: tuple(map(statistics.median, zip(*values, strict=True))) for style, values in found.items()
+    }
+    table = Table("pair style", "time (s)", "peak memory (MB)")
+    for style, (seconds, megabytes) in medians.items():
+        table.add_row(style, f"{seconds:.3f}", f"{megabytes:.1f}")
+    more = [moe - zero for moe, zero in zip(medians["moe"], medians["zero"], strict=True)]
+    table.add_row("moe more", f"{more[0]:.3f}", f"{more[1]:.1f}")
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps({"seconds_and_megabytes": found}, indent=1))
+
+
 def main() -> None:
     """Measure, print a table, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description="2 ranks against 1 rank, one thread each")
+    parser = argparse.ArgumentParser(
+        description="2 ranks against 1 rank, one thread each; or what a rank costs to start"
+    )
+    parser.add_argument(
+        "--start-up", action="store_true", help="time and memory of a start beside pair_style zero"
+    )
     parser.add_argument("--repeat", type=int, default=10, help="bcc cells along each edge (10: 2000 atoms)")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.start_up:
+        measure_start_up(options.rounds, options.json)
+        return
     times: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):

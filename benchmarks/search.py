@@ -105,8 +105,9 @@ def gflop(package: Path, cutoffs: tuple[float, float], elements: list[str]) -> f
     architecture = read_architecture(package)
     atoms = bulk_alloy(elements[-4:], repeat=4, amplitude=0.15)
     types = np.array([elements.index(s) for s in atoms.symbols])
-    graph = SkinNeighborList(cutoffs[0], 0.0).graph(atoms, types)
-    counts = count_graph(architecture, types, graph.edge_index, graph.edge_vec, *cutoffs)
+    pairs, positions = SkinNeighborList(cutoffs[0], 0.0).pairs(atoms)
+    edge_vec = pairs.vectors(positions, atoms.cell.array[None])
+    counts = count_graph(architecture, types, pairs.edge_index, edge_vec, *cutoffs)
     return total_cost(costs(architecture, counts)).flops / 1e9
 
 

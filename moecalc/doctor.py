@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import moecalc
 from moecalc import _install, _lib
+from moecalc._gpu import DriverError, Gpu, driver_version, gpus, is_here
 from moecalc.errors import MoecalcError
 
 Status = Literal["ok", "warn", "fail"]
@@ -97,27 +101,8 @@ def check_packages() -> list[Finding]:
     return findings
 
 
-def check_torch() -> list[Finding]:
-    """torch imports, is supported, and says how it was compiled."""
-    oldest, newest = _install.dotted(_install.OLDEST_TORCH), _install.dotted(_install.NEWEST_TORCH)
-    remedy = f"`{_install.INSTALL_TORCH}`, then rebuild moecalc if its minor version changed"
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        return [Finding("fail", "torch", f"does not import: {' '.join(str(error).split())}", remedy)]
-    found = str(torch.__version__)
-    major, minor = (int(part) for part in found.split(".")[:2])
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    detail = f"{found}, {build}, C++11 ABI {'on' if torch.compiled_with_cxx11_abi() else 'off'}"
-    if not _install.OLDEST_TORCH <= (major, minor) <= _install.NEWEST_TORCH:
-        return [Finding("fail", "torch", f"{detail}, expected {oldest} to {newest}", remedy)]
-    return [Finding("ok", "torch", detail)]
-
-
 def check_native() -> list[Finding]:
-    """The compiled pieces exist, fit the torch that is installed, load, and are of this version."""
-    import json
-
+    """The compiled pieces exist, load with this Python, and are of this version."""
     folder = Path(moecalc.__file__).parent
     missing = [
         name
@@ -132,39 +117,103 @@ def check_native() -> list[Finding]:
     except ImportError as error:
         # the message holds the remedy already
         return [Finding("fail", "native library", str(error))]
-    detail = (
-        f"libmoecalc.so and _C load: built for torch {info['torch']} with {info['compiler']}, "
-        f"{'with' if info['cuda'] else 'without'} CUDA"
-    )
+    detail = f"libmoecalc.so and _C load: built with {info['compiler']}"
     if info["moecalc"] != moecalc.__version__:
         detail += f", but of moecalc {info['moecalc']}, expected {moecalc.__version__}"
         return [Finding("fail", "native library", detail, _install.REBUILD)]
-    return [Finding("ok", "native library", detail), _cuda_kernels(info["cuda_kernels"])]
+    return [Finding("ok", "native library", detail)]
 
 
-def _cuda_kernels(architectures: str) -> Finding:
+def check_torch() -> list[Finding]:
+    """torch, which packaging, verification and training need, and the part of moecalc that is linked to it; in a process of its own."""
+    found = installed_version("torch")
+    if found is None:
+        detail = f"not installed, needed for packaging and training only: `{_install.INSTALL_PACKAGING}`"
+        return [Finding("ok", "torch", detail)]
+    if problem := _fails("import torch"):
+        detail = f"{found} does not import ({problem}): models run, packaging and training do not"
+        return [Finding("warn", "torch", detail, f"`{_install.INSTALL_PACKAGING}`")]
+    oldest, newest = _install.dotted(_install.OLDEST_TORCH), _install.dotted(_install.NEWEST_TORCH)
+    if not _install.OLDEST_TORCH <= _install.minor(found) <= _install.NEWEST_TORCH:
+        detail = f"{found}: models run, packaging and training are tested with {oldest} to {newest}"
+        return [Finding("warn", "torch", detail, f"`{_install.INSTALL_TORCH}`")]
+    problem = _fails("from moecalc._torch_lib import load_torch_library; load_torch_library()")
+    backend = (
+        f"not available, needed for backend='torchscript' only: {problem}"
+        if problem
+        else "libmoecalc_torch.so loads"
+    )
+    return [
+        Finding("ok", "torch", f"{found}, for packaging and training"),
+        Finding("ok", "torchscript backend", backend),
+    ]
+
+
+def _fails(code: str) -> str | None:
+    """The error of Python code in a process of its own, in one line; None if it runs."""
+    done = subprocess.run(  # noqa: S603 - this program, with code of our own
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1].partition("Error: ")[2] or lines[-1] if lines else f"it ends with code {done.returncode}"
+
+
+def check_gpu() -> list[Finding]:
+    """A GPU that is there can be used."""
+    try:
+        version, found = driver_version(), gpus()
+    except DriverError as error:
+        if not is_here():
+            return [Finding("ok", "gpu", "none here: models run on the CPU")]
+        detail = f"an NVIDIA GPU is here, but its driver does not answer ({error})"
+        return [Finding("warn", "gpu", detail, "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES")]
+    if not found:
+        return [Finding("ok", "gpu", f"a driver for CUDA {version}, but no GPU that this process may use")]
+    devices = "; ".join(
+        f"cuda:{index} {gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}), {gpu.memory / 2**30:.0f} GiB"
+        for index, gpu in enumerate(found)
+    )
+    return [Finding("ok", "gpu", f"{devices}; driver for CUDA {version}"), *_cuda_library(found)]
+
+
+def _cuda_library(here: Sequence[Gpu]) -> list[Finding]:
+    """Whether the CUDA kernels fit the GPUs, and see them."""
+    try:
+        visible = _lib.load().cuda_device_count()
+    except ImportError:  # the native library has a line of its own
+        return []
+    kernels = _cuda_kernels(_cuda_architectures(), here)
+    if kernels.status == "ok" and visible == 0:
+        detail = f"{kernels.detail}, but libmoecalc_cuda.so finds no GPU"
+        return [Finding("warn", kernels.name, detail, "update the driver, or " + _install.REBUILD)]
+    return [kernels]
+
+
+def _cuda_architectures() -> str:
+    """GPUs that the CUDA kernels were compiled for, in CMake's names; empty: there are no kernels."""
+    try:
+        return str(getattr(import_module("moecalc._build_info"), "cuda", ""))
+    except ModuleNotFoundError:
+        return ""
+
+
+def _cuda_kernels(architectures: str, here: Sequence[Gpu]) -> Finding:
     """Whether the CUDA kernels were compiled, and for the GPUs that are here.
 
     Args:
         architectures: CMake's names, for example `80-real 90-real 90-virtual`: code for a GPU, or an intermediate form that the driver compiles
-            for any newer GPU.
+            for any newer GPU. Empty: not compiled.
+        here: the GPUs.
     """
-    import torch
-
-    available = torch.cuda.is_available()
     if not architectures:
-        if not available:
-            return Finding("ok", "cuda kernels", "not compiled, and no GPU that torch can use is here")
-        remedy = "install nvcc of the CUDA version of torch, then MOECALC_CUDA=1 and " + _install.REBUILD
-        return Finding(
-            "warn", "cuda kernels", "not compiled: models run on the GPU slowly, through TorchScript", remedy
-        )
+        remedy = "install nvcc, then MOECALC_CUDA=1 and " + _install.REBUILD
+        return Finding("warn", "cuda kernels", "not compiled: models run on the CPU", remedy)
     compiled = [tuple(name.split("-")) for name in architectures.split()]
     names = ", ".join(f"{'sm' if kind == 'real' else 'compute'}_{number}" for number, kind in compiled)
-    if not available:
-        return Finding("ok", "cuda kernels", f"compiled for {names}; no GPU that torch can use is here")
-    here = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-    for index, (major, minor) in enumerate(here):
+    for index, gpu in enumerate(here):
+        major, minor = gpu.capability
         if not any(_runs_on(number, kind, major, minor) for number, kind in compiled):
             detail = f"compiled for {names}, which does not run on cuda:{index} (sm_{major}{minor})"
             remedy = f'TORCH_CUDA_ARCH_LIST="{major}.{minor}" and ' + _install.REBUILD
@@ -223,61 +272,27 @@ def check_default_model() -> list[Finding]:
 
 def check_cpu() -> list[Finding]:
     """Instruction sets and thread counts."""
-    import torch
+    from moecalc.models import default_model_path
+    from moecalc.runtime import open_model
 
-    findings = []
-    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        model = open_model(default_model_path(), "cpu", check=False)
+    except (ImportError, MoecalcError) as error:
+        return [Finding("fail", "cpu", f"not checked: {error}")]
     sets = [
         s for s in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if s in _cpu_flags()
     ]
-    detail = f"{_cpu_model()}: {' '.join(sets) or 'instruction sets unknown'}; torch uses {capability}"
-    if capability in {"DEFAULT", "NO AVX"} and platform.machine() == "x86_64":
-        remedy = "unset ATEN_CPU_CAPABILITY, or use a CPU with AVX2: this one is several times slower"
-        findings.append(Finding("warn", "cpu", detail, remedy))
-    else:
-        findings.append(Finding("ok", "cpu", detail))
+    detail = f"{_cpu_model()}: {' '.join(sets) or 'instruction sets unknown'}; kernels: {model.backend}"
+    slow = model.backend.endswith("generic") and platform.machine() == "x86_64"
+    remedy = "unset MOECALC_CPU, or use a CPU with AVX2: this one is several times slower" if slow else ""
+    findings = [Finding("warn" if slow else "ok", "cpu", detail, remedy)]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    setting = os.environ.get("OMP_NUM_THREADS")
-    detail = f"torch uses {threads} of {usable} usable cores, OMP_NUM_THREADS {setting or 'not set'}"
+    threads = model.default_threads
+    detail = f"{threads} of {usable} usable cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS') or 'not set'}"
     if threads > usable:
-        findings.append(
-            Finding(
-                "warn",
-                "threads",
-                detail,
-                f"export OMP_NUM_THREADS={usable}: more threads than cores slow down",
-            )
-        )
-    else:
-        findings.append(Finding("ok", "threads", detail))
-    return findings
-
-
-def check_gpu() -> list[Finding]:
-    """A GPU that is there can be used."""
-    import torch
-
-    if torch.cuda.is_available():
-        devices = []
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            capability = f"sm_{properties.major}{properties.minor}"
-            devices.append(
-                f"cuda:{index} {properties.name} ({capability}), {properties.total_memory / 2**30:.0f} GiB"
-            )
-        return [Finding("ok", "gpu", "; ".join(devices))]
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return [Finding("ok", "gpu", "none here: models run on the CPU")]
-    if torch.version.cuda is None:
-        detail = "an NVIDIA GPU is here, but torch is a CPU build"
-        return [
-            Finding(
-                "warn", "gpu", detail, "install a CUDA build of torch (pytorch.org), then rebuild moecalc"
-            )
-        ]
-    detail = f"an NVIDIA GPU is here, but torch (CUDA {torch.version.cuda}) cannot use it"
-    return [Finding("warn", "gpu", detail, "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES")]
+        remedy = f"export OMP_NUM_THREADS={usable}: more threads than cores slow down"
+        return [*findings, Finding("warn", "threads", detail, remedy)]
+    return [*findings, Finding("ok", "threads", detail)]
 
 
 def check_lammps() -> list[Finding]:
@@ -313,11 +328,11 @@ def check_plugin() -> list[Finding]:
 CHECKS: dict[str, Check] = {
     "python": check_python,
     "packages": check_packages,
-    "torch": check_torch,
     "native library": check_native,
     "cpu": check_cpu,
     "gpu": check_gpu,
     "default model": check_default_model,
+    "torch": check_torch,
     "lammps": check_lammps,
     "lammps plugin": check_plugin,
 }

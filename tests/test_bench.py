@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from rich.console import Console
 from typer.testing import CliRunner
 
 from moecalc import MoECalculator, _lib, bench, testing
@@ -19,6 +20,7 @@ from moecalc.costs import PARTS, GraphCounts, costs, count_graph, read_architect
 from moecalc.errors import MoecalcError, PackageError, StructureError
 from moecalc.package.archive import read_metadata, write_archive
 from moecalc.package.lower import lower
+from moecalc.tables import show_bench
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
@@ -43,7 +45,7 @@ def write(tmp_path_factory):
             config = testing.random_config(ELEMENTS, **options)
             low, _ = lower(testing.random_potential(config), config)
             path = folder / f"{len(cache)}.moe.pt"
-            write_archive(path, jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+            write_archive(path, jit_script(low), {"metadata.json": "{}"})
             cache[key] = path, low
         return cache[key]
 
@@ -195,9 +197,7 @@ def test_graph_counts_equal_the_evaluators(write):
     path, _ = write(n_routed=3, exclude_types=[(0, 1)])
     types, edge_index, vec = edges_of(ATOMS, extra=0.7)
     counts = count_graph(read_architecture(path), types, edge_index, vec, CUTOFF, ANGLE_CUTOFF)
-    result = (
-        _lib.load().Evaluator(str(path)).evaluate(types, edge_index, vec, np.zeros(len(types), np.int64), 1)
-    )
+    result = testing.evaluate_edges(_lib.load().Evaluator(str(path)), types, edge_index, vec)
     assert (counts.edges, counts.angles) == (result["n_edge"], result["n_angle"])
     assert counts.slots <= len(ELEMENTS) * len(ATOMS)
 
@@ -205,8 +205,9 @@ def test_graph_counts_equal_the_evaluators(write):
 def test_architecture_of_a_foreign_file_is_refused(tmp_path):
     with pytest.raises(PackageError, match="no such file"):
         read_architecture(tmp_path / "absent.moe.pt")
-    write_archive(tmp_path / "x.moe.pt", jit_script(torch.nn.Identity()), {"format_version": "1"})
-    with pytest.raises(PackageError, match=r"unsafe or edited file|damaged or edited file"):
+    records = {"architecture.json": "{}", "tensors.json": "{}"}
+    write_archive(tmp_path / "x.moe.pt", jit_script(torch.nn.Identity()), records)
+    with pytest.raises(PackageError, match=r"x\.moe\.pt: .*architecture"):
         read_architecture(tmp_path / "x.moe.pt")
 
 
@@ -286,6 +287,31 @@ def test_command(tmp_path):
         assert set(size.cost) == set(PARTS)
         assert "elsewhere" in dict(bench.breakdown(size))
         assert {"graph", "forward", "backward", "readout"} <= set(size.timings)
+
+
+def test_a_gpu_has_no_ceilings(tmp_path):
+    """Nothing but torch could measure them: no floor, and no line of it."""
+    size = {
+        "copies": 1, "atoms": 2, "edges": 3, "angles": 4, "load_s": 0.1, "first_s": 0.1, "step_s": [0.1], "step_p50_s": 0.1,
+        "step_p95_s": 0.1, "ase_p50_s": 0.1, "search_s": 0.1, "update_s": 0.0, "timings": {"forward": 0.05},
+        "atom_steps_per_s": 20.0, "loaded_mb": 1.0, "peak_mb": 1.0, "peak_gpu_mb": 5.0,
+        "cost": {}, "ceilings": None, "floor_s": None, "with_recompute_s": None, "ratio": None,
+    }  # fmt: skip
+    report = bench.Report(
+        model="m", structure="s", dtype="float32", device="cuda:0", backend="cuda fp32", threads=1, steps=1,
+        machine=bench.machine(), sizes=[bench.Size(**size)], failures=[],
+    )  # fmt: skip
+    console = Console(record=True, width=120)
+    show_bench(console, report)
+    text = console.export_text()
+    assert "GPU MB" in text
+    assert "floor, forward" not in text
+    assert "matrix products" not in text
+    bench.save_plot(report, tmp_path / "x.png")
+
+
+def test_machine_needs_no_torch():
+    assert set(bench.machine().model_dump()) == {"cpu", "cores", "gpu", "numpy", "moecalc", "python"}
 
 
 def test_json_names_every_field(tmp_path):

@@ -27,7 +27,7 @@ from ase.optimize import BFGS, FIRE
 from ase.stress import voigt_6_to_full_3x3_stress
 
 import moecalc
-from moecalc import MoECalculator, models, testing
+from moecalc import MoECalculator, _lib, models, runtime, testing
 from moecalc import calculator as module
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
 from moecalc.testing import FINITE_DIFFERENCE, ROUNDING, SAME_MODEL
@@ -50,8 +50,8 @@ def fake_calculator(monkeypatch, elements=("Nb", "W"), metadata=None, **argument
     evaluator = testing.PairEvaluator(
         elements, cutoff=5.0, metadata=json.dumps({"name": "fake", **(metadata or {})})
     )
-    model = module._Model(Path("fake.moe.pt"), evaluator, RuntimeError)
-    monkeypatch.setattr(module, "_open", lambda *_, **__: model)
+    model = runtime.Model(Path("fake.moe.pt"), evaluator)
+    monkeypatch.setattr(module, "open_model", lambda *_, **__: model)
     return MoECalculator("fake.moe.pt", **arguments), evaluator
 
 
@@ -435,20 +435,15 @@ def test_calculators_of_one_package_share_the_model(calculator):
 
 def test_a_model_is_released_with_its_last_calculator():
     package = models.default_model_path()
-    before = len(module._open_models)
+    before = len(runtime._open_models)
     one = MoECalculator(package, device="cpu", dtype="float32", check=False)
     del one
     gc.collect()
-    assert len(module._open_models) == before
+    assert len(runtime._open_models) == before
 
 
-@pytest.mark.parametrize("keeps_lists", [False, True])
-def test_threads_that_share_a_calculator_get_the_results_of_their_own_structures(keeps_lists, monkeypatch):
-    elements = ("Nb", "Mo", "Ta", "W")
-    evaluator = testing.PairEvaluator(elements, metadata='{"name": "fake"}', keeps_lists=keeps_lists)
-    model = module._Model(Path("fake.moe.pt"), evaluator, RuntimeError)
-    monkeypatch.setattr(module, "_open", lambda *_, **__: model)
-    calculator = MoECalculator("fake.moe.pt")
+def test_threads_that_share_a_calculator_get_the_results_of_their_own_structures(monkeypatch):
+    calculator, _ = fake_calculator(monkeypatch, elements=("Nb", "Mo", "Ta", "W"))
     structures = [testing.bulk_alloy(repeat=1, seed=k) * (1, 1, 1 + k) for k in range(4)]
     expected = [calculator.calculate_batch([a], ["energy", "forces", "stress"])[0] for a in structures]
     wrong, done = [], []
@@ -602,10 +597,22 @@ def test_errors_of_the_evaluator_name_the_package(monkeypatch):
     calculator, evaluator = fake_calculator(monkeypatch)
 
     def fail(*_, **__):
-        raise RuntimeError("out of memory in layer 3")
+        raise _lib.load().Error("out of memory in layer 3")
 
     evaluator.evaluate = fail
     with pytest.raises(MoecalcError, match=r"fake\.moe\.pt: out of memory in layer 3"):
+        calculator.get_potential_energy(Atoms("W"))
+
+
+@pytest.mark.parametrize("kind", ["NotFiniteError", "OverlapError"])
+def test_a_structure_that_the_evaluator_refuses_is_to_blame(monkeypatch, kind):
+    calculator, evaluator = fake_calculator(monkeypatch)
+
+    def fail(*_, **__):
+        raise getattr(_lib.load(), kind)("expected finite energies")
+
+    evaluator.evaluate = fail
+    with pytest.raises(StructureError, match=r"fake\.moe\.pt: expected finite energies"):
         calculator.get_potential_energy(Atoms("W"))
 
 
@@ -683,7 +690,7 @@ def test_a_package_is_checked_once_per_process(monkeypatch, tmp_path, check, exp
     copied = tmp_path / "copy.moe.pt"
     copied.write_bytes(models.default_model_path().read_bytes())
     checked = []
-    monkeypatch.setattr(module, "_check", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(runtime, "check_model", lambda *arguments: checked.append(arguments))
     for _ in range(2):
         MoECalculator(copied, device="cpu", check=check)
     assert len(checked) == expected
@@ -720,22 +727,46 @@ def test_an_unknown_device_is_refused():
         MoECalculator(device="gpu")
 
 
-def test_cuda_without_a_device_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture
+def devices(monkeypatch):
+    """Pretends that there are so many GPUs."""
+    return lambda number: monkeypatch.setattr(_lib.load(), "cuda_device_count", lambda: number)
+
+
+def test_cuda_without_a_device_is_refused(devices):
+    devices(0)
     with pytest.raises(MoecalcError, match=r"device 'cuda' is not available, .*: use device='cpu'"):
         MoECalculator(device="cuda")
 
 
-def test_a_device_number_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_a_device_number_too_large_is_refused(devices):
+    devices(2)
     with pytest.raises(MoecalcError, match="expected device 'cuda:N' with N below 2, got 'cuda:2'"):
         MoECalculator(device="cuda:2")
 
 
-def test_auto_is_the_cpu_without_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_auto_is_the_cpu_without_cuda(devices):
+    devices(0)
     assert MoECalculator(check=False).device == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["magic", "", "cpu"])
+def test_other_backends_are_refused(backend):
+    with pytest.raises(
+        MoecalcError, match=f"expected backend None .*'plain', 'torchscript'.*, got '{backend}'"
+    ):
+        MoECalculator(backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:.*evaluated ")
+@pytest.mark.parametrize("backend", ["fused", "plain", "torchscript", "cuda-emulation"])
+def test_every_backend_gives_the_same(small_bulk, shared_calculator, backend):
+    expected = shared_calculator.calculate_batch([small_bulk])[0]
+    calculator = MoECalculator(dtype="float64", device="cpu", backend=backend)
+    assert backend.split("-")[0] in calculator._model.backend
+    np.testing.assert_allclose(
+        calculator.get_forces(small_bulk), expected["forces"], rtol=0, atol=100 * SAME_MODEL
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "single", torch.bfloat16, int])

@@ -1,7 +1,6 @@
-"""The command line, the routing figure, and the benchmark script."""
+"""The command line, and the routing figure."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from moecalc._jit import jit_load
 from moecalc.cli import app
 from moecalc.errors import PackageError
 from moecalc.package.archive import read_metadata, read_record, write_archive
-from moecalc.package.metadata import Metadata, PositionRouting, Routing
+from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, Routing, VerificationReport
 
 ROOT = Path(__file__).parent.parent
 ORACLE = Path(__file__).parent / "data" / "oracle" / "models"
@@ -36,7 +35,7 @@ def error_of(result):
     lines = [
         line
         for line in result.stderr.splitlines()
-        if not line.startswith(("packaging:", "verifying:", "drawing:"))
+        if not line.startswith(("packaging:", "verifying:", "drawing:", "upgrading:"))
     ]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
@@ -81,7 +80,8 @@ class TestGeneral:
 
     def test_help_names_the_commands(self):
         text = run("--help").stdout
-        assert all(command in text for command in ("package", "inspect", "verify", "doctor"))
+        commands = ("package", "inspect", "verify", "upgrade", "bench", "report", "zbl", "lammps", "doctor")
+        assert all(command in text for command in commands)
 
     def test_debug_shows_the_error_itself(self):
         assert isinstance(run("--debug", "inspect", "absent.moe.pt").exception, PackageError)
@@ -272,6 +272,39 @@ class TestInspect:
         assert done.returncode == 0
 
 
+class TestUpgrade:
+    def test_passes_on(self, packaged, tmp_path, monkeypatch):
+        seen = []
+
+        def fake(old, new, progress):
+            progress("reading the package")
+            seen.append((old, new))
+            metadata = read_metadata(packaged[0])
+            return PackageReport(
+                path=str(new),
+                metadata=metadata,
+                verification=VerificationReport(checks=[]),
+                size_bytes=1_000_000,
+            )
+
+        monkeypatch.setattr("moecalc.package.upgrade_package", fake)
+        result = run("upgrade", packaged[0], "-o", tmp_path / "new.moe.pt")
+        assert result.exit_code == 0, result.output
+        assert seen == [(packaged[0], tmp_path / "new.moe.pt")]
+        assert "1.00 MB, format 2" in result.stdout
+        assert f"wrote {tmp_path / 'new.moe.pt'}" in result.stdout
+        assert "upgrading: reading the package" in result.stderr
+
+    def test_refuses_to_overwrite(self, packaged, tmp_path):
+        (tmp_path / "new.moe.pt").touch()
+        message = error_of(run("upgrade", packaged[0], "-o", tmp_path / "new.moe.pt"))
+        assert message.endswith("exists: choose another name with -o, or overwrite it with --force")
+
+    def test_refuses_what_is_no_older_package(self, packaged, tmp_path):
+        message = error_of(run("upgrade", packaged[0], "-o", tmp_path / "new.moe.pt"))
+        assert "expected a package of an older format" in message
+
+
 class TestVerify:
     def test_passes(self, packaged):
         result = run("verify", packaged[0])
@@ -382,20 +415,3 @@ class TestPlots:
         assert {e: places[e] for e in ("H", "He", "Al", "Sc", "W", "Og")} == {
             "H": (0, 0), "He": (17, 0), "Al": (12, 2), "Sc": (2, 3), "W": (5, 5), "Og": (17, 6),
         }  # fmt: skip
-
-
-def test_benchmark(tmp_path):
-    out = tmp_path / "out.json"
-    command = [sys.executable, ROOT / "benchmarks" / "benchmark.py", "--skip", "full", "--dtype", "float32"]
-    done = subprocess.run(
-        [*command, "--repeat", "5", "--threads", "1", "--json", out],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (result,) = json.loads(out.read_text())["results"]
-    assert (result["atoms"], result["calls"], result["dtype"]) == (128, 5, "float32")
-    assert 0 < result["median_s"] <= result["p95_s"]
-    assert result["peak_mb"] > 0

@@ -1,6 +1,8 @@
 """Which charge, spin and frame parameters a model accepts: values, defaults, messages."""
 
+import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from moecalc.conditions import (
     ModelConditions,
     fix,
     parsed_numbers,
+    read_conditions,
     resolve,
 )
+from moecalc.package.metadata import Metadata
 
 CHARGE_SPIN = ModelConditions(charge_spin=ChargeSpinInput(default=(0, 1)))
 MANDATORY = ModelConditions(charge_spin=ChargeSpinInput())
@@ -48,8 +52,36 @@ def test_charge_and_spin_fall_back_separately():
 
 
 def test_metadata_may_come_as_a_dictionary():
-    assert resolve(CHARGE_SPIN.model_dump(mode="json"), 1, 2) == Conditions(1, 2)
+    assert resolve(asdict(CHARGE_SPIN), 1, 2) == Conditions(1, 2)
     assert resolve(None) == Conditions()
+
+
+@pytest.mark.parametrize("name", ["CHARGE_SPIN", "MANDATORY", "FPARAM", "NO_DEFAULT", "SHARED", "FIXED"])
+def test_what_a_package_says_is_read_as_it_was_written(name):
+    given = globals()[name]
+    text = Metadata.model_construct(conditions=given).model_dump_json(include={"conditions"})
+    assert read_conditions(json.loads(text)["conditions"]) == given
+    assert read_conditions({**asdict(given), "other": 1}) == given
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "conditions: expected an object, got list"),
+        ({"routed": 1}, "routed: expected true or false, got int"),
+        ({"charge_spin": "yes"}, "charge_spin: expected an object, got str"),
+        ({"charge_spin": {"default": [0]}}, "default: expected two integers"),
+        ({"charge_spin": {"default": [0, 1.5]}}, "default: expected an integer, got float"),
+        ({"charge_spin": {"spin_range": [True, 9]}}, "spin_range: expected an integer, got bool"),
+        ({"fparam": {}}, "size: expected an integer, got NoneType"),
+        ({"fparam": {"size": 2, "default": [1.0]}}, "fparam: expected 2 defaults, got 1"),
+        ({"fparam": {"size": 1, "default": [float("inf")]}}, "default: expected a list of finite numbers"),
+        ({"fixed": {"fparam": 1.0}}, "fparam: expected a list of finite numbers"),
+    ],
+)
+def test_what_a_package_says_wrongly_is_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        read_conditions(record)
 
 
 @pytest.mark.parametrize("value", [1.0, np.int32(1), np.float32(1), np.array([1.0]), np.array(1)])

@@ -18,13 +18,11 @@ from moecalc.zbl import guarded
 
 FRAMES = frames("oracle/fixtures", conditional=True)
 MODELS = sorted({(f.model, f.head) for f in FRAMES}, key=str)
-BACKENDS = ["fused", "torchscript", "cuda-emulation"]
+BACKENDS = ["fused", "plain", "torchscript", "cuda-emulation"]
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
 BOTH = {"add_chg_spin_ebd": True, "fitting": {"numb_fparam": 3}, "nlayers": 1}
 
-quiet = pytest.mark.filterwarnings(
-    "ignore:.*neighbo", "ignore:no .* given", "ignore:.*evaluated through TorchScript"
-)
+quiet = pytest.mark.filterwarnings("ignore:.*neighbo", "ignore:no .* given", "ignore:.*evaluated ")
 
 
 @pytest.fixture(scope="session")

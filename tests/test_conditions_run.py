@@ -8,12 +8,13 @@ import torch
 from helpers import DATA, evaluate_atoms, graph_of
 
 from moecalc import _lib, testing
+from moecalc._torch_lib import load_torch_library
 from moecalc.conditions import Conditions
 from moecalc.package.importers import set_precision
 from moecalc.package.lower import lower
 
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
-BACKENDS = ["fused", "torchscript", "cuda-emulation"]
+BACKENDS = ["fused", "plain", "torchscript", "cuda-emulation"]
 ORACLE = DATA / "oracle" / "models"
 
 CHARGE_SPIN = {"add_chg_spin_ebd": True}
@@ -54,7 +55,7 @@ OPTIONS = {
     "pack, configuration, merged experts": {**PACK, "routing": "configuration", "kind": "linear"},
 }  # fmt: skip
 # no kernels of their own
-SCRIPTED = {
+UNCOVERED = {
     "softplus": {**CHARGE_SPIN, "activation_function": "softplus", "fitting": THREE},
     "softplus fitting": {
         **CHARGE_SPIN, "fitting": {**THREE, "activation_function": "softplus"}, "concat_output_tebd": True,
@@ -82,7 +83,7 @@ def packages(tmp_path_factory):
     def get(name, dtype="float64", fixed=()):
         key = name, dtype, fixed
         if key not in made:
-            options = {"nlayers": 2, **(OPTIONS | SCRIPTED)[name]}
+            options = {"nlayers": 2, **(OPTIONS | UNCOVERED)[name]}
             config = testing.random_config(ELEMENTS, **options)
             path = folder / f"{len(made)}.moe.pt"
             testing.write_random_package(path, config, dtype, fixed=dict(fixed))
@@ -94,6 +95,8 @@ def packages(tmp_path_factory):
 
 def open_evaluator(monkeypatch, path, backend, dtype=""):
     monkeypatch.setenv("MOECALC_BACKEND", backend)
+    if backend == "torchscript":
+        load_torch_library()
     return _lib.load().Evaluator(os.fsencode(path), "cpu", dtype)
 
 
@@ -112,7 +115,8 @@ def run(evaluator, structures, conditions, elements=ELEMENTS):
     give(evaluator, conditions)
     graphs = [graph_of(atoms, elements, evaluator.cutoff) for atoms in structures]
     first = np.cumsum([0] + [len(t) for t, _, _ in graphs])
-    return evaluator.evaluate(
+    return testing.evaluate_edges(
+        evaluator,
         torch.cat([t for t, _, _ in graphs]).numpy(),
         torch.cat([e + int(n) for (_, e, _), n in zip(graphs, first, strict=False)], 1).numpy(),
         torch.cat([v for _, _, v in graphs]).numpy(),
@@ -166,16 +170,11 @@ def test_a_batch_of_different_conditions_equals_the_plain_model(packages, monkey
     check_all(run(evaluator, STRUCTURES, conditions), model, conditions)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [("softplus", "torchscript"), ("softplus fitting", "fused"), ("sequential", "torchscript")],
-)
-def test_where_kernels_do_not_cover_the_model_a_batch_equals_the_plain_model(
-    packages, monkeypatch, name, backend
-):
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_where_kernels_do_not_cover_the_model_a_batch_equals_the_plain_model(packages, monkeypatch, name):
     path, model, config = packages(name)
     evaluator = open_evaluator(monkeypatch, path, "")
-    assert evaluator.backend.startswith(backend)
+    assert evaluator.backend == "plain"
     assert evaluator.backend_reason
     conditions = [values_of(config, *x) for x in ((1, 2, 1.0), (-2, 3, -0.4), (1, 2, 1.0))]
     out = run(evaluator, STRUCTURES, conditions)
@@ -184,7 +183,8 @@ def test_where_kernels_do_not_cover_the_model_a_batch_equals_the_plain_model(
 
 @pytest.mark.parametrize("name", ["both, case embedding", "pack", "skip path, concatenated embedding"])
 @pytest.mark.parametrize(
-    ("backend", "found"), [("fused", "fused"), ("", "fused"), ("torchscript", "torchscript")]
+    ("backend", "found"),
+    [("fused", "fused"), ("", "fused"), ("plain", "plain"), ("torchscript", "torchscript")],
 )
 def test_a_fitting_net_of_another_precision_equals_the_plain_model(
     monkeypatch, tmp_path, name, backend, found
@@ -276,7 +276,7 @@ def test_a_list_outlives_a_change_of_conditions(packages, monkeypatch):
         for pair in ((0, 1), (1, 2), (0, 1)):
             given = values_of(config, *pair)
             give(evaluator, [given])
-            out = evaluator.evaluate_positions(atoms.positions, np.zeros((1, 3, 3)))
+            out = evaluator.evaluate(atoms.positions, np.zeros((1, 3, 3)))
             assert deviation(out, 0, atoms, 0, evaluate_atoms(model, atoms, given)) < 1e-10
 
 
@@ -289,10 +289,10 @@ def test_no_evaluation_before_conditions_are_set(packages, monkeypatch):
         with pytest.raises(
             _lib.load().Error, match="expected charge and spin or frame parameters for this model, got none"
         ):
-            evaluator.evaluate(*graph)
+            testing.evaluate_edges(evaluator, *graph)
         evaluator.check_reference()
         with pytest.raises(_lib.load().Error, match="got none: call set_conditions"):
-            evaluator.evaluate(*graph)  # those of the frames are not the structure's
+            testing.evaluate_edges(evaluator, *graph)  # those of the frames are not the structure's
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 from helpers import DATA, frames
@@ -20,6 +19,7 @@ from moecalc.models import default_model_path
 from moecalc.neighbors import SkinNeighborList
 from moecalc.package import build
 from moecalc.package.metadata import VerificationReport
+from moecalc.testing import evaluate_edges
 
 FLOAT64 = 1e-8  # of energies, forces and virials, in eV and A
 FLOAT32 = 5e-6  # relative to the largest component
@@ -52,7 +52,7 @@ def evaluator(device, path, dtype="float64", precision="fp32"):
 
 ON_GPU = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(_lib.load().cuda_device_count() == 0, reason="needs a CUDA device"),
 ]
 
 
@@ -96,8 +96,8 @@ def package(tmp_path_factory):
 
 def graph_of(model, atoms, skin=0.5):
     types = np.array([model.elements.index(symbol) for symbol in atoms.symbols], dtype=np.int64)
-    graph = SkinNeighborList(model.cutoff, skin).graph(atoms, types)
-    return graph.types, graph.edge_index, graph.edge_vec, graph.system_index
+    pairs, positions = SkinNeighborList(model.cutoff, skin).pairs(atoms)
+    return types, pairs.edge_index, pairs.vectors(positions, atoms.cell.array[None]), pairs.system_index
 
 
 def evaluate(model, atoms, **request):
@@ -105,7 +105,7 @@ def evaluate(model, atoms, **request):
     types = np.array([model.elements.index(symbol) for symbol in atoms.symbols], dtype=np.int64)
     pairs, positions = SkinNeighborList(model.cutoff, 0.5).pairs(atoms)
     model.set_list(types, pairs.edge_index, pairs.edge_shift, pairs.system_index)
-    return model.evaluate_positions(positions, atoms.cell.array[None], **request)
+    return model.evaluate(positions, atoms.cell.array[None], **request)
 
 
 def assert_close(result, expected, absolute=0.0, relative=0.0, keys=("energies", "forces", "virial")):
@@ -118,14 +118,12 @@ def assert_close(result, expected, absolute=0.0, relative=0.0, keys=("energies",
 
 
 def covered(device, *arguments):
-    """An evaluator, or a skip where the CUDA kernels do not cover the package, which then runs through TorchScript."""
+    """An evaluator, or a skip where the CUDA kernels do not cover the package."""
     try:
         model = evaluator(device, *arguments)
     except RuntimeError as error:
         assert "the CUDA kernels do not cover" in str(error)  # noqa: PT017
         pytest.skip(str(error))
-    if not model.keeps_lists:
-        pytest.skip(model.backend_reason)
     assert model.backend.startswith("cuda")
     return model
 
@@ -181,10 +179,10 @@ def on_cpu():
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_lists_and_graphs(model, on_cpu, name):
+def test_lists_and_edges(model, on_cpu, name):
     atoms = STRUCTURES[name]()
-    expected = on_cpu.evaluate(*graph_of(on_cpu, atoms))
-    assert_close(model.evaluate(*graph_of(model, atoms)), expected, FLOAT64)
+    expected = evaluate_edges(on_cpu, *graph_of(on_cpu, atoms))
+    assert_close(evaluate_edges(model, *graph_of(model, atoms)), expected, FLOAT64)
     assert_close(evaluate(model, atoms), expected, FLOAT64)
 
 
@@ -203,8 +201,8 @@ def test_a_batch_of_structures_in_any_order(model, on_cpu):
     system = np.repeat([0, 1, 3], np.diff(ends))  # structure 2 has no atoms
     atom, edge = rng.permutation(len(types)), rng.permutation(len(vectors))
     graph = types[atom], np.argsort(atom)[edges[:, edge]], vectors[edge], system[atom]
-    expected = on_cpu.evaluate(*graph, 4, atom_virial=True)
-    result = model.evaluate(*graph, 4, atom_virial=True)
+    expected = evaluate_edges(on_cpu, *graph, 4, atom_virial=True)
+    result = evaluate_edges(model, *graph, 4, atom_virial=True)
     assert_close(result, expected, FLOAT64, keys=("energy", "energies", "forces", "virial", "atom_virial"))
 
 
@@ -229,7 +227,7 @@ def test_a_list_serves_while_atoms_and_cell_move(model, on_cpu):
         strain = np.eye(3) + rng.normal(scale=0.01, size=(3, 3))
         atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
         atoms.positions += rng.normal(scale=0.03, size=atoms.positions.shape)
-        result = model.evaluate_positions(atoms.positions, atoms.cell.array[None])
+        result = model.evaluate(atoms.positions, atoms.cell.array[None])
         assert_close(result, evaluate(on_cpu, atoms), FLOAT64)
 
 
@@ -251,12 +249,12 @@ def test_atoms_at_the_same_place_are_refused(model):
     types, edges, vectors, system = graph_of(model, atoms)
     vectors[3] = 0.0
     with pytest.raises(RuntimeError, match=r"expected (distinct positions|finite)"):
-        model.evaluate(types, edges, vectors, system)
+        evaluate_edges(model, types, edges, vectors, system)
 
 
 def test_ghosts_without_an_exchange_are_refused(model):
     with pytest.raises(RuntimeError, match="expected a GhostExchange for 1 ghost atoms"):
-        model.evaluate(np.array([0, 0]), np.array([[0], [1]]), np.array([[2.0, 0, 0]]), np.array([0]))
+        evaluate_edges(model, np.array([0, 0]), np.array([[0], [1]]), np.array([[2.0, 0, 0]]), np.array([0]))
 
 
 def test_the_evaluator_goes_on_after_an_error(model, on_cpu):
@@ -264,10 +262,10 @@ def test_the_evaluator_goes_on_after_an_error(model, on_cpu):
     types, edges, vectors, system = graph_of(model, atoms)
     broken = vectors.copy()
     broken[0] = np.nan
-    with pytest.raises(RuntimeError, match="expected finite `edge_vec`"):
-        model.evaluate(types, edges, broken, system)
-    expected = on_cpu.evaluate(types, edges, vectors, system)
-    assert_close(model.evaluate(types, edges, vectors, system), expected, FLOAT64)
+    with pytest.raises(RuntimeError, match="expected finite `positions`"):
+        evaluate_edges(model, types, edges, broken, system)
+    expected = evaluate_edges(on_cpu, types, edges, vectors, system)
+    assert_close(evaluate_edges(model, types, edges, vectors, system), expected, FLOAT64)
 
 
 def test_emulation_is_for_the_cpu(monkeypatch):

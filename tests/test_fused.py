@@ -1,4 +1,4 @@
-"""The fused CPU kernels against the TorchScript segments of the same package, for every option and instruction set."""
+"""The fused CPU kernels against the TorchScript of the same package, for every option and instruction set."""
 
 import os
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from helpers import graph_of
 
 from moecalc import MoECalculator, _lib, testing
 from moecalc._jit import jit_script
+from moecalc._torch_lib import load_torch_library
 from moecalc.package.archive import write_archive
 from moecalc.package.lower import lower
 
@@ -37,6 +38,8 @@ def environment(**values):
 
 
 def evaluator(path, dtype="float64", backend="", cpu="", keep=""):
+    if backend == "torchscript":
+        load_torch_library()
     with environment(MOECALC_BACKEND=backend, MOECALC_CPU=cpu, MOECALC_KEEP=keep):
         return _lib.load().Evaluator(str(path), "cpu", dtype)
 
@@ -53,8 +56,7 @@ def write(tmp_path_factory):
             config = testing.random_config(ELEMENTS, **kwargs)
             low, _ = lower(testing.random_potential(config), config)
             cache[key] = folder / f"{len(cache)}.moe.pt"
-            records = {"format_version": "1", "metadata.json": "{}"}
-            write_archive(cache[key], jit_script(low), records)
+            write_archive(cache[key], jit_script(low), {"metadata.json": "{}"})
         return cache[key]
 
     return run
@@ -63,7 +65,7 @@ def write(tmp_path_factory):
 def evaluate(model, atoms, extra=0.5, **kwargs):
     types, edge_index, vec = graph_of(atoms, model.elements, model.cutoff + extra)
     system = np.zeros(len(types), dtype=np.int64)
-    return model.evaluate(types.numpy(), edge_index.numpy(), vec.numpy(), system, 1, **kwargs)
+    return testing.evaluate_edges(model, types.numpy(), edge_index.numpy(), vec.numpy(), system, 1, **kwargs)
 
 
 def assert_same(got, want, tolerance):
@@ -108,6 +110,17 @@ def test_fused_equals_torchscript(write, name):
     fused, reference = evaluator(path, backend="fused"), evaluator(path, backend="torchscript")
     for atoms in STRUCTURES.values():
         assert_same(evaluate(fused, atoms), evaluate(reference, atoms), 1e-11)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_plain_equals_torchscript(write, name):
+    path = write(**OPTIONS[name])
+    plain, reference = evaluator(path, backend="plain"), evaluator(path, backend="torchscript")
+    assert (plain.backend, reference.backend) == ("plain", "torchscript")
+    for atoms in STRUCTURES.values():
+        got, want = (evaluate(model, atoms, atom_virial=True) for model in (plain, reference))
+        assert_same(got, want, 1e-11)
+        assert np.abs(got["atom_virial"] - want["atom_virial"]).max(initial=0.0) < 1e-11
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -177,17 +190,11 @@ def test_results_do_not_depend_on_what_was_evaluated_before(write):
 
 
 def test_results_do_not_depend_on_the_number_of_threads(write):
-    import torch
-
     model = evaluator(write(**OPTIONS["mlp"]))
-    threads = torch.get_num_threads()
     forces = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            forces.append(evaluate(model, STRUCTURES["bulk"])["forces"])
-    finally:
-        torch.set_num_threads(threads)
+    for n in (1, 2, 3):
+        model.num_threads = n
+        forces.append(evaluate(model, STRUCTURES["bulk"])["forces"])
     assert np.array_equal(forces[0], forces[1])
     assert np.array_equal(forces[0], forces[2])
 
@@ -195,7 +202,7 @@ def test_results_do_not_depend_on_the_number_of_threads(write):
 def test_excluded_pairs_stay_excluded(tmp_path):
     config = testing.random_config(ELEMENTS, n_routed=3, exclude_types=[(0, 1), (2, 2)])
     low, _ = lower(testing.random_potential(config), config)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
     fused, reference = (evaluator(tmp_path / "x.moe.pt", backend=b) for b in ("fused", "torchscript"))
     assert_same(evaluate(fused, STRUCTURES["bulk"]), evaluate(reference, STRUCTURES["bulk"]), 1e-11)
 
@@ -207,15 +214,18 @@ def test_excluded_pairs_stay_excluded(tmp_path):
         ({"activation_function": "softplus"}, "activation softplus"),
     ],
 )
-def test_options_without_kernels_run_through_torchscript_and_say_so(write, options, reason):
-    model = evaluator(write(**options))
-    assert (model.backend, model.backend_reason) == ("torchscript", reason)
+def test_options_without_kernels_run_by_the_plain_backend_and_say_so(write, options, reason):
+    path = write(**options)
+    model, reference = evaluator(path), evaluator(path, backend="torchscript")
+    assert (model.backend, model.backend_reason) == ("plain", reason)
+    for atoms in STRUCTURES.values():
+        assert_same(evaluate(model, atoms), evaluate(reference, atoms), 1e-11)
 
 
 def test_calculator_warns_once_of_the_slower_path(write):
     path = write(sequential_update=True)
     with pytest.warns(
-        UserWarning, match=r"evaluated through TorchScript, several times slower .*sequential_update"
+        UserWarning, match=r"evaluated by the plain backend, several times slower .*sequential_update"
     ):
         calc = MoECalculator(path, check=False, device="cpu")
     assert MoECalculator(path, check=False, device="cpu").elements == calc.elements
@@ -229,9 +239,35 @@ def test_demanding_fused_kernels_where_there_are_none_is_refused(write):
 def test_unknown_backend_is_refused(write):
     with pytest.raises(
         RuntimeError,
-        match="expected MOECALC_BACKEND to be 'fused', 'torchscript' or 'cuda-emulation', got 'magic'",
+        match="expected MOECALC_BACKEND to be 'fused', 'plain', 'torchscript' or 'cuda-emulation', got 'magic'",
     ):
         evaluator(write(), backend="magic")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MOECALC_CPU", "sse", "expected MOECALC_CPU to be 'avx512', 'avx2' or 'generic', got 'sse'"),
+        ("MOECALC_DEVICE_MEMORY", "12GB", "expected MOECALC_DEVICE_MEMORY to be a number of MiB, got '12GB'"),
+        (
+            "MOECALC_EMULATION_REVERSED",
+            "yes",
+            "expected MOECALC_EMULATION_REVERSED to be '0' or '1', got 'yes'",
+        ),
+    ],
+)
+def test_settings_are_read_strictly(write, variable, value, message):
+    with environment(**{variable: value}), pytest.raises(RuntimeError, match=message):
+        _lib.load().Evaluator(str(write()), "cpu")
+
+
+def test_the_backend_may_be_given_instead_of_its_variable(write):
+    path = str(write())
+    assert _lib.load().Evaluator(path, "cpu", backend="plain").backend == "plain"
+    with environment(MOECALC_BACKEND="cuda-emulation"):
+        assert _lib.load().Evaluator(path, "cpu", backend="plain").backend == "plain"
+    with pytest.raises(RuntimeError, match=r"expected `backend` to be 'fused', 'plain'.*, got 'magic'"):
+        _lib.load().Evaluator(path, "cpu", backend="magic")
 
 
 def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
@@ -239,7 +275,7 @@ def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
     model = testing.random_potential(config)
     model.layers[1].edge_self_linear.bias.data[0, 0] = np.nan
     low, _ = lower(model, config)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
     with pytest.raises(
         RuntimeError, match=r"expected `layers\.1\.edge_self_linear\.bias` to be finite, got NaN"
     ):
@@ -253,6 +289,6 @@ def test_numbers_that_overflow_in_an_evaluation_do_not_pass(tmp_path):
     net.layers[-1].bias.data.fill_(100.0)
     net.out_matrix.data.zero_()
     net.out_matrix.data[0, 0] = net.out_bias.data[0] = 1.7e308
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"format_version": "1", "metadata.json": "{}"})
+    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
     with pytest.raises(RuntimeError, match="expected finite energies, got"):
         evaluate(evaluator(tmp_path / "x.moe.pt"), STRUCTURES["bulk"])

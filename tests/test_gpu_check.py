@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import moecalc
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -76,6 +78,32 @@ def test_a_failed_measurement_is_reported_and_the_others_run(check, monkeypatch,
     assert "no such instruction" in output
     assert "per step: 9 launches, 1 copies to the device, 1 back, 1 waits of the host" in output
     assert json.loads((tmp_path / "x.json").read_text())["transfers"]["waits"] == 1
+
+
+def test_without_torch_transfers_are_left_out_and_said_so(check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    counted = check.measure_transfers({})
+    assert list(counted) == ["left_out"]
+
+    def run(kind, spec, prefix=()):
+        return counted if kind == "transfers" else {"atoms": 192, "step_s": 0.001}
+
+    monkeypatch.setattr(check, "run", run)
+    for model in check.MODELS:  # given, so that nothing has to be packaged
+        (tmp_path / f"{model}.moe.pt").touch()
+    arguments = ["--dry-run", "--precisions", "fp32", "--largest", "0", "--packages", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    assert check.main() == 0
+    expected = "transfers per step: not counted: torch, whose profiler counts them, is not installed"
+    assert expected in capsys.readouterr().out
+
+
+def test_a_missing_cuda_library_is_named(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(moecalc, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(
+        SystemExit, match=r"libmoecalc_cuda\.so: no such file: build moecalc with MOECALC_CUDA=1"
+    ):
+        check.describe(dry_run=False)
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 3, 37, 100, 1000])

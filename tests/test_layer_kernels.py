@@ -30,8 +30,8 @@ class Case:
             ELEMENTS, nlayers=3, **{"n_dim": 5, "e_dim": 4, "a_dim": 4, "axis_neuron": 2, **options}
         )
         low, _ = lower(testing.random_potential(config), config)
-        write_archive(path, jit_script(low), {"format_version": "1", "metadata.json": "{}"})
-        self.evaluator = _lib.load().Evaluator(str(path), "cpu", "float64")
+        write_archive(path, jit_script(low), {"metadata.json": "{}"})
+        self.runner = _lib.load().LayerRunner(str(path), "float64")
         self.model = jit_load(path)
         atoms = testing.molecule(ELEMENTS)[:5]
         atoms = atoms[np.argsort([ELEMENTS.index(s) for s in atoms.symbols], kind="stable")]
@@ -55,7 +55,7 @@ class Case:
 
     def fused(self, layer, inputs, gradients=()):
         arrays = [x.detach().numpy() for x in inputs]
-        out = self.evaluator.run_layer(
+        out = self.runner.run(
             self.types, self.edge_index, self.vec, layer, arrays, [g.detach().numpy() for g in gradients]
         )
         return [torch.tensor(x) for x in out]

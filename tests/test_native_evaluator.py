@@ -12,7 +12,15 @@ from moecalc._jit import jit_script
 from moecalc.nn import ModelConfig, MoEPotential, evaluate
 from moecalc.package.archive import write_archive
 from moecalc.package.importers import set_precision
-from moecalc.testing import SAME_MODEL, brute_force_edges, bulk_alloy, molecule, one_atom_cell
+from moecalc.package.lower import lower
+from moecalc.testing import (
+    SAME_MODEL,
+    brute_force_edges,
+    bulk_alloy,
+    evaluate_edges,
+    molecule,
+    one_atom_cell,
+)
 
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
 CUTOFF = 5.0
@@ -57,9 +65,8 @@ def make(folder, routing, dtype="float64"):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     path = folder / f"{routing}-{dtype}.moe.pt"
-    write_archive(
-        path, jit_script(model), {"format_version": "1", "metadata.json": json.dumps({"name": routing})}
-    )
+    low, _ = lower(model, config(routing, dtype))
+    write_archive(path, jit_script(low), {"metadata.json": json.dumps({"name": routing})})
     return model, str(path)
 
 
@@ -121,7 +128,7 @@ def test_properties(library, pair, evaluator):
 )
 def test_equals_the_reference_model(pair, evaluator, atoms):
     graph = graph_of(atoms)
-    result = evaluator.evaluate(*graph)
+    result = evaluate_edges(evaluator, *graph)
     assert_equal(result, reference(pair[0], graph))
     assert np.abs(result["forces"]).max() > 1e-3 or len(atoms) == 1
 
@@ -133,7 +140,7 @@ def test_batch_with_shuffled_edges_and_an_empty_structure(pair, evaluator):
     system[system == 2] = 3  # structure 2 has no atoms
     order = np.random.default_rng(0).permutation(len(vectors))
     graph = types, edges[:, order], vectors[order], system
-    result = evaluator.evaluate(*graph, 4)
+    result = evaluate_edges(evaluator, *graph, 4)
     assert_equal(result, reference(pair[0], graph, 4))
     assert result["energy"][2] == 0
 
@@ -145,7 +152,7 @@ def test_counts(evaluator):
     kept = (r <= CUTOFF) & [(types[i], types[j]) not in masked for i, j in edges.T]
     neighbors = np.bincount(edges[0, kept], minlength=len(types))
     close = np.bincount(edges[0, kept & (r < 3.4)], minlength=len(types))
-    result = evaluator.evaluate(*graph)
+    result = evaluate_edges(evaluator, *graph)
     assert result["n_edge"] == kept.sum() < len(r)
     assert result["n_angle"] == (close**2).sum() > 0
     assert (result["max_neighbors"], result["max_angle_neighbors"]) == (neighbors.max(), close.max())
@@ -154,27 +161,27 @@ def test_counts(evaluator):
 def test_only_what_is_requested_is_returned(evaluator):
     graph = graph_of(molecule())
     always = {"n_edge", "n_angle", "max_neighbors", "max_angle_neighbors", "timings"}
-    full = evaluator.evaluate(*graph, atom_virial=True)
+    full = evaluate_edges(evaluator, *graph, atom_virial=True)
     assert set(full) == always | {"energy", "energies", "forces", "virial", "atom_virial"}
     np.testing.assert_allclose(full["atom_virial"].sum(axis=0), full["virial"][0], rtol=0, atol=SAME_MODEL)
     for name in ("forces", "virial", "atom_virial"):
         request = {"forces": False, "virial": False, "atom_virial": False} | {name: True}
-        result = evaluator.evaluate(*graph, **request)
+        result = evaluate_edges(evaluator, *graph, **request)
         assert set(result) == always | {"energy", "energies", name}
         np.testing.assert_array_equal(result[name], full[name])
-    result = evaluator.evaluate(*graph, forces=False, virial=False)
+    result = evaluate_edges(evaluator, *graph, forces=False, virial=False)
     assert set(result) == always | {"energy", "energies"}
     np.testing.assert_array_equal(result["energies"], full["energies"])
 
 
 def test_no_atoms_and_no_neighbors(pair, evaluator):
     nothing = np.zeros(0, int), np.zeros((2, 0), int), np.zeros((0, 3)), np.zeros(0, int)
-    result = evaluator.evaluate(*nothing, 2, atom_virial=True)
+    result = evaluate_edges(evaluator, *nothing, 2, atom_virial=True)
     assert result["energy"].tolist() == [0, 0]
     assert result["forces"].shape == (0, 3)
     assert result["atom_virial"].shape == (0, 3, 3)
     alone = np.array([1, 3]), *nothing[1:3], np.array([0, 0])
-    result = evaluator.evaluate(*alone)
+    result = evaluate_edges(evaluator, *alone)
     assert_equal(result, reference(pair[0], alone))
     assert not result["forces"].any()
 
@@ -189,31 +196,47 @@ def test_precision_can_be_chosen(library, tmp_path, stored, wanted):
     assert evaluator.dtype == (wanted or stored)
     expected = reference(model, graph)
     scale = max(1.0, float(expected.forces.abs().max()), float(expected.virial.abs().max()))
-    assert_equal(evaluator.evaluate(*graph), expected, 2e-5 * scale)
+    assert_equal(evaluate_edges(evaluator, *graph), expected, 2e-5 * scale)
 
 
 def test_same_input_gives_the_same_bits(library, pair, evaluator):
     graph = graph_of(bulk_alloy())
-    first, again = evaluator.evaluate(*graph), library.Evaluator(pair[1]).evaluate(*graph)
+    first, again = evaluate_edges(evaluator, *graph), evaluate_edges(library.Evaluator(pair[1]), *graph)
     for key in ("energy", "energies", "forces", "virial"):
         np.testing.assert_array_equal(first[key], again[key])
 
 
 def test_input_may_be_strided_read_only_and_of_other_integer_types(evaluator):
-    types, edges, vectors, system = graph_of(molecule())
-    expected = evaluator.evaluate(types, edges, vectors, system)
-    wide = np.zeros((len(vectors), 6))
-    wide[:, ::2] = vectors
+    atoms = molecule()
+    types, edges, _, system = graph_of(atoms)
+    evaluator.set_list(types, edges, None, system)
+    expected = evaluator.evaluate(atoms.positions)
+    wide = np.zeros((len(atoms), 6))
+    wide[:, ::2] = atoms.positions
+    wide.flags.writeable = False
     columns = edges.T.copy()
     columns.flags.writeable = False
-    result = evaluator.evaluate(types.astype(np.int32), columns.T, wide[:, ::2], system.astype(np.uint8))
+    evaluator.set_list(types.astype(np.int32), columns.T, None, system.astype(np.uint8))
+    columns = None
+    result = evaluator.evaluate(wide[:, ::2])
     np.testing.assert_array_equal(result["forces"], expected["forces"])
 
 
+def test_the_list_is_the_evaluators_own(evaluator):
+    """What its owner does with the arrays afterwards changes nothing."""
+    atoms = molecule()
+    types, edges, _, system = graph_of(atoms)
+    evaluator.set_list(types, edges, None, system)
+    expected = evaluator.evaluate(atoms.positions)
+    for array in (types, edges, system):
+        array.fill(7)
+    np.testing.assert_array_equal(evaluator.evaluate(atoms.positions)["forces"], expected["forces"])
+
+
 def test_results_outlive_the_evaluator(library, pair):
-    result = library.Evaluator(pair[1]).evaluate(*graph_of(molecule()))
+    result = evaluate_edges(library.Evaluator(pair[1]), *graph_of(molecule()))
     copy = result["forces"].copy()
-    library.Evaluator(pair[1]).evaluate(*graph_of(bulk_alloy()))
+    evaluate_edges(library.Evaluator(pair[1]), *graph_of(bulk_alloy()))
     np.testing.assert_array_equal(result["forces"], copy)
 
 
@@ -251,8 +274,8 @@ class World:
         def work(rank):
             try:
                 evaluator = library.Evaluator(path)
-                results[rank] = evaluator.evaluate(
-                    *self.graphs[rank], exchange=Exchange(self, rank), **request
+                results[rank] = evaluate_edges(
+                    evaluator, *self.graphs[rank], exchange=Exchange(self, rank), **request
                 )
             except Exception as error:  # noqa: BLE001 - raised again by the main thread
                 errors.append(error)
@@ -310,7 +333,7 @@ def test_ranks_with_ghosts_agree_with_one_rank(library, pair, borders):
     atoms = bulk_alloy()
     world = World(atoms, borders)
     results = world.run(library, pair[1], atom_virial=True)
-    expected = library.Evaluator(pair[1]).evaluate(*graph_of(atoms), atom_virial=True)
+    expected = evaluate_edges(library.Evaluator(pair[1]), *graph_of(atoms), atom_virial=True)
     for key in ("energy", "virial"):
         np.testing.assert_allclose(sum(r[key] for r in results), expected[key], rtol=0, atol=SAME_MODEL)
     for key in ("forces", "atom_virial"):
@@ -319,7 +342,7 @@ def test_ranks_with_ghosts_agree_with_one_rank(library, pair, borders):
 
 def test_ranks_need_no_reverse_exchange_for_energies(library, pair):
     results = World(bulk_alloy(), [0.5, 1.0]).run(library, pair[1], forces=False, virial=False)
-    expected = library.Evaluator(pair[1]).evaluate(*graph_of(bulk_alloy()))
+    expected = evaluate_edges(library.Evaluator(pair[1]), *graph_of(bulk_alloy()))
     np.testing.assert_allclose(sum(r["energy"] for r in results), expected["energy"], rtol=0, atol=SAME_MODEL)
 
 
@@ -337,7 +360,7 @@ def test_failing_exchange_is_reported(library, evaluator):
     with pytest.raises(
         library.Error, match="ghost exchange failed in `forward`: ValueError: cable unplugged"
     ):
-        evaluator.evaluate(*graph_of(molecule()), exchange=Broken())
+        evaluate_edges(evaluator, *graph_of(molecule()), exchange=Broken())
 
 
 def test_ghosts_without_exchange_are_refused(library, evaluator):
@@ -345,7 +368,7 @@ def test_ghosts_without_exchange_are_refused(library, evaluator):
     with pytest.raises(
         library.Error, match="expected a GhostExchange for 1 ghost atoms and a model of 3 layers"
     ):
-        evaluator.evaluate(*graph)
+        evaluate_edges(evaluator, *graph)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -363,15 +386,13 @@ def test_ghosts_without_exchange_are_refused(library, evaluator):
             {"edge_index": [[0, 1], [-1, 0]]},
             r"expected edge_index\[1, 0\] \(a neighbour\) in \[0, 2\), got -1",
         ),
-        ({"edge_index": [[0], [1]]}, r"expected `edge_vec` of shape \[1, 3\], got \[2, 3\]"),
+        ({"edge_index": [[0], [1]]}, r"expected `edge_from` of shape \[1\], got \[2\]"),
         ({"edge_index": [[0.0, 1.0], [1.0, 0.0]]}, r"expected `edge_index` to be an array of integers"),
+        ({"edge_vec": [[2.0, 0, 0], [np.nan, 0, 0]]}, r"expected finite `positions`, got \(nan, .* in row 2"),
+        ({"edge_vec": [[2.0, 0, 0], [0, 0, np.inf]]}, r"expected finite `positions`, got .*inf.* in row 2"),
         (
-            {"edge_vec": [[2.0, 0, 0], [np.nan, 0, 0]]},
-            r"expected finite `edge_vec`, got \(nan, .* atoms 1 and 0",
-        ),
-        (
-            {"edge_vec": [[2.0, 0, 0], [0, 0, np.inf]]},
-            r"expected finite `edge_vec`, got .*inf.*check the positions",
+            {"edge_vec": [[2.0, 0, 0], [0, 1e300, 1e300]]},
+            r"expected finite .*atoms 1 and 0: check the positions",
         ),
         ({"edge_vec": [[0.0, 0, 0], [2.0, 0, 0]]}, r"distance 0 between atoms 0 and 1: remove the duplicate"),
         ({"system_index": [0, 1]}, r"expected system_index\[1\] in \[0, 1\), got 1"),
@@ -383,7 +404,7 @@ def test_ghosts_without_exchange_are_refused(library, evaluator):
         ({"n_systems": 0}, r"expected `n_systems` >= 1, got 0"),
     ],
 )
-def test_invalid_graph_is_refused_in_one_line(library, evaluator, change, message):
+def test_invalid_edges_are_refused_in_one_line(library, evaluator, change, message):
     valid = {
         "types": [0, 1],
         "edge_index": [[0, 1], [1, 0]],
@@ -393,8 +414,20 @@ def test_invalid_graph_is_refused_in_one_line(library, evaluator, change, messag
     }
     arrays = {k: v if k == "n_systems" else np.asarray(v) for k, v in (valid | change).items()}
     with pytest.raises(library.Error, match=message) as caught:
-        evaluator.evaluate(**arrays)
+        evaluate_edges(evaluator, **arrays)
     assert "\n" not in str(caught.value)
+
+
+def test_errors_have_types(library, evaluator):
+    graph = np.array([0, 1]), np.array([[0, 1], [1, 0]])
+    with pytest.raises(library.OverlapError, match="distance 0 between atoms 0 and 1"):
+        evaluate_edges(evaluator, *graph, np.zeros((2, 3)))
+    with pytest.raises(library.NotFiniteError, match="expected finite"):
+        evaluate_edges(evaluator, *graph, np.full((2, 3), 1e300))
+    assert issubclass(library.NotFiniteError, library.Error)
+    assert issubclass(library.OverlapError, library.Error)
+    assert issubclass(library.OutOfMemoryError, library.Error)
+    assert issubclass(library.Error, RuntimeError)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda0", "", "CPU"])
@@ -403,10 +436,11 @@ def test_unknown_device_is_refused(library, pair, device):
         library.Evaluator(pair[1], device)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+@pytest.mark.skipif(_lib.load().cuda_device_count() > 0, reason="has a CUDA device")
 def test_missing_cuda_is_named(library, pair):
     with pytest.raises(
-        library.Error, match=r"device 'cuda:0': torch .* finds no CUDA device: use device 'cpu'"
+        library.Error,
+        match=r"device 'cuda:0': (no CUDA device was found|this installation has no CUDA kernels .*): use device 'cpu'",
     ):
         library.Evaluator(pair[1], "cuda:0")
 
@@ -419,10 +453,12 @@ def test_unknown_dtype_is_refused(library, pair):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(_lib.load().cuda_device_count() == 0, reason="needs a CUDA device")
 def test_cuda_agrees_with_cpu(library, pair):
     graph = join([graph_of(bulk_alloy()), graph_of(molecule())])
-    on_cpu = library.Evaluator(pair[1]).evaluate(*graph, 2, atom_virial=True)
-    on_cuda = library.Evaluator(pair[1], "cuda").evaluate(*graph, 2, atom_virial=True)
+    on_cpu, on_cuda = (
+        evaluate_edges(library.Evaluator(pair[1], device), *graph, 2, atom_virial=True)
+        for device in ("cpu", "cuda")
+    )
     for key in ("energy", "energies", "forces", "virial", "atom_virial"):
         np.testing.assert_allclose(on_cuda[key], on_cpu[key], rtol=0, atol=100 * SAME_MODEL)

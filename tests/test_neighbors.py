@@ -1,6 +1,7 @@
 """The neighbour list finds every pair of every kind of structure, keeps its list only while it may, and refuses broken structures."""
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,11 +13,18 @@ from scipy.spatial import cKDTree
 
 from moecalc import neighbors, testing
 from moecalc.errors import StructureError
-from moecalc.neighbors import AtomicGraph, SkinNeighborList
+from moecalc.neighbors import PairList, SkinNeighborList
 
 
-def graph_of(neighbor_list, atoms):
-    return neighbor_list.graph(atoms, np.zeros(len(atoms), dtype=np.int64))
+class Edges(NamedTuple):
+    edge_index: np.ndarray
+    edge_vec: np.ndarray
+
+
+def edges_of(neighbor_list, atoms):
+    pairs, positions = neighbor_list.pairs(atoms)
+    assert len(pairs.system_index) == len(atoms)
+    return Edges(pairs.edge_index, pairs.vectors(positions, atoms.cell.array[None]))
 
 
 def as_points(i, j, vec):
@@ -25,7 +33,7 @@ def as_points(i, j, vec):
 
 def assert_complete(neighbor_list, atoms):
     """Every pair within the cutoff is there, every edge is a pair, none is there twice, and they are sorted by centre."""
-    graph = graph_of(neighbor_list, atoms)
+    graph = edges_of(neighbor_list, atoms)
     edges = as_points(*graph.edge_index, graph.edge_vec)
     needed = as_points(*testing.brute_force_edges(atoms, neighbor_list.cutoff - testing.ROUNDING))
     if len(edges) == 0:
@@ -97,19 +105,19 @@ def test_one_atom(pbc):
         SkinNeighborList(4.0), Atoms("W", [[7.0, -3.0, 1.0]], cell=np.diag([3.0, 2.5, 3.5]), pbc=pbc)
     )
     assert (graph.edge_index == 0).all()
-    assert graph.n_node == 1
 
 
 @pytest.mark.parametrize("cell", [np.zeros((3, 3)), np.eye(3)])
 @pytest.mark.parametrize("pbc", [False, True])
 def test_no_atoms(cell, pbc):
-    graph = graph_of(SkinNeighborList(4.0), Atoms(cell=cell, pbc=pbc))
+    graph = edges_of(SkinNeighborList(4.0), Atoms(cell=cell, pbc=pbc))
     assert graph.edge_index.shape == (2, 0)
     assert graph.edge_vec.shape == (0, 3)
 
 
 def test_a_pair_at_exactly_the_cutoff_is_an_edge():
-    assert graph_of(SkinNeighborList(3.0, skin=0.0), Atoms("W2", [[0, 0, 0], [3.0, 0, 0]])).n_edge == 2
+    edges = edges_of(SkinNeighborList(3.0, skin=0.0), Atoms("W2", [[0, 0, 0], [3.0, 0, 0]]))
+    assert len(edges.edge_vec) == 2
 
 
 @pytest.mark.parametrize("pbc", [(False, False, False), (True, False, False), (True, True, False)])
@@ -130,7 +138,8 @@ def test_boxes_with_much_vacuum_are_cut(monkeypatch, pbc):
 
 
 def test_two_atoms_far_apart_cost_no_memory():
-    assert graph_of(SkinNeighborList(4.0), Atoms("W2", [[0, 0, 0], [5e6, 5e6, 5e6]])).n_edge == 0
+    edges = edges_of(SkinNeighborList(4.0), Atoms("W2", [[0, 0, 0], [5e6, 5e6, 5e6]]))
+    assert len(edges.edge_vec) == 0
 
 
 # what can happen to a structure between two calls, small and large
@@ -210,7 +219,7 @@ def crystal():
 @pytest.fixture
 def built(crystal):
     neighbor_list = SkinNeighborList(4.5, skin=1.0)
-    graph_of(neighbor_list, crystal)
+    edges_of(neighbor_list, crystal)
     assert neighbor_list.n_rebuilds == 1
     return neighbor_list
 
@@ -250,7 +259,7 @@ def test_rebuilt_when_compression_brings_new_pairs(built, crystal):
 def test_rebuilt_when_the_cell_is_squeezed_in_one_direction():
     atoms = Atoms("W", cell=[2.8, 3.0, 3.0], pbc=True)
     neighbor_list = SkinNeighborList(4.5, skin=1.0)
-    graph_of(neighbor_list, atoms)
+    edges_of(neighbor_list, atoms)
     atoms.cell = [0.8 * 2.8, 3.1, 3.1]
     assert rebuilds_after(neighbor_list, atoms) == 1
 
@@ -258,10 +267,10 @@ def test_rebuilt_when_the_cell_is_squeezed_in_one_direction():
 def test_rebuilt_when_the_cell_grows_under_atoms_many_cells_apart():
     atoms = Atoms("W2", [[0, 0, 0], [305.2, 0, 0]], cell=[30, 30, 30], pbc=True)
     neighbor_list = SkinNeighborList(4.0, skin=1.0)
-    assert graph_of(neighbor_list, atoms).n_edge == 0
+    assert len(edges_of(neighbor_list, atoms).edge_vec) == 0
     atoms.set_cell([30.13, 30, 30])
     assert rebuilds_after(neighbor_list, atoms) == 1
-    assert graph_of(neighbor_list, atoms).n_edge == 2
+    assert len(edges_of(neighbor_list, atoms).edge_vec) == 2
 
 
 def test_kept_when_atoms_are_wrapped(built, crystal):
@@ -276,7 +285,7 @@ def test_kept_when_atoms_are_wrapped(built, crystal):
 def test_a_jump_in_a_direction_without_periodicity_is_a_move(crystal):
     crystal.pbc = (True, True, False)
     neighbor_list = SkinNeighborList(4.5)
-    graph_of(neighbor_list, crystal)
+    edges_of(neighbor_list, crystal)
     crystal.positions[3] += crystal.cell.array[2]
     assert rebuilds_after(neighbor_list, crystal) == 1
 
@@ -299,7 +308,7 @@ def test_rebuilt_for_another_order_of_the_atoms(built, crystal):
 def test_a_cell_vector_without_periodicity_does_not_matter(crystal):
     crystal.pbc = (True, True, False)
     neighbor_list = SkinNeighborList(4.5)
-    graph_of(neighbor_list, crystal)
+    edges_of(neighbor_list, crystal)
     crystal.cell[2] = [3.0, 2.0, 40.0]
     assert rebuilds_after(neighbor_list, crystal) == 0
 
@@ -315,28 +324,39 @@ def test_a_failed_search_leaves_no_list_behind(built, crystal):
     bad = crystal.copy()
     bad.set_cell(np.zeros((3, 3)))
     with pytest.raises(StructureError):
-        graph_of(built, bad)
+        edges_of(built, bad)
     assert rebuilds_after(built, crystal) == 1
 
 
-def test_types_are_those_of_the_call(built, crystal):
-    types = np.arange(len(crystal), dtype=np.int64)
-    assert built.graph(crystal, types).types is types
-    assert built.n_rebuilds == 1
+def test_a_list_is_the_same_object_until_a_search(built, crystal):
+    kept, _ = built.pairs(crystal)
+    crystal.positions[0, 0] += 0.3
+    crystal.set_cell(1.01 * crystal.cell.array, scale_atoms=True)
+    assert built.pairs(crystal)[0] is kept
+    crystal.positions[0, 0] += 1.0
+    assert built.pairs(crystal)[0] is not kept
 
 
 def test_structures_are_joined_with_shifted_indices():
-    atoms = [bulk("W"), Atoms(), Atoms("W2", [[0, 0, 0], [2.0, 0, 0]])]
-    graphs = [graph_of(SkinNeighborList(3.0), a) for a in atoms]
-    batch = AtomicGraph.concatenate(graphs)
-    assert (batch.n_node, batch.n_systems) == (3, 3)
-    assert batch.system_index.tolist() == [0, 2, 2]
-    assert batch.edge_index[:, -2:].tolist() == [[1, 2], [2, 1]]
-    assert batch.n_edge == sum(g.n_edge for g in graphs)
+    atoms = [bulk("W"), Atoms(), Atoms("W2", [[0, 0, 0], [2.0, 0, 0]]), bulk("Cu")]
+    lists = [SkinNeighborList(3.0).pairs(a)[0] for a in atoms]
+    batch = PairList.concatenate(lists)
+    assert batch.n_systems == 4
+    assert batch.system_index.tolist() == [0, 2, 2, 3]
+    assert batch.edge_index.shape == (2, sum(len(pairs.edge_shift) for pairs in lists))
+    last = len(lists[-1].edge_shift)
+    assert batch.edge_index[:, -last - 2 : -last].tolist() == [[1, 2], [2, 1]]
+    assert (batch.edge_index[:, -last:] == 3).all()
+    vectors = batch.vectors(
+        np.concatenate([a.positions for a in atoms]), np.stack([a.cell.array for a in atoms])
+    )
+    parts = [pairs.vectors(a.positions, a.cell.array[None]) for pairs, a in zip(lists, atoms, strict=True)]
+    np.testing.assert_allclose(vectors, np.concatenate(parts), rtol=0, atol=testing.SAME_MODEL)
 
 
 def test_an_empty_batch_has_no_systems():
-    assert AtomicGraph.concatenate([]).n_systems == 0
+    batch = PairList.concatenate([])
+    assert (batch.n_systems, batch.edge_index.shape, batch.edge_shift.shape) == (0, (2, 0), (0, 3))
 
 
 @pytest.mark.parametrize(
@@ -387,13 +407,13 @@ def test_an_empty_batch_has_no_systems():
 )
 def test_broken_structures_are_refused(atoms, message):
     with pytest.raises(StructureError, match=message):
-        graph_of(SkinNeighborList(4.0), atoms)
+        edges_of(SkinNeighborList(4.0), atoms)
 
 
 def test_an_overlap_within_a_kept_list_is_refused(built, crystal):
     crystal.positions[0] += 0.85 * (crystal.positions[1] - crystal.positions[0])
     with pytest.raises(StructureError, match=r"atoms 0 .* apart"):
-        graph_of(built, crystal)
+        edges_of(built, crystal)
 
 
 @pytest.mark.parametrize(

@@ -23,23 +23,27 @@ def calculators(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
     cache = {}
 
-    def get(frame):
+    def get(frame, backend):
         model, head = frame.model, frame.head
-        if (model, head) not in cache:
-            path = folder / f"{model}-{head}.moe.pt"
+        path = folder / f"{model}-{head}.moe.pt"
+        if not path.exists():
             checkpoint = DATA / "oracle" / "models" / f"{model}.pt"
             package_checkpoint(checkpoint, path, head=head, dtype="float64", **frame.given)
-            cache[model, head] = MoECalculator(path, dtype="float64", device="cpu", allow_untrained=True)
-        return cache[model, head]
+        if (path, backend) not in cache:
+            cache[path, backend] = MoECalculator(
+                path, dtype="float64", device="cpu", allow_untrained=True, backend=backend
+            )
+        return cache[path, backend]
 
     return get
 
 
-@pytest.mark.filterwarnings("ignore:.*neighbo")
+@pytest.mark.filterwarnings("ignore:.*neighbo", "ignore:.*evaluated by the plain backend")
+@pytest.mark.parametrize("backend", [None, "plain"])
 @pytest.mark.parametrize("frame", FRAMES, ids=lambda f: f"{f.model}-{f.head}-{f.frame}")
-def test_calculator_equals_the_independent_code(calculators, frame):
+def test_calculator_equals_the_independent_code(calculators, frame, backend):
     atoms = frame.atoms.copy()
-    atoms.calc = calculators(frame)
+    atoms.calc = calculators(frame, backend)
     forces, energy, energies = (
         atoms.get_forces(),
         atoms.get_potential_energy(),

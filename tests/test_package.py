@@ -1,27 +1,36 @@
 """Packaging: pruning, verification, the file and its refusals, and the evaluator on what came out."""
 
 import json
+import subprocess
+import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from alterations import MODEL, edit_json, pack, records_of
 from helpers import DATA, evaluate_atoms
 
-from moecalc import MoECalculator, testing
-from moecalc._jit import jit_load
-from moecalc.errors import ElementError, PackageError
+from moecalc import MoECalculator, costs, testing
+from moecalc._jit import jit_load, jit_script
+from moecalc.errors import ElementError, MoecalcError, PackageError
 from moecalc.models import default_model_path
-from moecalc.package import build as build_module
 from moecalc.package import (
+    archive,
     check_archive,
     package_checkpoint,
+    read_architecture,
     read_metadata,
     read_reference,
     read_verification,
+    upgrade_package,
     verify_package,
 )
+from moecalc.package import build as build_module
+from moecalc.package.architecture import describe, index_tensors
 from moecalc.package.importers import build_model, load_checkpoint, save_checkpoint
+from moecalc.package.lower import lower, make_contiguous, with_finished_tables
 from moecalc.package.metadata import Check, VerificationReport
 from moecalc.package.reference import CUTOFF_GAP
 from moecalc.package.verify import _strain_step
@@ -62,7 +71,7 @@ KINDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*evaluated through TorchScript")  # sequential updates
+@pytest.mark.filterwarnings("ignore:.*evaluated by the plain backend")  # sequential updates have no kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_calculator_equals_the_eager_model(make, kind):
     path, model = make(kind.replace(" ", "_").replace(",", ""), **KINDS[kind])
@@ -210,8 +219,11 @@ def test_packages_are_reproducible(tmp_path):
         package_checkpoint(ORACLE / "A_dyn.pt", path)
     contents = []
     for path in paths:
-        with zipfile.ZipFile(path) as archive:
-            contents.append({n: archive.read(n) for n in archive.namelist() if not n.endswith(".json")})
+        with zipfile.ZipFile(path) as package:  # metadata and verification have the time in them
+            names = [
+                n for n in package.namelist() if not n.endswith(("/metadata.json", "/verification.json"))
+            ]
+            contents.append({n: package.read(n) for n in names})
     assert contents[0] == contents[1]
 
 
@@ -304,16 +316,241 @@ def test_plain_checkpoint_is_no_package():
         check_archive(ORACLE / "A_dyn.pt")
 
 
-def test_newer_format_is_refused(mixture, tmp_path, monkeypatch):
-    from moecalc.package import archive
-
+def test_newer_format_is_refused(mixture, tmp_path):
     path = tmp_path / "x.moe.pt"
-    records = {"format_version": "3", "metadata.json": json.dumps({})}
-    archive.write_archive(path, jit_load(mixture[0]), records)
+    archive.write_archive(path, jit_load(mixture[0]), {"format_version": "3", "metadata.json": "{}"})
     with pytest.raises(PackageError, match=r"package format 3 is newer than this moecalc .* upgrade moecalc"):
         check_archive(path)
     with pytest.raises(PackageError, match="package format 3 is newer"):
         MoECalculator(path)
+
+
+# --- what the runtime reads --------------------------------------------------------------------------
+
+OPTIONS = {
+    "experts": {"n_routed": 4},
+    "merged": {"n_routed": 4, "kind": "linear"},
+    "gates": {"n_routed": 4, "routing": "configuration", "gate": "softmax_topk", "shared_routers": True},
+    "no angles": {"update_angle": False},
+    "compressed by products": {"a_compress_use_split": False},
+    "static": {"use_dynamic_sel": False, "smooth_edge_update": False, "edge_init_use_dist": False, "env_protection": 0.1},
+    "increments": {"update_style": "res_incr", "activation_function": "softplus", "concat_output_tebd": True},
+    "charge, spin and frame parameters": {
+        "add_chg_spin_ebd": True, "n_routed": 4, "route_on_charge_spin": True, "fitting": {"numb_fparam": 3, "dim_case_embd": 2},
+    },
+    "a fitting net of time steps": {"fitting": {"dim_case_embd": 2, "resnet_dt": True}, "neuron": (8, 16, 16)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def written(request, tmp_path_factory):
+    """A lowered model, and the package of it."""
+    path = tmp_path_factory.mktemp("written") / "x.moe.pt"
+    config = testing.random_config(ELEMENTS, **OPTIONS[request.param])
+    low, _ = lower(testing.random_potential(config, dtype="float32"), config, ELEMENTS[1:])
+    archive.write_archive(path, jit_script(low), {"metadata.json": "{}"})
+    return low, path
+
+
+def test_every_tensor_is_found_by_its_name(written):
+    low, path = written
+    tensors = archive.read_tensors(path)
+    assert set(tensors) == set(low.state_dict())
+    for name, value in low.state_dict().items():
+        assert archive.read_tensor(path, tensors[name]).dtype == value.numpy().dtype
+        np.testing.assert_array_equal(archive.read_tensor(path, tensors[name]), value.numpy(), err_msg=name)
+
+
+def test_the_architecture_is_that_of_the_eager_and_of_the_scripted_model(written):
+    low, path = written
+    assert read_architecture(path) == describe(low) == describe(torch.jit.load(path))
+
+
+def test_the_architecture_says_what_the_model_is(written):
+    low, path = written
+    said = read_architecture(path)
+    assert said.elements == ELEMENTS[1:]
+    assert (said.cutoff, said.angle_cutoff, said.routing_level) == (
+        low.cutoff,
+        low.angle_cutoff,
+        low.routing_level,
+    )
+    assert said.dtype == said.readout.dtype == "float32"
+    for layer, module in zip(said.layers, low.layers, strict=True):
+        for name in (
+            "n_head",
+            "axis",
+            "edge_norm",
+            "angle_norm",
+            "keep_far_edges",
+            "with_angles",
+            "vc_dim",
+            "ec_dim",
+        ):
+            assert getattr(layer, name) == getattr(module, name)
+        for name, position in layer.positions.items():
+            assert position.experts == getattr(module, name).matrix.size(0)
+            assert not position.routed or position.router in layer.routers
+
+
+def test_the_same_model_gives_the_same_bytes(written, tmp_path):
+    low, path = written
+    archive.write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    assert (tmp_path / "x.moe.pt").read_bytes() == path.read_bytes()
+
+
+def test_the_digest_is_that_of_the_records_that_a_model_is_computed_from(written):
+    with zipfile.ZipFile(written[1]) as package:
+        entries = {name: package.getinfo(name) for name in package.namelist()}
+        lines = [
+            f"{name.removeprefix('model/')} {entry.file_size} {entry.CRC:08x}\n"
+            for name, entry in sorted(entries.items())
+            if "/extra/" not in name or name.endswith(("/architecture.json", "/tensors.json"))
+        ]
+        digest = json.loads(package.read("model/extra/metadata.json"))["digest"]
+    assert digest == f"{zlib.crc32(''.join(lines).encode()):08x}"
+
+
+def test_tensors_that_are_views_get_records_of_their_own(tmp_path):
+    config = testing.random_config(ELEMENTS)
+    low, _ = lower(testing.random_potential(config), config)
+    low.embedding.table.table = torch.randn(8, 4, dtype=torch.float64).t()
+    low.geometry.mean = torch.randn(8, 4, dtype=torch.float64)[2:6]
+    scripted = jit_script(low)
+    with pytest.raises(PackageError, match=r"expected tensor embedding\.table\.table in row-major order"):
+        archive.write_archive(tmp_path / "x.moe.pt", scripted, {})
+    make_contiguous(scripted)
+    archive.write_archive(tmp_path / "x.moe.pt", scripted, {})
+    tensors = archive.read_tensors(tmp_path / "x.moe.pt")
+    for name in ("embedding.table.table", "geometry.mean"):
+        assert tensors[name].offset == 0
+        found = archive.read_tensor(tmp_path / "x.moe.pt", tensors[name])
+        np.testing.assert_array_equal(found, low.state_dict()[name].numpy())
+
+
+def test_a_tensor_within_a_larger_record_is_found(tmp_path):
+    config = testing.random_config(ELEMENTS)
+    low, _ = lower(testing.random_potential(config), config)
+    low.geometry.mean = torch.randn(8, 4, dtype=torch.float64)[2:6]
+    archive.write_archive(tmp_path / "x.moe.pt", jit_script(low), {})
+    tensor = archive.read_tensors(tmp_path / "x.moe.pt")["geometry.mean"]
+    assert tensor.offset == 2 * 4 * 8
+    np.testing.assert_array_equal(
+        archive.read_tensor(tmp_path / "x.moe.pt", tensor), low.geometry.mean.numpy()
+    )
+
+
+def test_models_that_are_not_lowered_are_told_apart(tmp_path):
+    full = testing.random_potential(testing.random_config(ELEMENTS, n_routed=2))
+    for module in (full, torch.nn.Identity()):
+        with pytest.raises(PackageError, match="expected a lowered MoEPotential to describe"):
+            archive.write_archive(tmp_path / "x.moe.pt", jit_script(module), {})
+    finished = with_finished_tables(full)
+    archive.write_archive(tmp_path / "x.moe.pt", jit_script(finished), {})
+    table = archive.read_tensors(tmp_path / "x.moe.pt")["embedding.table.table"]
+    found = archive.read_tensor(tmp_path / "x.moe.pt", table)
+    np.testing.assert_array_equal(found, full.embedding.table().detach().numpy())
+
+
+@pytest.mark.parametrize(
+    "code", [b"cposix\nsystem\n.", b"ctorch\nHalfStorage\n.", b"]K\x01aQ.", b"garbage", b""]
+)
+def test_pickles_of_other_things_are_not_indexed(code):
+    with pytest.raises(PackageError, match=r"expected data\.pkl of a scripted model"):
+        index_tensors(code, {})
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # an import of it fails
+from moecalc import costs, package, testing
+path = sys.argv[1]
+frames = package.read_reference(path)
+assert package.read_metadata(path).elements and frames and package.read_verification(path).checks
+assert package.read_architecture(path).n_dim == 8
+assert costs.read_architecture(path).fitting[-1] == 1
+assert len(testing.brute_force_edges(testing.molecule(), 3.0)[0])
+"""
+
+
+def test_packages_are_read_without_torch(mixture):
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(mixture[0])], check=True)
+
+
+# --- older packages ----------------------------------------------------------------------------------
+
+OLD = DATA / "packages" / "format1.moe.pt"  # written at commit 6617a43, before there were conditions
+
+
+def test_older_packages_are_to_be_upgraded():
+    remedy = rf"format1\.moe\.pt: package format 1 has no architecture record: moecalc upgrade \S*{OLD.name} -o NEW\.moe\.pt"
+    for read in (check_archive, read_metadata, read_architecture, costs.read_architecture):
+        with pytest.raises(PackageError, match=remedy):
+            read(OLD)
+
+
+def test_an_upgraded_package_is_the_same_model(tmp_path):
+    new = tmp_path / "new.moe.pt"
+    steps = []
+    report = upgrade_package(OLD, new, steps.append)
+    assert steps == ["reading the package", "writing the package", "reference frames"]
+    assert report.size_bytes == new.stat().st_size
+    assert report.metadata == read_metadata(new)
+    old = json.loads(archive.read_record(OLD, "metadata.json"))
+    said = json.loads(archive.read_record(new, "metadata.json"))
+    assert said | {"format_version": 1, "digest": ""} == old | {"digest": ""}
+    assert archive.read_record(new, "reference.json") == archive.read_record(OLD, "reference.json")
+    before, after = jit_load(OLD).state_dict(), jit_load(new).state_dict()
+    assert before.keys() == after.keys() == archive.read_tensors(new).keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    atoms = testing.molecule(["H", "O"], distance=1.5)
+    expected = evaluate_atoms(jit_load(OLD).double(), atoms)
+    atoms.calc = MoECalculator(new, device="cpu", dtype="float64")
+    assert np.abs(atoms.get_forces() - expected.forces.numpy()).max() < 1e-6
+
+
+def test_upgrades_of_a_package_with_conditions_and_of_this_format(tmp_path):
+    path, stripped = tmp_path / "x.moe.pt", tmp_path / "old.moe.pt"
+    options = {"add_chg_spin_ebd": True, "n_routed": 3, "fitting": {"numb_fparam": 2}}
+    testing.write_random_package(path, testing.random_config(ELEMENTS, **options), "float64")
+    with pytest.raises(PackageError, match=r"expected a package of an older format, got format 2: use it"):
+        upgrade_package(path, tmp_path / "new.moe.pt")
+    records = {n: c for n, c in records_of(path).items() if n not in MODEL}
+    stripped.write_bytes(pack(records))
+    with pytest.raises(PackageError, match="package format 2 has no architecture record: moecalc upgrade"):
+        read_metadata(stripped)
+    upgrade_package(stripped, tmp_path / "new.moe.pt")
+    assert read_architecture(tmp_path / "new.moe.pt") == read_architecture(path)
+    assert archive.read_tensors(tmp_path / "new.moe.pt") == archive.read_tensors(path)
+
+
+def test_an_upgrade_that_gives_other_numbers_writes_nothing(tmp_path):
+    def shift(frames):
+        frames[0]["energy"] += 1.0
+        return frames
+
+    altered = tmp_path / "old.moe.pt"
+    altered.write_bytes(edit_json(OLD, "reference.json", shift))
+    with pytest.raises(PackageError, match=r"new\.moe\.pt was not written: ") as error:
+        upgrade_package(altered, tmp_path / "new.moe.pt")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [altered]
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("new.pt", r"expected a file name that ends in \.moe\.pt"),
+        ("gone/new.moe.pt", "no such folder"),
+        ("old.moe.pt", "is the package .* itself, which would be lost"),
+    ],
+)
+def test_places_that_no_upgrade_can_go_to_are_refused(tmp_path, new, message):
+    old = tmp_path / "old.moe.pt"
+    old.write_bytes(OLD.read_bytes())
+    with pytest.raises(MoecalcError, match=message):
+        upgrade_package(old, tmp_path / new)
+    assert old.read_bytes() == OLD.read_bytes()
 
 
 def test_untrained_elements_are_marked_and_refused(tmp_path):

@@ -10,7 +10,7 @@ from moecalc._jit import jit_load
 from moecalc.cli import app
 from moecalc.conditions import ConditionError, Conditions, FixedConditions
 from moecalc.nn.model import prepare_graph
-from moecalc.package import package_checkpoint, read_metadata, read_reference
+from moecalc.package import package_checkpoint, read_architecture, read_metadata, read_reference
 from moecalc.package.importers import build_model, load_checkpoint
 
 ORACLE = DATA / "oracle" / "models"
@@ -31,13 +31,13 @@ def fixed(tmp_path_factory):
 
 def test_fixed_values_are_recorded_and_the_package_is_plain(fixed):
     metadata = read_metadata(fixed[0])
-    assert metadata.format_version == 1
+    assert metadata.format_version == 2
     assert metadata.conditions.fixed == FixedConditions(charge=-1, spin=2, fparam=[0.3, -0.4])
     assert not metadata.conditions.open
     assert read_reference(fixed[0])[0].conditions == Conditions()
-    inputs = jit_load(fixed[0]).conditions
-    assert not inputs.takes_charge_spin
-    assert inputs.n_fparam == 0
+    for inputs in (jit_load(fixed[0]).conditions, read_architecture(fixed[0]).conditions):
+        assert not inputs.takes_charge_spin
+        assert inputs.n_fparam == 0
 
 
 def test_fixed_values_are_shown_by_package_and_inspect(fixed):
@@ -108,13 +108,17 @@ def open_package(request, tmp_path_factory):
     return path, config
 
 
-def test_a_package_that_takes_conditions_says_so_and_has_format_2(open_package):
+def test_a_package_that_takes_conditions_says_so(open_package):
     path, config = open_package
     metadata = read_metadata(path)
     assert metadata.format_version == 2
     assert metadata.conditions == config.conditions()
     assert metadata.conditions.fixed is None
     assert metadata.routing.is_table != metadata.conditions.routed
+    said = read_architecture(path).conditions
+    assert said.takes_charge_spin
+    assert (said.n_fparam, said.n_case) == (config.fitting.numb_fparam, config.fitting.dim_case_embd)
+    assert said.routed == config.routes_on_charge_spin
     frame = read_reference(path)[0]
     assert frame.conditions.charge_spin == (0, 1)
     assert len(frame.fparam) == 3

@@ -1,4 +1,4 @@
-"""benchmarks/search.py and expert_roles.py on a few frames and steps."""
+"""benchmarks/search.py, expert_roles.py and old_new.py on a few frames and steps."""
 
 from __future__ import annotations
 
@@ -57,3 +57,20 @@ def test_roles_of_experts_are_tabulated_per_layer(tmp_path: Path) -> None:
         assert len(changes) == 7
         assert sum(c > 0 for c in changes) <= 3  # two routed experts and the shared one
         assert max(changes) > 0.01
+
+
+def test_two_installations_are_compared(tmp_path: Path) -> None:
+    name = "default model, 128 atoms of Cu-Ni"
+    script = ROOT / "benchmarks" / "old_new.py"
+    command = [sys.executable, str(script), "--old", sys.executable, "--rounds", "2", "--only", name]
+    done = subprocess.run(
+        [*command, "--json", "found.json"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "found.json").read_text()).values()
+    assert len(found["rounds"]) == 2
+    assert found["atoms"] == 128
+    assert found["force_deviation"] == 0  # the same library twice
+    assert min(found[f"{key}_ratio"] for key in ("wall_s", "cpu_s")) > 0
+    assert name[:13] in done.stdout

@@ -173,7 +173,7 @@ HELD = """
 import os, shutil, sys, threading
 from ase.build import bulk
 from moecalc import MoECalculator
-import moecalc.calculator as module
+import moecalc.runtime as module
 
 def fork(work):
     "Exit status of `work` in a child."
@@ -215,7 +215,7 @@ def test_a_child_uses_a_calculator_that_a_thread_holds(tmp_path, monkeypatch):
     code = """
 release = hold(calc._lock)
 calc.results["energy"] = 0.0
-calc.neighbor_list._shift_vec = calc.neighbor_list._shift_vec + 0.3
+calc.neighbor_list._pairs = calc.neighbor_list._pairs.concatenate([])
 assert fork(lambda: abs(atoms.get_potential_energy() - expected) < 1e-9) == 0
 release()
 """
@@ -291,10 +291,10 @@ def test_a_child_has_the_precision_that_the_program_asked_of_torch(tmp_path, mon
     """Evaluations of other threads, for which it was raised, do not end in the child."""
     code = """
 import torch
-from moecalc._lib import load
+from moecalc._torch_lib import load_torch_library
 torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 def evaluate(inside, over):
-    with load().CleanState():
+    with load_torch_library().CleanState():
         inside.set()
         over.wait()
 inside, over = threading.Event(), threading.Event()
@@ -330,7 +330,7 @@ if child == 0:
 os.waitpid(child, 0)
 """
     output = python(code, MOECALC_BACKEND="torchscript", PYTHONWARNINGS="ignore")
-    assert "TorchScript cannot run in a forked process" in output
+    assert "backend 'torchscript' cannot be used in a forked process" in output
     assert "multiprocessing.get_context('spawn')" in output
 
 
@@ -376,15 +376,30 @@ def test_threads_are_those_of_one_calculator(small_bulk):
         assert evaluator.num_threads == expected
 
 
-def test_the_default_number_of_threads_is_torchs(small_bulk):
+@pytest.mark.parametrize("openmp", [None, "1", "3"])
+def test_the_default_number_of_threads_is_that_of_openmp_or_the_cores(openmp):
+    code = """
+import os
+from ase.build import bulk
+from moecalc import MoECalculator
+atoms = bulk("W", "bcc", a=3.2, cubic=True) * 2
+atoms.calc = calculator = MoECalculator(device="cpu")
+atoms.get_forces()
+print(calculator._model._evaluator.num_threads, calculator.n_threads, len(os.sched_getaffinity(0)))
+"""
+    used, told, cores = (int(word) for word in python(code, openmp=openmp).split())
+    assert used == told
+    assert 1 <= used <= cores if openmp is None else used == int(openmp)
+
+
+def test_threads_that_a_program_asks_of_torch_are_not_ours(small_bulk):
     calculator = MoECalculator(device="cpu")
-    atoms = small_bulk.copy()
-    atoms.calc = calculator
+    expected = calculator.n_threads
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(3)
-        atoms.get_forces()
-        assert calculator._model._evaluator.num_threads == 3
+        torch.set_num_threads(expected + 2)
+        calculator.get_forces(small_bulk)
+        assert calculator.n_threads == expected
     finally:
         torch.set_num_threads(before)
 
@@ -471,8 +486,8 @@ print(time.process_time() - start)
     assert float(python(code)) < 0.05
 
 
-def test_threads_take_over_the_rounding_of_the_caller():
-    """A worker that rounded or flushed otherwise would make results depend on which thread computed them."""
+def test_the_rounding_of_the_caller_changes_no_result_and_stays():
+    """In no thread: each computes with the rounding of a fresh process."""
     code = """
 import ctypes
 import numpy as np
@@ -481,20 +496,19 @@ from moecalc import MoECalculator
 libm = ctypes.CDLL("libm.so.6")
 start = bulk("W", "bcc", a=3.2, cubic=True) * 2
 start.rattle(0.05, seed=1)
-start.calc = calculator = MoECalculator(device="cpu", dtype="float64")  # loaded once: its weights are rounded as well
-start.get_forces()
-forces = []
-for threads in (1, 2, 1, 2):
-    atoms = start.copy()
-    atoms.calc = calculator
-    calculator.set(threads=threads)
-    calculator.reset()
-    if len(forces) == 2:
-        assert libm.fesetround(0x800) == 0  # upwards
-    forces.append(atoms.get_forces())
-libm.fesetround(0)
-assert np.array_equal(forces[0], forces[1]) and np.array_equal(forces[2], forces[3])
-assert not np.array_equal(forces[0], forces[2])
+start.calc = calculator = MoECalculator(device="cpu", dtype="float64")
+expected = start.get_forces()
+for rounding in (0, 0x800, 0x400):  # to nearest, upwards, downwards
+    for threads in (1, 2):
+        atoms = start.copy()
+        atoms.calc = calculator
+        calculator.set(threads=threads)
+        calculator.reset()
+        assert libm.fesetround(rounding) == 0
+        forces = atoms.get_forces()
+        assert libm.fegetround() == rounding
+        libm.fesetround(0)
+        assert np.array_equal(forces, expected), (rounding, threads)
 """
     python(code)
 

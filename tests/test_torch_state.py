@@ -1,6 +1,11 @@
-"""What a program sets for its own use of torch does not reach the numbers of moecalc."""
+"""What a program sets for its own use of torch does not reach the numbers of moecalc.
+
+The kernels have no torch in them: of what torch sets, only the arithmetic of the processor could reach them. The TorchScript backend,
+packaging and training run torch.
+"""
 
 import contextlib
+import sys
 import threading
 
 import numpy as np
@@ -9,8 +14,9 @@ import torch
 from ase.optimize import BFGS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moecalc import MoECalculator, testing
+from moecalc import MoECalculator, _clean, testing
 from moecalc._jit import jit_load
+from moecalc._torch_lib import load_torch_library
 from moecalc.nn import ModelConfig
 from moecalc.package import package_checkpoint, verify_package
 from moecalc.package.importers import save_checkpoint
@@ -116,10 +122,12 @@ CONTEXTS = {
 }
 
 
-@pytest.fixture(params=CONTEXTS)
-def context(request):
-    """Makes the context; warnings of torch about itself are not of interest here."""
-    return CONTEXTS[request.param]
+WITHOUT_TORCH = ["all of these", "flushed denormals", "dispatch mode"]
+"""Contexts for the kernels, which have no torch in them."""
+
+CASES = [("torchscript", name) for name in CONTEXTS] + [
+    (backend, name) for backend in ("fused", "cuda-emulation") for name in WITHOUT_TORCH
+]
 
 
 def results(calculator, atoms):
@@ -131,11 +139,26 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+def choose(backend, patch):
+    """Let the calculators to come use this backend; skips where it was not built."""
+    if backend == "torchscript":
+        try:
+            load_torch_library()
+        except ImportError as error:
+            pytest.skip(str(error))
+    patch.setenv("MOECALC_BACKEND", backend)
+
+
 @pytest.fixture(scope="module", params=["fused", "torchscript", "cuda-emulation"])
-def evaluated(request):
-    """A calculator of every kind of kernels, in the precision in which rounding shows, with results outside of any context."""
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def evaluated(backend):
+    """A calculator of every backend, in the precision in which rounding shows, with results outside of any context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOECALC_BACKEND", request.param)
+        choose(backend, patch)
         with contextlib.suppress(Warning):
             calculator = _quiet_calculator(dtype="float32")
     atoms = testing.bulk_alloy()
@@ -151,25 +174,26 @@ def _quiet_calculator(**arguments):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_results_do_not_depend_on_the_context(context, evaluated):
+@pytest.mark.parametrize(("backend", "name"), CASES, indirect=["backend"], scope="module")
+def test_results_do_not_depend_on_the_context(name, evaluated):
     calculator, atoms, expected = evaluated
-    with context():
+    with CONTEXTS[name]():
         found = results(calculator, atoms)
     assert_same(found, expected)
     assert np.abs(expected["forces"]).max() > 0.1
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["fused", "torchscript"])
-def test_a_calculator_that_is_made_in_the_context_is_right(context, backend, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("backend", "name"), [case for case in CASES if case[0] != "cuda-emulation"])
+def test_a_calculator_that_is_made_in_the_context_is_right(name, backend, monkeypatch, tmp_path):
     atoms = testing.bulk_alloy(repeat=1)
-    monkeypatch.setenv("MOECALC_BACKEND", backend)
+    choose(backend, monkeypatch)
     path = tmp_path / "model.moe.pt"
     config = testing.random_config(n_routed=3, nlayers=2)
     testing.write_random_package(path, config)
     expected = results(MoECalculator(path, device="cpu", check=False), atoms)
     path.touch()  # a package is loaded again when the file is another
-    with context():
+    with CONTEXTS[name]():
         found = results(MoECalculator(path, device="cpu", check=False), atoms)
     assert_same(found, expected)
 
@@ -203,7 +227,10 @@ def test_arithmetic_of_the_host_is_left_alone(evaluated):
     assert 5e-324 * 1.0 > 0.0
 
 
-def test_a_relaxation_inside_inference_mode_does_not_converge_at_once():
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["fused", "torchscript"])
+def test_a_relaxation_inside_inference_mode_does_not_converge_at_once(backend, monkeypatch):
+    choose(backend, monkeypatch)
     atoms = testing.bulk_alloy()
     atoms.calc = MoECalculator(device="cpu", dtype="float64")
     with torch.inference_mode():
@@ -233,6 +260,14 @@ def test_settings_of_another_thread_do_not_matter(evaluated):
         thread.join()
 
 
+def test_torchscript_gives_the_number_of_threads_back(monkeypatch):
+    choose("torchscript", monkeypatch)
+    before = torch.get_num_threads()
+    calculator = _quiet_calculator(dtype="float64", threads=before + 1)
+    results(calculator, testing.bulk_alloy(repeat=1))
+    assert torch.get_num_threads() == before
+
+
 # --- packaging and training ------------------------------------------------------------------------
 
 
@@ -258,9 +293,51 @@ MAIN = [
 """Contexts for what takes longer."""
 
 
+@pytest.fixture(params=["library", "python"])
+def cleaned(request, monkeypatch):
+    """With the library that is linked to torch, and without: then Python does what it can."""
+
+    def missing():
+        raise ImportError("not built")
+
+    if request.param == "python":
+        monkeypatch.setattr(_clean, "load_torch_library", missing)
+        return
+    try:
+        load_torch_library()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*MAIN, "flushed denormals", "set_grad_enabled(False)", "no_grad"])
+def test_torch_is_clean_in_the_context_and_as_before_behind_it(name, cleaned):
+    with CONTEXTS[name]():
+        before = seen()
+        with _clean.clean_torch():
+            inside = seen()
+        assert seen() == before
+    assert inside == seen()
+
+
+def seen():
+    """What the program around and the work of moecalc can tell of the state of torch, on this thread and in the process."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32"),
+        torch.empty(1).device.type,
+        torch._C._functorch.peek_interpreter_stack() is None,
+        torch._C._len_torch_dispatch_stack(),
+        sys.float_info.min / 2 == 0.0,
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MAIN)
-def test_a_package_that_is_made_in_the_context_is_right(name, checkpoint, tmp_path):
+def test_a_package_that_is_made_in_the_context_is_right(name, checkpoint, cleaned, tmp_path):
     out = tmp_path / "inside.moe.pt"
     with CONTEXTS[name]():
         report = package_checkpoint(checkpoint, out)

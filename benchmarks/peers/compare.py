@@ -211,10 +211,9 @@ def time_once(
 
 
 FLOOR = """
-import json, sys, torch, numpy as np, ase.io
+import sys
 from moecalc.bench import ceilings
-torch.set_num_threads(int(sys.argv[1]))
-print(ceilings("float32").model_dump_json())
+print(ceilings("float32", int(sys.argv[1])).model_dump_json())
 """
 
 
@@ -239,10 +238,11 @@ def count(package: Path, atoms: Atoms) -> dict[str, Any]:
 
     metadata = read_metadata(package)
     types = np.array([metadata.elements.index(s) for s in atoms.symbols])
-    graph = SkinNeighborList(metadata.cutoff, 0.0).graph(atoms, types)
+    pairs, positions = SkinNeighborList(metadata.cutoff, 0.0).pairs(atoms)
+    edge_vec = pairs.vectors(positions, atoms.cell.array[None])
     architecture = read_architecture(package)
     sizes = count_graph(
-        architecture, types, graph.edge_index, graph.edge_vec, metadata.cutoff, metadata.angle_cutoff
+        architecture, types, pairs.edge_index, edge_vec, metadata.cutoff, metadata.angle_cutoff
     )
     parts = {name: vars(cost) for name, cost in costs(architecture, sizes).items()}
     return {"graph": vars(sizes), "cost": parts}

@@ -28,8 +28,8 @@ def markdown(record: dict[str, Any]) -> str:
     plural = "s" if record["threads"] > 1 else ""
     about = (
         f"{record['structure']}: {graph['atoms']} atoms, {graph['edges']:,} edges, {graph['angles']:,} angles, float32; 1 rank, "
-        f"{record['threads']} thread{plural} on {machine['cpu']} ({machine['cores']} cores); moecalc {machine['moecalc']}, torch "
-        f"{machine['torch']}, against {record['peer']}; {record['date']}. Medians of {record['rounds']} timings of {record['steps']} steps, "
+        f"{record['threads']} thread{plural} on {machine['cpu']} ({machine['cores']} cores); moecalc {machine['moecalc']}, "
+        f"against {record['peer']}; {record['date']}. Medians of {record['rounds']} timings of {record['steps']} steps, "
         "in turn; range in brackets. Memory: peak above the loaded process."
     )
     lines = [

@@ -11,6 +11,8 @@
 #include <memory>
 #include <vector>
 
+#include "moecalc/version.h"
+
 namespace moecalc::ops {
 
 /// Rows of features are padded to this many bytes, so that every row is whole vectors of every instruction
@@ -233,6 +235,6 @@ struct Kernels {
 
 /// The best kernels that this processor runs; `wanted` ("avx512", "avx2", "generic") forces a slower set.
 template <class T>
-const Kernels<T>& kernels(const char* wanted = nullptr);
+MOECALC_API const Kernels<T>& kernels(const char* wanted = nullptr);
 
 }  // namespace moecalc::ops

@@ -1,8 +1,8 @@
-"""The package file: a TorchScript archive with extra records and an integrity stamp.
+"""The package file: a TorchScript archive with extra records and an integrity stamp. Reading it needs no torch.
 
 The zip comment is `moecalc crc32=XXXXXXXX size=N`: checksum and length of everything before the end record, so that
 a truncated, a damaged and a foreign file are told apart before torch is asked to load them. The C++ runtime checks
-the same stamp (cpp/runtime/archive.cpp).
+the same stamp (cpp/package/package_file.cpp).
 """
 
 from __future__ import annotations
@@ -17,21 +17,34 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from moecalc.errors import PackageError, printable
 from moecalc.files import CHECKPOINT, describe
+from moecalc.package.architecture import (
+    Architecture,
+    StoredTensor,
+    dtype_name,
+    index_tensors,
+)
+from moecalc.package.architecture import (
+    describe as describe_model,
+)
 from moecalc.package.metadata import FORMAT_VERSION, Metadata, ReferenceFrame, VerificationReport
 
 if TYPE_CHECKING:
     import torch
 
+_TENSORS = TypeAdapter(dict[str, StoredTensor])
 _END = b"PK\x05\x06"
 _LONGEST_END = 22 + 0xFFFF  # the end record and its comment
 _STAMP = re.compile(rb"^moecalc crc32=([0-9a-f]{8}) size=(\d+)$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_MODEL_RECORDS = ("model/extra/architecture.json", "model/extra/tensors.json")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
@@ -41,7 +54,8 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
     Args:
         path: file to write (not atomically: write beside the target and rename).
         module: the scripted model.
-        records: extra records by name (`metadata.json`, ...).
+        records: extra records by name (`metadata.json`, ...). Format version and the records that the runtime reads of the
+            model are added where they are missing.
     """
     from moecalc._jit import jit_save
 
@@ -53,9 +67,15 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
         names = {"model/" + name.split("/", 1)[1]: name for name in source.namelist()}
         # source paths of the machine that packaged, and a random id: nothing that a run needs
         names = {n: name for n, name in names.items() if not n.endswith((".debug_pkl", "/serialization_id"))}
+        entries = {n: source.getinfo(name) for n, name in names.items()}
         extra = {f"model/extra/{name}": text for name, text in records.items()}
+        extra.setdefault("model/extra/format_version", str(FORMAT_VERSION))
+        if not extra.keys() >= set(_MODEL_RECORDS):
+            described = _model_records(module, source.read(names["model/data.pkl"]), entries)
+            extra = dict(zip(_MODEL_RECORDS, described, strict=True)) | extra
         if "metadata.json" in records:
-            digest = digest_of({n: source.getinfo(name) for n, name in names.items()}.items())
+            entries |= {n: _entry(n, extra[n].encode()) for n in _MODEL_RECORDS}
+            digest = digest_of(entries.items())
             extra["model/extra/metadata.json"] = with_digest(records["metadata.json"], digest)
         for name in sorted([*names, *extra]):
             content = extra[name].encode() if name in extra else source.read(names[name])
@@ -66,8 +86,33 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
     path.write_bytes(body[: end + 20] + struct.pack("<H", len(stamp)) + stamp)
 
 
+def _model_records(
+    module: torch.jit.ScriptModule, data: bytes, entries: Mapping[str, zipfile.ZipInfo]
+) -> tuple[str, str]:
+    """Texts of architecture.json and tensors.json of a model whose data.pkl is `data`."""
+    sizes = {name.split("/", 1)[1]: entry.file_size for name, entry in entries.items()}
+    tensors = index_tensors(data, sizes)
+    for name, tensor in module.state_dict().items():
+        found = tensors.get(name)
+        if found is None or (found.dtype, found.shape) != (dtype_name(tensor), list(tensor.shape)):
+            raise PackageError(f"expected tensor {name} in the archive, got {found}: please report it")
+    return (
+        describe_model(module).model_dump_json(indent=1),
+        json.dumps({name: tensor.model_dump() for name, tensor in tensors.items()}),
+    )
+
+
+def _entry(name: str, content: bytes) -> zipfile.ZipInfo:
+    """What a directory says of a record."""
+    entry = zipfile.ZipInfo(name, date_time=_EPOCH)
+    entry.file_size, entry.CRC = len(content), zlib.crc32(content)
+    return entry
+
+
 def digest_of(records: Iterable[tuple[str, zipfile.ZipInfo]]) -> str:
-    """Digest of the records of a model, all but those in `extra/`: CRC-32 of lines `NAME SIZE CRC`, sorted by name.
+    """Digest of what a model is computed from: CRC-32 of lines `NAME SIZE CRC`, sorted by name.
+
+    It covers the records of the scripted model, `extra/architecture.json` and `extra/tensors.json`, none of the others in `extra/`.
 
     Args:
         records: full names in a package, and entries of the directory.
@@ -76,7 +121,7 @@ def digest_of(records: Iterable[tuple[str, zipfile.ZipInfo]]) -> str:
     lines = [
         f"{name} {entry.file_size} {entry.CRC:08x}\n"
         for name, entry in sorted(inner.items())
-        if not name.startswith("extra/")
+        if not name.startswith("extra/") or f"model/{name}" in _MODEL_RECORDS
     ]
     return f"{zlib.crc32(''.join(lines).encode()):08x}"
 
@@ -111,7 +156,20 @@ def check_archive(path: str | Path) -> None:
     """Check that a file is a whole, undamaged package of a format that this version reads.
 
     Raises:
-        PackageError: missing, truncated, damaged, foreign or newer file; the message names it and the remedy.
+        PackageError: missing, truncated, damaged, foreign, newer or older file; the message names it and the remedy.
+    """
+    version, names = check_file(path)
+    if not names & set(_MODEL_RECORDS):
+        raise PackageError(
+            f"{path}: package format {version} has no architecture record: moecalc upgrade {path} -o NEW.moe.pt"
+        )
+
+
+def check_file(path: str | Path) -> tuple[int, set[str]]:
+    """The same for packages of older formats as well.
+
+    Returns:
+        Version of the format, and the names of all records.
     """
     path = Path(path)
     if not path.exists():
@@ -145,7 +203,7 @@ def check_archive(path: str | Path) -> None:
     if tail[place + 20 :] != struct.pack("<H", len(stamp[0])) + b"moecalc crc32=%08x size=%d" % (crc, size):
         raise PackageError(f"{path}: damaged file (end record): {again}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
-        _check_directory(path, body, end)
+        names = _check_directory(path, body, end)
     version = read_record(path, "format_version").strip()
     if not re.fullmatch(r"[1-9][0-9]{0,4}", version):
         raise PackageError(
@@ -157,10 +215,11 @@ def check_archive(path: str | Path) -> None:
         raise PackageError(
             f"{path}: package format {version} is newer than this moecalc ({__version__}) reads ({FORMAT_VERSION}): upgrade moecalc"
         )
+    return int(version), names
 
 
-def _check_directory(path: Path, body: mmap.mmap, end: int) -> None:
-    """Every reader of zip files must see the same records; the same rule as `read_directory` (cpp/runtime/records.cpp)."""
+def _check_directory(path: Path, body: mmap.mmap, end: int) -> set[str]:
+    """Names of all records. Every reader of zip files must see the same ones; the same rule as `read_directory` (cpp/package/records.cpp)."""
 
     def refuse(what: str) -> PackageError:
         return PackageError(
@@ -207,7 +266,7 @@ def _check_directory(path: Path, body: mmap.mmap, end: int) -> None:
         seen.add(name.lower())
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise refuse(f"{shown} is compressed")
-        if entry.flag_bits & 1:
+        if entry.flag_bits & 0x61:  # encrypted, strongly too, or a patch
             raise refuse(f"{shown} is encrypted")
         header = body[entry.header_offset : entry.header_offset + 30]
         if len(header) < 30 or not header.startswith(b"PK\3\4"):
@@ -226,6 +285,7 @@ def _check_directory(path: Path, body: mmap.mmap, end: int) -> None:
     for (_, last), (first, _) in zip(spans, [*spans[1:], (begin, 0)], strict=True):
         if last > first:
             raise refuse("records that overlap")
+    return {entry.orig_filename for entry in entries}
 
 
 def read_record(path: str | Path, name: str) -> str:
@@ -281,6 +341,52 @@ def read_metadata(path: str | Path) -> Metadata:
         raise PackageError(
             f"{path}: metadata do not fit their schema ({_first(error)}): package again"
         ) from None
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """Checked `architecture.json` of a package.
+
+    Raises:
+        PackageError: as `check_archive`, or a record that does not fit its schema.
+    """
+    check_archive(path)
+    try:
+        return Architecture.model_validate(_read_json(path, "architecture.json"))
+    except ValidationError as error:
+        raise PackageError(
+            f"{path}: architecture.json does not fit its schema ({_first(error)}): package again"
+        ) from None
+
+
+def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
+    """Checked `tensors.json` of a package: where each tensor is, by its name in the model.
+
+    Raises:
+        PackageError: a record that does not fit its schema, or a tensor that is not whole in the file.
+    """
+    index = _read_json(path, "tensors.json")
+    try:
+        tensors = _TENSORS.validate_python(index)
+    except ValidationError as error:
+        raise PackageError(
+            f"{path}: tensors.json does not fit its schema ({_first(error)}): package again"
+        ) from None
+    with zipfile.ZipFile(path) as archive:
+        sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
+    for name, tensor in tensors.items():
+        if tensor.offset + tensor.size_bytes > sizes.get(tensor.record, -1):
+            raise PackageError(
+                f"{path}: tensor '{printable(name, 60)}' is not within record {tensor.record}: package again"
+            )
+    return tensors
+
+
+def read_tensor(path: str | Path, tensor: StoredTensor) -> NDArray[Any]:
+    """Numbers of a tensor of `read_tensors`."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"model/{tensor.record}") as record:
+        record.seek(tensor.offset)
+        content = record.read(tensor.size_bytes)
+    return np.frombuffer(content, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape).copy()
 
 
 def _first(error: ValidationError) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import datetime as dt
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,25 +11,20 @@ import torch
 from ase import Atoms
 
 from moecalc._clean import clean_torch
-from moecalc._jit import jit_script
-from moecalc.conditions import Conditions, ModelConditions, fix
+from moecalc.conditions import Conditions, fix
 from moecalc.errors import PackageError, printable
 from moecalc.files import check_outputs, display_text, move_into_place, temporary_folder
 from moecalc.nn import MoEPotential
-from moecalc.package.archive import check_archive, read_metadata, write_archive
+from moecalc.package.archive import check_archive, read_metadata
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, set_precision
 from moecalc.package.importers.registry import resolve_checkpoint
-from moecalc.package.lower import count_parameters, lower
+from moecalc.package.lower import lower
 from moecalc.package.metadata import (
     Check,
-    Metadata,
     PackageReport,
-    Parameters,
     ReferenceFrame,
     Routing,
     Source,
-    VerificationReport,
-    format_version,
     has_control,
     worst,
 )
@@ -42,6 +35,7 @@ from moecalc.package.reference import (
     reference_structures,
 )
 from moecalc.package.verify import TOLERANCE, compare_frames, frame_deviation, verify_package
+from moecalc.package.write import Labels, Lowered, write_package
 
 CITATION = (
     "Yuzhi Liu et al., npj Artif. Intell. (2026), arXiv:2603.07977 (element-wise MoE); "
@@ -130,23 +124,19 @@ def package_checkpoint(
     cases = reference_cases(structures, reference_conditions(exact, left))
     frames = [reference_frame(rounded, *case) for case in cases]
     say("compiling to TorchScript")
-    scripted = jit_script(low)
-    metadata = _metadata(
-        imported,
-        low,
-        routing,
-        dtype,
-        checkpoint,
-        display_text(name or out.name.removesuffix(".moe.pt")),
-        display_text(note),
-        display_text(license),
-        display_text(citation),
-        left,
-        fixed,
+    lowered = Lowered(low, routing, imported.config, left)
+    labels = Labels(
+        name=display_text(name or out.name.removesuffix(".moe.pt")),
+        source=_source(imported, checkpoint),
+        trained_elements=imported.trained_elements,
+        note=display_text(note),
+        license=display_text(license),
+        citation=display_text(citation),
+        remarks=_remarks(imported, routing, fixed),
     )
     with temporary_folder(out) as folder:
         draft = folder / out.name
-        _write(draft, scripted, metadata, frames, VerificationReport(checks=[]))
+        write_package(draft, lowered, labels, frames)
         report = verify_package(draft, say)
         say("pruned against full model")
         report.checks[:0] = _compare_with_full(full, exact, frames, cases, fixed, dtype)
@@ -156,7 +146,7 @@ def package_checkpoint(
                 f"{out} was not written: verification failed ({failed}); "
                 "please report it with the checkpoint's model_params"
             )
-        _write(draft, scripted, metadata, frames, report)
+        write_package(draft, lowered, labels, frames, report)
         check_archive(draft)
         move_into_place(draft, out)  # a reader never sees half of it
     return PackageReport(
@@ -215,43 +205,18 @@ def _count_experts(model: MoEPotential) -> int:
     )
 
 
-def _write(
-    path: Path,
-    scripted: torch.jit.ScriptModule,
-    metadata: Metadata,
-    frames: list[ReferenceFrame],
-    verification: VerificationReport,
-) -> None:
-    write_archive(
-        path,
-        scripted,
-        {
-            "format_version": str(metadata.format_version),
-            "metadata.json": metadata.model_dump_json(indent=1),
-            "reference.json": json.dumps([f.model_dump() for f in frames]),
-            "verification.json": verification.model_dump_json(indent=1),
-        },
+def _source(imported: ImportedModel, checkpoint: Path) -> Source:
+    return Source(
+        file=display_text(checkpoint.name),
+        sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        layout=imported.layout,
+        head=imported.head,
+        size_bytes=checkpoint.stat().st_size,
+        parameters=imported.n_parameters,
     )
 
 
-def _metadata(
-    imported: ImportedModel,
-    low: MoEPotential,
-    routing: Routing,
-    dtype: str,
-    checkpoint: Path,
-    name: str,
-    note: str,
-    license: str,  # noqa: A002
-    citation: str,
-    conditions: ModelConditions | None,
-    fixed: Conditions,
-) -> Metadata:
-    from moecalc import __version__
-
-    d = imported.config.descriptor
-    total, active = count_parameters(low)
-    trained = set(imported.trained_elements)
+def _remarks(imported: ImportedModel, routing: Routing, fixed: Conditions) -> list[str]:
     remarks = list(imported.remarks)
     if routing.level == "configuration" and any(
         p.kind == "mlp" for layer in routing.layers for p in layer.values()
@@ -259,36 +224,7 @@ def _metadata(
         remarks.append(
             "nonlinear experts with configuration-level routing: the paper found these numerically unstable"
         )
-    remarks += [
+    return remarks + [
         f"{name} {getattr(fixed, name)} is the checkpoint's default, fixed with the others"
         for name in sorted(fixed.defaulted)
     ]
-    return Metadata(
-        format_version=format_version(conditions),
-        name=name,
-        elements=low.elements,
-        trained_elements=[e for e in low.elements if e in trained],
-        cutoff=low.cutoff,
-        angle_cutoff=low.angle_cutoff,
-        n_layers=d.nlayers,
-        dims={"node": d.n_dim, "edge": d.e_dim, "angle": d.a_dim},
-        dtype=dtype,  # type: ignore[arg-type]
-        neighbor_limits={"edge": d.e_sel, "angle": d.a_sel},
-        routing=routing,
-        conditions=conditions,
-        parameters=Parameters(checkpoint=imported.n_parameters, total=total, active=active),
-        source=Source(
-            file=display_text(checkpoint.name),
-            sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-            layout=imported.layout,
-            head=imported.head,
-            size_bytes=checkpoint.stat().st_size,
-            parameters=imported.n_parameters,
-        ),
-        versions={"moecalc": __version__, "torch": torch.__version__},
-        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        note=note,
-        license=license,
-        citation=citation,
-        remarks=remarks,
-    )

@@ -107,7 +107,28 @@ def lower(
             routing.layers.append(_lower_layer(layer, rows, config))
     for parameter in low.parameters():
         parameter.requires_grad_(False)
+    make_contiguous(low)
     return low.eval(), routing
+
+
+def make_contiguous(model: nn.Module) -> None:
+    """Let every tensor of a (scripted) model have a row-major record of its own in the file."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def with_finished_tables(model: MoEPotential) -> MoEPotential:
+    """A copy of a model that is not lowered, with type tables in the place of the maps that give them: what can be written as a package."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        net = copied.readout.net
+        table = net.table().clone()
+        copied.embedding.table = TypeTable(copied.embedding.table().clone())
+        net.table = TypeTable(table if net.concat_table else table[:0].clone())
+    make_contiguous(copied)
+    return copied
 
 
 def _close_charge_spin(low: MoEPotential) -> None:

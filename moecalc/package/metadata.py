@@ -11,12 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from moecalc.conditions import Conditions, ModelConditions
 
 FORMAT_VERSION = 2
-"""Newest version of the package format; readers refuse a newer one. 2: the model takes conditions; others stay at 1."""
-
-
-def format_version(conditions: ModelConditions | None) -> int:
-    """Version that a package needs: what readers of version 1 can run right stays readable for them."""
-    return 2 if conditions is not None and conditions.open else 1
+"""Of the packages that are written, and the newest that is read. 2: with the records `architecture.json` and `tensors.json`."""
 
 
 # besides tabs and ends of lines; a terminal or a log would act on them

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from moecalc.conditions import Conditions, ModelConditions
 from moecalc.errors import PackageError
 from moecalc.nn.model import ModelOutput, evaluate
+from moecalc.package.edges import brute_force_edges
 from moecalc.package.metadata import ReferenceFrame
-from moecalc.testing import brute_force_edges
 
 Floats = NDArray[np.float64]
 

@@ -18,9 +18,9 @@ from moecalc._clean import clean_torch
 from moecalc._jit import jit_load, unoptimized
 from moecalc._torch_threads import torch_threads
 from moecalc.conditions import Conditions
-from moecalc.errors import PackageError
 from moecalc.nn.model import ModelOutput
 from moecalc.package.archive import read_metadata, read_reference
+from moecalc.package.edges import evaluate_edges
 from moecalc.package.importers import set_precision
 from moecalc.package.metadata import Check, ReferenceFrame, VerificationReport, worst
 from moecalc.package.reference import (
@@ -85,9 +85,7 @@ def _evaluator_deviation(evaluator: Any, frames: list[ReferenceFrame]) -> float:
             symbols, positions, cell, pbc, evaluator.elements, evaluator.cutoff
         )
         _give_conditions(evaluator, f.conditions)
-        out = evaluator.evaluate(
-            types.numpy(), edge_index.numpy(), edge_vec.numpy(), np.zeros(len(symbols), dtype=np.int64), 1
-        )
+        out = evaluate_edges(evaluator, types.numpy(), edge_index.numpy(), edge_vec.numpy())
         found.append(_deviation(float(out["energy"][0]), out["forces"], out["virial"][0], f))
     return worst(*found)
 
@@ -97,11 +95,6 @@ def _give_conditions(evaluator: Any, conditions: Conditions) -> None:
     charge_spin, fparam = condition_tensors([conditions])
     if charge_spin is None and fparam is None:
         return
-    if not hasattr(evaluator, "set_conditions"):
-        raise PackageError(
-            "this build of moecalc evaluates no model with open charge, spin or frame parameters: fix them at packaging "
-            "(--charge, --spin, --fparam)"
-        )
     evaluator.set_conditions(
         None if charge_spin is None else charge_spin.numpy(), None if fparam is None else fparam.numpy()
     )
@@ -192,7 +185,7 @@ def verify_package(
     Args:
         path: the package.
         progress: called with the name of each step.
-        device: where the C++ evaluator runs.
+        device: where the C++ evaluator runs, which computes from what the package says of its model, not from its TorchScript.
 
     Returns:
         All checks with the deviation found and the deviation allowed (eV, eV/Angstrom, relative to max(1, scale)).
@@ -225,8 +218,14 @@ def verify_package(
         for dtype in ("float64", "float32"):
             say(f"evaluator in {dtype} on {device}")
             evaluator = native.Evaluator(os.fsencode(path), device, dtype)
+            evaluator.num_threads = 1
             tolerance = 1e-9 if dtype == "float64" else TOLERANCE["float32"]
-            add(f"evaluator {dtype} on {device}", _evaluator_deviation(evaluator, frames), tolerance)
+            add(
+                f"evaluator {dtype} on {device}",
+                _evaluator_deviation(evaluator, frames),
+                tolerance,
+                evaluator.backend,
+            )
 
         for frame in frames:
             # the last two structures come again with other conditions, which change no derivative rule

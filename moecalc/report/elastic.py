@@ -173,8 +173,9 @@ def equation_of_state(
 
 def lattice_name(atoms: Atoms) -> str:
     """bcc, fcc, hcp or diamond by the shells of neighbours around the first atom, else an empty text."""
-    graph = SkinNeighborList(8.0, skin=0.0).graph(atoms, atoms.numbers)
-    distance = np.sort(np.linalg.norm(graph.edge_vec[graph.edge_index[0] == 0], axis=1))
+    pairs, positions = SkinNeighborList(8.0, skin=0.0).pairs(atoms)
+    vectors = pairs.vectors(positions, atoms.cell.array[None])
+    distance = np.sort(np.linalg.norm(vectors[pairs.edge_index[0] == 0], axis=1))
     if len(distance) == 0:
         return ""
     ratio = distance / distance[0]

@@ -163,8 +163,6 @@ class Report(BaseModel):
 
 def summarise(evaluation: Evaluation) -> Report:
     """All numbers of a report."""
-    import torch
-
     ev = evaluation
     n_atoms, groups = ev.n_atoms, np.array(ev.groups)
     per_atom = 1000 * (ev.energy_model - ev.energy) / n_atoms
@@ -227,7 +225,7 @@ def summarise(evaluation: Evaluation) -> Report:
             machine=_machine(),
             device=ev.calculator.device,
             dtype=ev.calculator.dtype,
-            threads=torch.get_num_threads(),
+            threads=ev.calculator.n_threads,
         ),
         remarks=ev.remarks,
     )

@@ -46,7 +46,7 @@ from moecalc.nn import ModelConfig, MoEPotential
 from moecalc.package.archive import write_archive
 from moecalc.package.importers.common import first_error
 from moecalc.package.importers.native import save_checkpoint
-from moecalc.package.metadata import FORMAT_VERSION
+from moecalc.package.lower import lower
 from moecalc.training.data import Batch, Frame, collate, smallest_cell, to_frame
 from moecalc.training.losses import huber
 from moecalc.training.packing import Packed, pack
@@ -164,8 +164,8 @@ class Fit:
         self.model.dtype_probe = self.model.dtype_probe.to(self.dtype)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.moe.pt"
-            records = {"format_version": str(FORMAT_VERSION), "metadata.json": "{}"}
-            write_archive(path, jit_script(self.model), records)
+            lowered, _ = lower(self.model, config)
+            write_archive(path, jit_script(lowered), {"metadata.json": "{}"})
             self.kernels: Any = load().Trainer(os.fsencode(path), config.descriptor.precision)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
@@ -185,6 +185,7 @@ class Fit:
         return v, self.model.readout(v, types)
 
     def _evaluate(self, batch: Batch) -> Evaluated:
+        self.kernels.num_threads = torch.get_num_threads()
         packed = pack(self.model, sorted(set(batch.types.tolist())))
         self.kernels.set_weights(*packed.arrays())
         row = self.kernels.set_graph(

@@ -92,7 +92,7 @@ def structures(name: str) -> dict[str, Atoms]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "backend"),
-    [(1, ""), (2, ""), (4, ""), (2, "torchscript"), (2, "cuda-emulation")],
+    [(1, ""), (2, ""), (4, ""), (2, "plain"), (2, "torchscript"), (2, "cuda-emulation")],
 )
 @pytest.mark.parametrize("group", [("H1", "H3", "H5", "J"), ("pack", "both")], ids=["oracle", "random"])
 def test_equals_the_calculator(group, ranks, backend, models, tmp_path):

@@ -275,7 +275,6 @@ def atom_virials(calculator: MoECalculator, atoms: Atoms) -> np.ndarray:
 
     evaluator = load().Evaluator(str(calculator.path), "cpu", "float64")
     types = np.array([calculator.elements.index(s) for s in atoms.symbols])
-    graph = SkinNeighborList(calculator.cutoff, 0.0).graph(atoms, types)
-    return evaluator.evaluate(
-        graph.types, graph.edge_index, graph.edge_vec, graph.system_index, 1, atom_virial=True
-    )["atom_virial"]
+    pairs, positions = SkinNeighborList(calculator.cutoff, 0.0).pairs(atoms)
+    evaluator.set_list(types, pairs.edge_index, pairs.edge_shift, pairs.system_index)
+    return evaluator.evaluate(positions, atoms.cell.array[None], atom_virial=True)["atom_virial"]

@@ -91,8 +91,8 @@ def test_altered_packages_are_refused(genuine, tmp_path):
         "__setstate__": loop,
         "torch.save": lambda p: insert_code(p, f'torch.save(edge_vec, "{target}")'),
         "torch.from_file": lambda p: insert_code(p, f'x0 = torch.from_file("{target}", True, 10)'),
-        "expected `cutoff` to be that of the switch": lambda p: edit_code(
-            p, lambda t: t.replace("e_stop : Final[float] = 4.5", "e_stop : Final[float] = 4.6")
+        "expected `cutoff` to be that of the switch": lambda p: edit_json(
+            p, "architecture.json", lambda a: {**a, "cutoff": 4.6}
         ),
         "of the stored reference frame deviates": lambda p: edit_json(p, "reference.json", shifted),
         "expected the same elements in model and metadata": lambda p: edit_json(
@@ -112,6 +112,16 @@ def test_altered_packages_are_refused(genuine, tmp_path):
         assert text in result["message"]
         assert "\x1b" not in result["message"]
     assert not target.exists()
+
+
+def test_code_of_a_package_is_not_run(genuine, tmp_path):
+    """What passes the check of the code changes nothing: the kernels read numbers and the architecture."""
+    path = tmp_path / "edited.moe.pt"
+    path.write_bytes(
+        edit_code(genuine, lambda t: t.replace("e_stop : Final[float] = 4.5", "e_stop : Final[float] = 4.6"))
+    )
+    unaltered, edited = outcomes([genuine, path], tmp_path)
+    assert edited["energy"] == unaltered["energy"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

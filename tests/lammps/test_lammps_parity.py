@@ -79,7 +79,7 @@ def cases() -> list[Case]:
         oracle("econf", "tri20", "deepmd"),  # routed by composition: needs a sum over the ranks
         oracle("exclude", "tri13", "deepmd"),  # some pairs of elements make no edge
         oracle("l1", "tri13", "deepmd"),  # one layer: no exchange
-        oracle("seq", "tri13", "deepmd"),  # not covered by the fused kernels: TorchScript
+        oracle("seq", "tri13", "deepmd"),  # not covered by the fused kernels: the plain backend
         Case("alloy", big, "default", METALS, grids={4: ["4 1 1", "1 2 2"], 2: ["1 2 1"], 3: ["1 1 3"]}),
         Case("alloy32", big, "default", METALS, dtype="float32"),
         slab(),
@@ -123,7 +123,7 @@ def expected(packages, metals):
         path = metals if case.package == "default" else packages(case.package)
         atoms = case.whole.copy()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*evaluated through TorchScript")
+            warnings.filterwarnings("ignore", message=".*evaluated by the plain backend")
             calculator = MoECalculator(path, dtype="float64", device="cpu", check=False, allow_untrained=True)
         atoms.calc = calculator
         answers[case.name] = (

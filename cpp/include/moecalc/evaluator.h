@@ -1,10 +1,9 @@
-// The boundary between engines and models: an engine fills an AtomicGraph, the Evaluator returns energies,
-// forces and virials in the engine's own order of atoms. Nothing below knows which engine it serves.
+// The boundary between engines and models: an engine says `set_list` when its list of neighbours changed and
+// `evaluate(positions)` every step; energies, forces and virials come back in its own order of atoms. Nothing
+// below knows which engine it serves, nothing above which backend computes.
 //
 // Units: eV and Angstrom. Signs: force = -dE/dx, virial = -dE/d(strain) = -stress * volume.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
@@ -13,34 +12,23 @@
 #include <utility>
 #include <vector>
 
-#include "moecalc/archive.h"
+#include "moecalc/array.h"
+#include "moecalc/error.h"
+#include "moecalc/options.h"
 #include "moecalc/version.h"
 
 namespace moecalc {
 
-/// Atoms and their neighbours, as an engine lists them. Tensors are on the CPU, of exactly these types.
-struct AtomicGraph {
-  /// (n_node,) int64: index into Evaluator::elements(); owned atoms first, then ghosts.
-  at::Tensor types;
-  /// (2, n_edge) int64, any order: row 0 = centre < n_local, row 1 = neighbour < n_node.
-  at::Tensor edge_index;
-  /// (n_edge, 3) float64: r_j - r_i in Angstrom. Edges beyond the cutoff are allowed (list with skin).
-  at::Tensor edge_vec;
-  /// (n_local,) int64 in [0, n_systems): structure of a batch that an owned atom belongs to.
-  at::Tensor system_index;
-  int64_t n_systems = 1;
-};
-
-/// The same as a list that stays valid for a while: only positions and cells change from one evaluation to
-/// the next, so that a device gets the list once per rebuild. Tensors are on the CPU, of exactly these types.
+/// Atoms and their neighbours, valid for a while: only positions and cells change from one evaluation to the
+/// next. Arrays of exactly these types.
 struct NeighborList {
-  at::Tensor types;         // (n_node,) int64: as in AtomicGraph, owned atoms first, then ghosts
-  at::Tensor edge_index;    // (2, n_edge) int64, any order: centre < n_local, neighbour < n_node
-  at::Tensor edge_from;     // (n_edge,) int64: row of the centre in `positions`
-  at::Tensor edge_to;       // (n_edge,) int64: row of the neighbour, or of its image, in `positions`
-  at::Tensor edge_shift;    // (n_edge, 3) int64 cells between them: vec = x[to] - x[from] + shift @ cell;
-                            // undefined: none
-  at::Tensor system_index;  // (n_local,) int64
+  Array types;         // (n_node,) int64: index into Evaluator::elements(); owned atoms first, then ghosts
+  Array edge_index;    // (2, n_edge) int64, any order: row 0 centre < n_local, row 1 neighbour < n_node
+  Array edge_from;     // (n_edge,) int64: row of the centre in `positions`; undefined: the centre
+  Array edge_to;       // (n_edge,) int64: row of the neighbour, or of its image; undefined: the neighbour
+  Array edge_shift;    // (n_edge, 3) int64 cells between them: vec = x[to] - x[from] + shift @ cell;
+                       // undefined: none
+  Array system_index;  // (n_local,) int64 in [0, n_systems): structure of a batch that an owned atom is of
   int64_t n_systems = 1;
 };
 
@@ -49,13 +37,13 @@ struct NeighborList {
 class MOECALC_API GhostExchange {
  public:
   virtual ~GhostExchange();
-  /// Fill rows >= n_local of `features` with the owners' rows: (n_node, width), contiguous, on the CPU, in
+  /// Fill rows >= n_local of `features` with the owners' rows: (n_node, width) of the network's dtype, in
   /// engine order.
-  virtual void forward(at::Tensor features) = 0;
+  virtual void forward(Array features) = 0;
   /// Add the ghost rows of `gradients` to the owners' rows. Same layout.
-  virtual void reverse(at::Tensor gradients) = 0;
-  /// Sum `values` (float64, contiguous, CPU) over all ranks in place.
-  virtual void sum(at::Tensor values) = 0;
+  virtual void reverse(Array gradients) = 0;
+  /// Sum `values` (float64) over all ranks in place.
+  virtual void sum(Array values) = 0;
 };
 
 /// What to compute besides energies. Nothing is differentiated if all are false.
@@ -63,6 +51,8 @@ struct Request {
   bool forces = true;
   bool virial = true;
   bool atom_virial = false;
+
+  bool gradients() const { return forces || virial || atom_virial; }
 };
 
 /// Charge (e), multiplicity 2S+1 and frame parameters, as far as a user gave them.
@@ -79,16 +69,16 @@ struct AppliedConditions {
 /// Seconds by part of an evaluation.
 using Timings = std::vector<std::pair<std::string, double>>;
 
-/// Results in engine order, float64, on the CPU; tensors that were not requested are undefined.
+/// Results in engine order, float64; arrays that were not requested are undefined.
 struct Evaluation {
-  at::Tensor energy;    // (n_systems,) eV, sum over the atoms of this rank
-  at::Tensor energies;  // (n_local,) eV
+  Array energy;    // (n_systems,) eV, sum over the atoms of this rank
+  Array energies;  // (n_local,) eV
   /// (n_node, 3) eV/Angstrom. Ghost rows hold what this rank contributes to atoms of other ranks: the engine
   /// must add them to their owners.
-  at::Tensor forces;
-  at::Tensor virial;       // (n_systems, 3, 3) eV, = -dE/d(strain), contribution of this rank
-  at::Tensor atom_virial;  // (n_node, 3, 3) eV, centroid form: an edge's share is on its neighbour's row
-  int64_t n_edge = 0;      // edges within the cutoff
+  Array forces;
+  Array virial;        // (n_systems, 3, 3) eV, = -dE/d(strain), contribution of this rank
+  Array atom_virial;   // (n_node, 3, 3) eV, centroid form: an edge's share is on its neighbour's row
+  int64_t n_edge = 0;  // edges within the cutoff
   int64_t n_angle = 0;
   int64_t max_neighbors = 0;        // of one atom, within the cutoff
   int64_t max_angle_neighbors = 0;  // of one atom, within the angle cutoff
@@ -96,54 +86,52 @@ struct Evaluation {
   Timings timings;
 };
 
+/// What a package says of its model that engines tell their users.
+struct Facts {
+  std::string name, citation;
+  std::vector<std::string> trained_elements;
+  int64_t node_dim = 0;
+  int64_t edge_limit = 0, angle_limit = 0;  // neighbours of one atom in training, at most; 0: unknown
+  std::string fixed;  // charge, spin and frame parameters that are folded: "charge 0, spin 1"
+};
+
 /// A model loaded from a package file. Use one Evaluator per thread. It has threads of its own and leaves the
-/// settings of the process (OpenMP, MKL, torch) as they are.
+/// settings of the process as they are.
 class MOECALC_API Evaluator {
  public:
-  /// device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype: "float32", "float64" or "" for
-  /// the package's own. Geometry, sums and results are float64 in any case. precision: how products of a
-  /// float32 network are computed on a GPU, "fp32", "tf32" or "bf16x3" (docs/cuda.md has the error of
-  /// each). deterministic: sums on a GPU in a fixed order, so that equal input gives bitwise equal output.
   /// Throws Error.
-  explicit Evaluator(const std::string& path, const std::string& device = "cpu",
-                     const std::string& dtype = "", const std::string& precision = "fp32",
-                     bool deterministic = true);
+  Evaluator(const std::string& path, const EvaluatorOptions& options);
   ~Evaluator();
   Evaluator(Evaluator&&) noexcept;
   Evaluator& operator=(Evaluator&&) noexcept;
 
-  /// Throws Error for an invalid graph, a model that fails or a result that is not finite, and
-  /// OutOfMemoryError. `exchange` is needed as soon as there are ghosts and more than one layer; if it is
-  /// given, it is used even on ranks without ghosts, because other ranks may wait for this one.
-  Evaluation evaluate(const AtomicGraph& graph, const Request& request = {},
+  /// The list of the evaluations to come. Throws Error if it is invalid.
+  void set_list(const NeighborList& list);
+  /// Evaluates the list for positions (n_position, 3) float64 and cells (n_systems, 3, 3) float64 with a
+  /// vector per row, which may be undefined if the list has no shifts. Throws Error for invalid positions, a
+  /// model that fails or a result that is not finite (NotFiniteError, OverlapError), and OutOfMemoryError.
+  /// `exchange` is needed as soon as there are ghosts and more than one layer; if it is given, it is used
+  /// even on ranks without ghosts, because other ranks may wait for this one.
+  Evaluation evaluate(const Array& positions, const Array& cells, const Request& request = {},
                       GhostExchange* exchange = nullptr);
 
   /// Evaluates stored reference frames, the fewest that hold all of `elements` (none given: of the package),
   /// and throws Error unless energies, forces and virial are the stored ones: a package whose weights, cutoff
-  /// or elements were changed, or a device, driver or library that computes something else.
+  /// or elements were changed, or a device, driver or library that computes something else. The list is lost.
   void check_reference(const std::vector<std::string>& elements = {});
 
-  /// Charge and multiplicity (K, 2) int64 and frame parameters (K, n_fparam) float64, on the CPU, undefined
-  /// where the model takes none, of the structures to come: K is their number, or 1 for any number. A model
-  /// that takes conditions (docs/architecture.md) refuses to evaluate before. Throws Error.
-  void set_conditions(const at::Tensor& charge_spin, const at::Tensor& fparam);
+  /// Charge and multiplicity (K, 2) int64 and frame parameters (K, n_fparam) float64, undefined where the
+  /// model takes none, of the structures to come: K is their number, or 1 for any number. A model that takes
+  /// conditions (docs/architecture.md) refuses to evaluate before. Throws Error.
+  void set_conditions(const Array& charge_spin, const Array& fparam);
   /// The same for all structures to come, from what a user gave: what is missing has the package's default.
   /// Throws Error for values that the model does not take, or that are missing or contradict each other.
   AppliedConditions set_conditions(const GivenConditions& given);
 
-  /// The list of the evaluations to come. Throws Error if it is invalid.
-  void set_list(const NeighborList& list);
-  /// Evaluates the list for positions (n_position, 3) float64 on the CPU, pinned or not, and cells
-  /// (n_systems, 3, 3) float64 with a vector per row, which may be undefined if the list has no shifts.
-  /// Otherwise as above.
-  Evaluation evaluate_positions(const at::Tensor& positions, const at::Tensor& cells,
-                                const Request& request = {}, GhostExchange* exchange = nullptr);
-  /// CPU threads of the evaluations to come, 1 to 4096; 0: what torch would use, which is the default. The
+  /// CPU threads of the evaluations to come, 1 to 4096; 0: the default, OMP_NUM_THREADS or the cores. The
   /// results do not depend on it. Throws Error.
   void set_num_threads(int64_t n);
   int64_t num_threads() const;
-  /// Whether lists pay: the list stays on the device. Where not, a graph is made of the list at every call.
-  bool keeps_lists() const;
 
   const std::vector<std::string>& elements() const;  // symbols; the position is the type
   double cutoff() const;                             // Angstrom
@@ -152,26 +140,22 @@ class MOECALC_API Evaluator {
   const std::string& device() const;                 // "cpu" or "cuda:N"
   const std::string& precision() const;              // of products on a GPU: "fp32", "tf32" or "bf16x3"
   int64_t n_layers() const;
-  /// What runs the layers: "fused avx512" (or avx2, generic), "cuda fp32" (or tf32, bf16x3, float64), or
-  /// "torchscript" where neither applies, for the reason that backend_reason() gives.
+  /// What runs the layers: "fused avx512" (or avx2, generic), "cuda fp32" (or tf32, bf16x3, float64),
+  /// "plain" or "torchscript" where the kernels do not apply, for the reason that backend_reason() gives.
   const std::string& backend() const;
   const std::string& backend_reason() const;
-  /// Bytes of the buffers and weights that the kernels keep between calls, on the device where they run.
+  /// Whether a forked process can go on with this evaluator.
+  bool survives_fork() const;
+  /// Bytes of the buffers and weights that the backend keeps between calls, on the device where it runs.
   int64_t buffer_bytes() const;
   /// Bytes that the CUDA kernels would need for a system of this size; 0 where others run.
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const;
-  /// One layer of the fused kernels alone, for tests. `inputs`: v, e, a, sw, h, asw as in
-  /// RepFlowLayer.forward of moecalc.nn, for a graph that is in model order already (atoms by type, edges by
-  /// centre with angle neighbours first). Without `gradients`: v, e, a of the output; with the gradients of
-  /// these three: gradients of the six inputs.
-  std::vector<at::Tensor> run_layer(const AtomicGraph& graph, int64_t layer,
-                                    const std::vector<at::Tensor>& inputs,
-                                    const std::vector<at::Tensor>& gradients = {});
   const std::string& metadata() const;  // text of the package's metadata.json
+  const Facts& facts() const;
   /// Content of a record of the package, for example "extra/reference.json". Throws Error if there is none.
   std::string record(const std::string& name) const;
   /// Routing groups (elements, or structures of a batch) whose weights are laid out for the kernels: those
-  /// that have had atoms, of which absent ones are dropped when memory is short. 0 in TorchScript.
+  /// that have had atoms, of which absent ones are dropped when memory is short. 0 where nothing is laid out.
   int64_t n_packed_groups() const;
   /// Gives back the weights of all groups. They are laid out again when they have atoms.
   void release_weights();

@@ -14,8 +14,7 @@ inline constexpr int package_format_version = 2;
 /// Version of moecalc, for example "0.1.0".
 MOECALC_API const char* version();
 
-/// What the library was built with, as a JSON object: "moecalc", "torch" (version compiled against),
-/// "compiler", "cuda" (whether libtorch_cuda was linked) and "package_format".
+/// What the library was built with, as a JSON object: "moecalc", "compiler" and "package_format".
 MOECALC_API std::string build_info();
 
 }  // namespace moecalc

@@ -1,0 +1,116 @@
+// The fused kernels of the CPU as a backend.
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "backends/backend.h"
+#include "backends/cpu/fused_layers.h"
+#include "backends/cpu/readout.h"
+
+namespace moecalc {
+namespace {
+
+/// Seconds since the last call.
+class Laps {
+ public:
+  double next() {
+    const auto now = std::chrono::steady_clock::now();
+    const double seconds = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    return seconds;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+template <class T>
+class FusedBackend final : public Backend {
+ public:
+  explicit FusedBackend(const BackendInputs& inputs)
+      : model_(inputs.package.architecture),
+        kernels_(ops::kernels<T>(inputs.options.instruction_set.c_str())),
+        packed_(model_, kernels_, inputs.options.weight_bytes),
+        layers_(packed_.weights(), model_.geometry, kernels_, inputs.threads, inputs.options.keep_bytes),
+        readout_(make_readout(model_.readout, inputs.options.instruction_set, inputs.threads)) {}
+
+  void set_tables(const TypeTables& tables) override {
+    tables_ = tables;
+    packed_.set_tables(tables);
+    layers_.set_statistics(tables.mean, tables.stddev);
+    readout_->set_tables(tables);
+  }
+
+  void set_list(const NeighborList& list) override { builder_.set_list(list, tables_.rules); }
+
+  Evaluation evaluate(const Array& positions, const Array& cells, const Request& request,
+                      GhostExchange* exchange) override;
+
+  std::string name() const override { return std::string("fused ") + kernels_.name; }
+  int64_t bytes() const override { return packed_.packed_bytes() + layers_.bytes(); }
+  int64_t n_packed_groups() const override { return packed_.n_packed_groups(); }
+  int64_t weight_bytes() const override { return packed_.packed_bytes(); }
+  void release_weights() override { packed_.release_groups(); }
+
+ private:
+  const Architecture& model_;
+  const ops::Kernels<T>& kernels_;
+  PackedWeights<T> packed_;
+  FusedLayers<T> layers_;
+  std::unique_ptr<Readout> readout_;
+  TypeTables tables_;
+  GraphBuilder builder_;
+};
+
+/// energies (n_local,) in the order of `graph` -> of atoms and structures, in engine order.
+void put_energies(const PreparedGraph& graph, const Array& energies, Evaluation& result) {
+  result.energies = energies.select(graph.model_row);
+  const auto* of_atom = result.energies.data<double>();
+  auto* of_system = result.energy.data<double>();
+  for (size_t i = 0; i < graph.model_row.size(); ++i) {
+    of_system[graph.system[static_cast<size_t>(graph.model_row[i])]] += of_atom[i];
+  }
+}
+
+template <class T>
+Evaluation FusedBackend<T>::evaluate(const Array& positions, const Array& cells, const Request& request,
+                                     GhostExchange* exchange) {
+  Laps laps;
+  const PreparedGraph& graph = builder_.prepare(positions, cells);
+  Evaluation result = empty_result(graph.n_node, graph.n_local, graph.n_systems, request);
+  result.n_edge = graph.n_edge;
+  result.n_angle = graph.n_angle;
+  result.max_neighbors = graph.max_neighbors;
+  result.max_angle_neighbors = graph.max_angle_neighbors;
+  result.timings.emplace_back("graph", laps.next());
+
+  packed_.set_groups(features_of(graph, model_, tables_, exchange), groups_in_use(graph.node_splits));
+  const Array v = layers_.forward(graph, exchange, request.gradients());
+  result.timings.emplace_back("forward", laps.next());
+
+  Array dv;
+  put_energies(graph, readout_->evaluate(v, graph.types, request.gradients() ? &dv : nullptr), result);
+  result.timings.emplace_back("readout", laps.next());
+
+  if (request.gradients()) {
+    const Array gradient = layers_.backward(graph, dv, exchange);
+    result.timings.emplace_back("backward", laps.next());
+    scatter_gradients(graph, gradient.data<double>(), request, result);
+  }
+  layers_.take_timings(result.timings);
+  return result;
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_fused_backend(const BackendInputs& inputs, std::string& reason) {
+  try {
+    if (inputs.dtype == Dtype::float32) return std::make_unique<FusedBackend<float>>(inputs);
+    return std::make_unique<FusedBackend<double>>(inputs);
+  } catch (const Unsupported& option) {
+    reason = option.reason;
+  }
+  return nullptr;
+}
+
+}  // namespace moecalc

@@ -1,0 +1,192 @@
+// Memory of a target, and copies to it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moecalc/error.h"
+
+namespace moecalc::cuda {
+
+/// Where blocks of memory come from.
+class MemorySource {
+ public:
+  virtual ~MemorySource() = default;
+  /// Aligned to 256 bytes; null if there is not that much.
+  virtual void* allocate(size_t bytes) = 0;
+  virtual void release(void* block) noexcept = 0;
+  /// For messages: "cuda:0".
+  virtual std::string place() const = 0;
+};
+
+/// Blocks that are given back and taken again. All work on a block must be in the order of one stream: then
+/// what takes it next comes after what used it before.
+class MemoryCache {
+ public:
+  static constexpr size_t no_limit = std::numeric_limits<size_t>::max();
+
+  /// Keeps up to `most_idle` bytes of blocks that nobody has.
+  MemoryCache(std::unique_ptr<MemorySource> source, size_t most_idle)
+      : source_(std::move(source)), most_idle_(most_idle) {}
+  ~MemoryCache() { trim(); }
+  MemoryCache(const MemoryCache&) = delete;
+  MemoryCache& operator=(const MemoryCache&) = delete;
+
+  /// At least `bytes`, which become the size of the block. Throws OutOfMemoryError.
+  void* take(size_t& bytes) {
+    bytes = size_class(bytes);
+    const auto fits = idle_.lower_bound(bytes);
+    if (fits != idle_.end() && fits->first <= bytes + bytes / 8) {
+      bytes = fits->first;
+      void* block = fits->second;
+      idle_.erase(fits);
+      idle_bytes_ -= bytes;
+      return block;
+    }
+    void* block = source_->allocate(bytes);
+    if (block == nullptr && !idle_.empty()) {
+      trim();
+      block = source_->allocate(bytes);
+    }
+    if (block != nullptr) return block;
+    throw OutOfMemoryError("out of memory on " + source_->place() + " for " + std::to_string(bytes >> 20) +
+                           " MiB: use fewer atoms per device, more devices or dtype float32");
+  }
+
+  void give(void* block, size_t bytes) noexcept {
+    try {
+      if (bytes <= most_idle_ - idle_bytes_) {
+        idle_.emplace(bytes, block);
+        idle_bytes_ += bytes;
+        return;
+      }
+    } catch (const std::bad_alloc&) {
+      // not kept, then
+    }
+    source_->release(block);
+  }
+
+  /// Gives the blocks that nobody has back to where they come from.
+  void trim() noexcept {
+    for (const auto& [bytes, block] : idle_) source_->release(block);
+    idle_.clear();
+    idle_bytes_ = 0;
+  }
+
+  int64_t idle_bytes() const { return static_cast<int64_t>(idle_bytes_); }
+
+ private:
+  /// Rounded as the driver does, so that blocks of nearly the same size replace each other.
+  static size_t size_class(size_t bytes) {
+    constexpr size_t mebibyte = size_t{1} << 20;
+    const size_t unit = bytes <= mebibyte ? 512 : 2 * mebibyte;
+    return (bytes + unit - 1) / unit * unit;
+  }
+
+  std::unique_ptr<MemorySource> source_;
+  size_t most_idle_;
+  size_t idle_bytes_ = 0;
+  std::multimap<size_t, void*> idle_;
+};
+
+/// Bytes of a target, not initialised, which go back to their cache.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(MemoryCache& cache, int64_t bytes) : bytes_(bytes) {
+    if (bytes == 0) return;
+    capacity_ = static_cast<size_t>(bytes);
+    data_ = cache.take(capacity_);
+    cache_ = &cache;
+  }
+  ~Memory() { reset(); }
+  Memory(Memory&& other) noexcept { swap(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    if (this != &other) {
+      reset();
+      swap(other);
+    }
+    return *this;
+  }
+
+  void reset() noexcept {
+    if (data_ != nullptr) cache_->give(data_, capacity_);
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+  int64_t bytes() const { return bytes_; }
+  /// Null if there are no bytes.
+  template <class V>
+  V* as() const {
+    return static_cast<V*>(data_);
+  }
+
+ private:
+  void swap(Memory& other) noexcept {
+    std::swap(cache_, other.cache_);
+    std::swap(data_, other.data_);
+    std::swap(capacity_, other.capacity_);
+    std::swap(bytes_, other.bytes_);
+  }
+
+  MemoryCache* cache_ = nullptr;
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
+  int64_t bytes_ = 0;
+};
+
+/// Values of the host that go to the target in one copy.
+class Upload {
+ public:
+  /// `write(V*)` writes `n` values, when they are sent; `*place` will point to them on the target.
+  template <class V, class Write>
+  void add(size_t n, Write write, const V** place) {
+    constexpr size_t alignment = 64;
+    const size_t first = (bytes_ + alignment - 1) / alignment * alignment;
+    bytes_ = first + n * sizeof(V);
+    pieces_.push_back([first, write = std::move(write), place](char* host, char* target) {
+      if (host != nullptr) {
+        write(reinterpret_cast<V*>(host + first));
+      } else {
+        *place = reinterpret_cast<const V*>(target + first);
+      }
+    });
+  }
+  /// `values`, which must stay until they are sent, in the type of `place`.
+  template <class V, class From>
+  void add(const std::vector<From>& values, const V** place) {
+    add(
+        values.size(),
+        [&values](V* to) {
+          for (const From& value : values) *to++ = static_cast<V>(value);
+        },
+        place);
+  }
+
+  /// `target`: its staging memory is used. Waits for the copy.
+  template <class Target>
+  Memory send(Target& target) const {
+    Memory memory = target.memory(static_cast<int64_t>(bytes_));
+    if (bytes_ == 0) return memory;
+    char* staging = target.staging(bytes_);
+    for (const auto& piece : pieces_) piece(staging, nullptr);
+    target.to_device(memory.template as<char>(), staging, bytes_);
+    target.synchronize();
+    for (const auto& piece : pieces_) piece(nullptr, memory.template as<char>());
+    return memory;
+  }
+
+ private:
+  size_t bytes_ = 0;
+  std::vector<std::function<void(char* host, char* target)>> pieces_;
+};
+
+}  // namespace moecalc::cuda

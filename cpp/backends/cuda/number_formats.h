@@ -1,0 +1,36 @@
+// The number format that an evaluator's options ask for.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "backends/backend.h"
+#include "ops/cuda/product.cuh"
+
+namespace moecalc::cuda {
+
+/// make.template operator()<N>() with N: Float64, Float32, Tf32 or Bf16x3. Null, with `reason`, where the
+/// kernels do not cover the package.
+template <class Make>
+std::unique_ptr<Backend> make_in_format(const BackendInputs& inputs, std::string& reason, const Make& make) {
+  try {
+    if (inputs.dtype == Dtype::float64) return make.template operator()<Float64>();
+    switch (inputs.options.precision) {
+      case Precision::tf32:
+        return make.template operator()<Tf32>();
+      case Precision::bf16x3:
+        return make.template operator()<Bf16x3>();
+      case Precision::fp32:
+        return make.template operator()<Float32>();
+    }
+  } catch (const Unsupported& option) {
+    reason = option.reason;
+  }
+  return nullptr;
+}
+
+/// The model of the format N on a GPU: compiled in kernels_*.cu. Throws Unsupported.
+template <class N>
+std::unique_ptr<Backend> make_cuda_model(const BackendInputs& inputs);
+
+}  // namespace moecalc::cuda

@@ -1,0 +1,22 @@
+// The environment variables MOECALC_*, read in one place and strictly: docs/environment.md lists them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "moecalc/options.h"
+
+namespace moecalc {
+
+struct Settings {
+  std::string backend;                                            // MOECALC_BACKEND
+  std::string instruction_set;                                    // MOECALC_CPU
+  std::optional<int64_t> keep_bytes, weight_bytes, device_bytes;  // MOECALC_KEEP, _WEIGHTS, _DEVICE_MEMORY
+  bool emulation_reversed = false;                                // MOECALC_EMULATION_REVERSED
+};
+
+/// Throws Error for a value that is not understood.
+Settings read_settings();
+
+}  // namespace moecalc

@@ -1,0 +1,298 @@
+#include "graph/graph.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "graph/list_layout.h"
+
+namespace moecalc {
+
+void check_array(const Array& array, const char* name, Dtype dtype, const Shape& shape) {
+  if (!array.defined()) throw Error(std::string("expected `") + name + "`, got none");
+  if (array.dtype() != dtype) {
+    throw Error(std::string("expected `") + name + "` to be " + name_of(dtype) + ", got " +
+                name_of(array.dtype()));
+  }
+  bool fits = array.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "[";
+  for (size_t d = 0; d < shape.size(); ++d) {
+    fits = fits && (shape[d] < 0 || array.size(static_cast<int64_t>(d)) == shape[d]);
+    expected += (d > 0 ? ", " : "") + (shape[d] < 0 ? std::string("any") : std::to_string(shape[d]));
+  }
+  if (!fits) {
+    throw Error(std::string("expected `") + name + "` of shape " + expected + "], got " +
+                shown(array.shape()));
+  }
+}
+
+namespace {
+
+[[noreturn]] void out_of_range(const std::string& what, int64_t value, int64_t end) {
+  throw Error("expected " + what + " in [0, " + std::to_string(end) + "), got " + std::to_string(value));
+}
+
+/// Checks the values of `types` and `system_index`, whose type and shape are checked already.
+void check_atoms(const NeighborList& list, int64_t n_types) {
+  const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
+  if (n_local > n_node) {
+    throw Error("expected `system_index` no longer than `types` (" + std::to_string(n_node) + "), got " +
+                std::to_string(n_local));
+  }
+  const auto* type = list.types.data<int64_t>();
+  const auto* system = list.system_index.data<int64_t>();
+  for (int64_t i = 0; i < n_node; ++i) {
+    if (type[i] < 0 || type[i] >= n_types) out_of_range("types[" + std::to_string(i) + "]", type[i], n_types);
+  }
+  for (int64_t i = 0; i < n_local; ++i) {
+    if (system[i] < 0 || system[i] >= list.n_systems) {
+      out_of_range("system_index[" + std::to_string(i) + "]", system[i], list.n_systems);
+    }
+  }
+}
+
+void check_edge(int64_t e, int64_t i, int64_t j, int64_t n_local, int64_t n_node) {
+  if (i < 0 || i >= n_local) out_of_range("edge_index[0, " + std::to_string(e) + "] (a centre)", i, n_local);
+  if (j < 0 || j >= n_node) out_of_range("edge_index[1, " + std::to_string(e) + "] (a neighbour)", j, n_node);
+}
+
+std::string triple(const double* x) {
+  return "(" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) +
+         ") Angstrom";
+}
+
+std::string pair_of_atoms(int64_t i, int64_t j) {
+  return "atoms " + std::to_string(i) + " and " + std::to_string(j);
+}
+
+}  // namespace
+
+NeighborList checked_list(const NeighborList& list, const GraphRules& rules) {
+  if (list.n_systems < 1) throw Error("expected `n_systems` >= 1, got " + std::to_string(list.n_systems));
+  check_array(list.types, "types", Dtype::int64, {-1});
+  check_array(list.system_index, "system_index", Dtype::int64, {-1});
+  check_array(list.edge_index, "edge_index", Dtype::int64, {2, -1});
+  NeighborList out = list;
+  const int64_t n_edge = list.edge_index.size(1);
+  if (!out.edge_from.defined()) out.edge_from = list.edge_index.rows(0, 1).reshape({n_edge});
+  if (!out.edge_to.defined()) out.edge_to = list.edge_index.rows(1, 1).reshape({n_edge});
+  check_array(out.edge_from, "edge_from", Dtype::int64, {n_edge});
+  check_array(out.edge_to, "edge_to", Dtype::int64, {n_edge});
+  if (list.edge_shift.defined()) check_array(list.edge_shift, "edge_shift", Dtype::int64, {n_edge, 3});
+  check_atoms(list, rules.n_types);
+  const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
+  const auto* centre = list.edge_index.data<int64_t>();
+  const int64_t* neighbor = centre + n_edge;
+  const auto* from = out.edge_from.data<int64_t>();
+  const auto* to = out.edge_to.data<int64_t>();
+  const auto* system = list.system_index.data<int64_t>();
+  for (int64_t e = 0; e < n_edge; ++e) {
+    const int64_t i = centre[e], j = neighbor[e];
+    check_edge(e, i, j, n_local, n_node);
+    if (j < n_local && system[i] != system[j]) {
+      throw Error("expected edges within one structure, got an edge between " + pair_of_atoms(i, j) +
+                  " of structures " + std::to_string(system[i]) + " and " + std::to_string(system[j]));
+    }
+    if (from[e] < 0 || to[e] < 0) {
+      throw Error("expected rows of positions >= 0, got " + std::to_string(from[e]) + " and " +
+                  std::to_string(to[e]) + " for edge " + std::to_string(e));
+    }
+  }
+  return out;
+}
+
+int64_t position_rows(const NeighborList& list) {
+  int64_t most = -1;
+  for (const Array* rows : {&list.edge_from, &list.edge_to}) {
+    const auto* row = rows->data<int64_t>();
+    for (int64_t e = 0; e < rows->numel(); ++e) most = std::max(most, row[e]);
+  }
+  return most + 1;
+}
+
+void check_positions(const NeighborList& list, int64_t n_rows, const Array& positions, const Array& cells) {
+  check_array(positions, "positions", Dtype::float64, {-1, 3});
+  const int64_t n_position = positions.size(0);
+  if (n_rows > n_position) {
+    throw Error("expected `positions` of " + std::to_string(n_rows) +
+                " or more rows, which the list names, got " + std::to_string(n_position) +
+                ": set the list anew");
+  }
+  const auto* x = positions.data<double>();
+  for (int64_t i = 0; i < n_position; ++i) {
+    if (!std::isfinite(x[3 * i] + x[3 * i + 1] + x[3 * i + 2])) {
+      throw Error("expected finite `positions`, got " + triple(x + 3 * i) + " in row " + std::to_string(i));
+    }
+  }
+  if (!list.edge_shift.defined()) return;
+  check_array(cells, "cells", Dtype::float64, {list.n_systems, 3, 3});
+  const auto* cell = cells.data<double>();
+  for (int64_t k = 0; k < cells.numel(); ++k) {
+    if (!std::isfinite(cell[k])) {
+      throw Error("expected finite `cells`, got " + std::to_string(cell[k]) + " in structure " +
+                  std::to_string(k / 9));
+    }
+  }
+}
+
+AngleIndex angle_index(const PreparedGraph& graph) {
+  AngleIndex index;
+  index.first.reserve(static_cast<size_t>(graph.n_angle));
+  index.second.reserve(static_cast<size_t>(graph.n_angle));
+  for (size_t i = 0; i < static_cast<size_t>(graph.n_local); ++i) {
+    const int64_t begin = graph.edge_offset[i], end = begin + graph.close_count[i];
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t k = begin; k < end; ++k) {
+        index.first.push_back(j);
+        index.second.push_back(k);
+      }
+    }
+  }
+  return index;
+}
+
+void GraphBuilder::set_list(const NeighborList& list, const GraphRules& rules) {
+  has_list_ = false;
+  cutoff_ = rules.cutoff;
+  angle_cutoff_ = rules.angle_cutoff;
+  shifted_ = list.edge_shift.defined();
+  AtomOrder atoms = order_atoms(list, rules);
+  EdgeOrder order = order_edges(list, rules, atoms);
+
+  PreparedGraph& g = graph_;
+  g.n_node = list.types.size(0);
+  g.n_local = list.system_index.size(0);
+  g.n_systems = list.n_systems;
+  const auto* system = list.system_index.data<int64_t>();
+  g.system.resize(static_cast<size_t>(g.n_local));
+  g.composition.assign(static_cast<size_t>(list.n_systems * rules.n_types), 0.0);
+  const auto* type = list.types.data<int64_t>();
+  for (int64_t i = 0; i < g.n_local; ++i) {
+    g.system[static_cast<size_t>(atoms.model_row[static_cast<size_t>(i)])] = system[i];
+    g.composition[static_cast<size_t>(system[i] * rules.n_types + type[i])] += 1.0;
+  }
+
+  const int64_t n_listed = list.edge_index.size(1);
+  const int64_t* neighbor = list.edge_index.data<int64_t>() + n_listed;
+  const auto* from = list.edge_from.data<int64_t>();
+  const auto* to = list.edge_to.data<int64_t>();
+  const auto* shift = shifted_ ? list.edge_shift.data<int64_t>() : nullptr;
+  edges_.clear();
+  edges_.reserve(order.edges.size());
+  for (const int64_t e : order.edges) {
+    const int64_t j = neighbor[e];
+    Edge edge{from[e], to[e], j < g.n_local ? atoms.model_row[static_cast<size_t>(j)] : j, e, {0, 0, 0}};
+    if (shifted_) std::copy_n(shift + 3 * e, 3, edge.shift);
+    edges_.push_back(edge);
+  }
+  edge_begin_ = std::move(order.begin);
+  g.types = std::move(atoms.types);
+  g.engine_row = std::move(atoms.engine_row);
+  g.model_row = std::move(atoms.model_row);
+  g.node_splits = std::move(atoms.node_splits);
+  has_list_ = true;
+}
+
+const PreparedGraph& GraphBuilder::prepare(const Array& positions, const Array& cells) {
+  PreparedGraph& g = graph_;
+  const auto* x = positions.data<double>();
+  const double* cell = shifted_ ? cells.data<double>() : nullptr;
+  const double cutoff = cutoff_, angle_cutoff = angle_cutoff_;
+  g.max_neighbors = g.max_angle_neighbors = 0;
+  g.centre.resize(edges_.size());
+  g.neighbor.resize(edges_.size());
+  g.list_edge.resize(edges_.size());
+  g.edge_vec.resize(3 * edges_.size());
+  g.edge_offset.assign(1, 0);
+  g.angle_offset.assign(1, 0);
+  g.close_count.clear();
+  int64_t place = 0;
+  const auto put = [&](int64_t row, int64_t neighbor, int64_t id, const double* vec) {
+    const auto at = static_cast<size_t>(place++);
+    g.centre[at] = row;
+    g.neighbor[at] = neighbor;
+    g.list_edge[at] = id;
+    std::copy_n(vec, 3, g.edge_vec.data() + 3 * at);
+  };
+  for (int64_t row = 0; row < g.n_local; ++row) {
+    const double* h = shifted_ ? cell + 9 * g.system[static_cast<size_t>(row)] : nullptr;
+    far_.clear();
+    const int64_t begin = place;
+    for (auto k = static_cast<size_t>(edge_begin_[static_cast<size_t>(row)]);
+         k < static_cast<size_t>(edge_begin_[static_cast<size_t>(row) + 1]); ++k) {
+      const Edge& edge = edges_[k];
+      double vec[3];
+      for (int a = 0; a < 3; ++a) {
+        vec[a] = x[3 * edge.to + a] - x[3 * edge.from + a];
+        if (h != nullptr) {
+          vec[a] += static_cast<double>(edge.shift[0]) * h[a] +
+                    static_cast<double>(edge.shift[1]) * h[3 + a] +
+                    static_cast<double>(edge.shift[2]) * h[6 + a];
+        }
+      }
+      const double r = std::sqrt(vec[0] * vec[0] + vec[1] * vec[1] + vec[2] * vec[2]);
+      if (r > cutoff) {
+        if (std::isfinite(r)) continue;
+      } else if (r > 0.0) {
+        if (r < angle_cutoff) {
+          put(row, edge.neighbor, edge.id, vec);
+        } else {
+          far_.push_back({edge.neighbor, edge.id, {vec[0], vec[1], vec[2]}});
+        }
+        continue;
+      }
+      const int64_t i = g.engine_row[static_cast<size_t>(row)];
+      const int64_t j = g.engine_row[static_cast<size_t>(edge.neighbor)];
+      if (r == 0.0) {
+        throw OverlapError("expected distinct positions, got distance 0 between " + pair_of_atoms(i, j) +
+                               ": remove the duplicate atom",
+                           i, j);
+      }
+      throw NotFiniteError("expected finite edge vectors, got " + triple(vec) + " between " +
+                               pair_of_atoms(i, j) + ": check the positions and the cell",
+                           i);
+    }
+    const int64_t close = place - begin;
+    for (const Far& far : far_) put(row, far.neighbor, far.id, far.vec);
+    g.edge_offset.push_back(place);
+    g.close_count.push_back(close);
+    g.angle_offset.push_back(g.angle_offset.back() + close * close);
+    g.max_neighbors = std::max(g.max_neighbors, place - begin);
+    g.max_angle_neighbors = std::max(g.max_angle_neighbors, close);
+  }
+  g.n_edge = place;
+  g.n_angle = g.angle_offset.back();
+  g.centre.resize(static_cast<size_t>(place));
+  g.neighbor.resize(static_cast<size_t>(place));
+  g.list_edge.resize(static_cast<size_t>(place));
+  g.edge_vec.resize(3 * static_cast<size_t>(place));
+  g.edge_splits.clear();
+  g.angle_splits.clear();
+  for (const int64_t node : g.node_splits) {
+    g.edge_splits.push_back(g.edge_offset[static_cast<size_t>(node)]);
+    g.angle_splits.push_back(g.angle_offset[static_cast<size_t>(node)]);
+  }
+  return g;
+}
+
+ListedEdges list_of_edges(const Array& types, const Array& edge_index, const Array& edge_vec,
+                          const Array& system_index, int64_t n_systems) {
+  check_array(edge_index, "edge_index", Dtype::int64, {2, -1});
+  const int64_t n_edge = edge_index.size(1);
+  check_array(edge_vec, "edge_vec", Dtype::float64, {n_edge, 3});
+  ListedEdges out;
+  out.list.types = types;
+  out.list.edge_index = edge_index;
+  out.list.edge_from = Array::zeros({n_edge}, Dtype::int64);
+  out.list.edge_to = Array::empty({n_edge}, Dtype::int64);
+  auto* to = out.list.edge_to.data<int64_t>();
+  for (int64_t e = 0; e < n_edge; ++e) to[e] = e + 1;
+  out.list.system_index = system_index;
+  out.list.n_systems = n_systems;
+  out.positions = Array::zeros({n_edge + 1, 3}, Dtype::float64);
+  std::copy_n(edge_vec.data<double>(), 3 * n_edge, out.positions.data<double>() + 3);
+  return out;
+}
+
+}  // namespace moecalc

@@ -1,0 +1,35 @@
+"""What not every user of moecalc has installed."""
+
+from __future__ import annotations
+
+from moecalc import _install
+from moecalc.errors import MoecalcError
+
+
+def need_torch(what: str = "this command") -> None:
+    """Import torch, which packaging, verification and training need and a run does not.
+
+    Args:
+        what: needs it, for the message.
+
+    Raises:
+        MoecalcError: it is not installed, does not import, or is too old; one line with the remedy.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise MoecalcError(f"{what} needs torch, which does not import ({error}): {_remedy()}") from error
+        raise MoecalcError(f"{what} needs torch: {_remedy()}") from None
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise MoecalcError(f"{what} needs torch, which does not import ({reason}): {_remedy()}") from error
+    if _install.minor(torch.__version__) < _install.OLDEST_TORCH:
+        oldest = _install.dotted(_install.OLDEST_TORCH)
+        raise MoecalcError(
+            f"{what} needs torch {oldest} or newer, got torch {torch.__version__}: {_remedy()}"
+        )
+
+
+def _remedy() -> str:
+    return _install.INSTALL_PACKAGING
