@@ -1,4 +1,4 @@
-# Development tasks. Needs python3 >= 3.11 with venv and headers, a C++20 compiler (g++ >= 11) and make; nothing else.
+# Development tasks. Needs python3 3.11 to 3.13 with venv and headers, a C++20 compiler (g++ >= 11) and make; nothing else.
 #
 #   PYTHON         interpreter that creates the environment    (python3)
 #   VENV           where the environment is                    (.venv)
@@ -130,7 +130,7 @@ distclean: clean  ## Remove the environment as well
 
 # Torch comes first, so that nothing else decides on its version; with the build tools, whose versions it limits.
 $(TORCH_STAMP):
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"expected Python 3.11 or newer, got {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"expected Python 3.11 to 3.13 (packaging needs TorchScript), got {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "torch==$(TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
 	@rm -f $(VENV)/.torch-*

@@ -107,10 +107,11 @@ class NativeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        native = build_core(self._version(), self.core_products(), self.cuda, self.lammps)
-        place(native, package, self.core_products())
-        if self.torch is not None:
-            place(build_torch(self._version(), self.torch, native), package, self.torch_products())
+        with locked(BUILD):  # until the products are taken: another build may leave others
+            native = build_core(self._version(), self.core_products(), self.cuda, self.lammps)
+            place(native, package, self.core_products())
+            if self.torch is not None:
+                place(build_torch(self._version(), self.torch, native), package, self.torch_products())
         _write_if_changed(package / "_build_info.py", self._build_info())
         if not self.editable_mode:
             _place_sources(package)
@@ -228,7 +229,8 @@ def _run_cmake(sources: Path, folder: Path, settings: dict[str, str]) -> None:
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
     werror = "ON" if os.environ.get("MOECALC_WERROR") == "1" else "OFF"
     variables = {"CMAKE_BUILD_TYPE": "Release", "MOECALC_WERROR": werror, **settings}
-    with _locked(folder):
+    with locked(folder):
+        _forget_other_compilers(folder, settings)
         _run(
             [
                 cmake,
@@ -240,6 +242,22 @@ def _run_cmake(sources: Path, folder: Path, settings: dict[str, str]) -> None:
             ]
         )
         _run([cmake, "--build", str(folder), "--parallel", jobs])
+
+
+def _forget_other_compilers(folder: Path, settings: dict[str, str]) -> None:
+    """CMake asks for compilers once, and keeps them: what was configured with others starts anew."""
+    cache = folder / "CMakeCache.txt"
+    if not cache.is_file():
+        return
+    text = cache.read_text(errors="replace")
+    wanted = {"CXX": os.environ.get("CXX"), "CUDA": settings.get("CMAKE_CUDA_COMPILER")}
+    for language, compiler in wanted.items():
+        kept = re.search(rf"^CMAKE_{language}_COMPILER:\w+=(.+)$", text, re.MULTILINE)
+        found = shutil.which(compiler.split()[-1]) if compiler else None
+        if kept and found and Path(found).resolve() != Path(kept[1]).resolve():
+            cache.unlink()
+            shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+            return
 
 
 def _python_settings() -> dict[str, str]:
@@ -439,7 +457,7 @@ def _run(command: list[str]) -> None:
 
 
 @contextmanager
-def _locked(folder: Path):
+def locked(folder: Path):
     """Only one build at a time runs in a folder, which environments share."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:

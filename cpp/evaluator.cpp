@@ -284,7 +284,7 @@ Evaluation Evaluator::Impl::evaluate(const Array& positions, const Array& cells,
 void Evaluator::Impl::check_frames(const std::vector<const ReferenceFrame*>& frames) {
   const auto [charge_spin, fparam] = conditions_of_frames(frames);
   set_conditions(charge_spin, fparam);
-  const ListedEdges edges = reference_list(frames, model().rules.cutoff);
+  const ListedEdges edges = reference_list(frames, model().rules);
   set_list(edges.list);
   compare_with_reference(frames, evaluate(edges.positions, {}, {}, nullptr),
                          reference_tolerance(dtype, options.precision),
@@ -305,9 +305,13 @@ void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
     CheckEnds& operator=(const CheckEnds&) = delete;
     ~CheckEnds() {
       impl.conditions_->reset();
-      impl.release_weights();
-      impl.has_list_ = false;
+      impl.has_list_ = impl.list_is_set_ = false;
       impl.list_ = {};
+      try {
+        impl.release_weights();
+      } catch (...) {
+        // a device that failed: the error on its way says more
+      }
     }
     Impl& impl;
   };

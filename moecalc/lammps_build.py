@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from moecalc.errors import MoecalcError
 
 SIZES: Final = ("smallbig", "bigbig", "smallsmall")
 DEFAULT_OUTPUT: Final = Path("moecalc-plugin")
-_LOG: Final = "build.log"
+_LOG: Final = "moecalc-build.log"
 _TIME_LIMIT: Final = 20.0  # seconds for `lmp -h`
 
 
@@ -208,10 +209,13 @@ def _cache(folder: Path) -> dict[str, str]:
 
 def _compile(folder: Path, settings: dict[str, str]) -> None:
     """Run CMake in a folder of its own, which is empty at the start: it would remember another MPI."""
-    work = folder / "build"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     cmake = _find_cmake()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".moecalc-build-", dir=folder) as work:
+        _compile_in(Path(work), folder, cmake, settings)
+
+
+def _compile_in(work: Path, folder: Path, cmake: str, settings: dict[str, str]) -> None:
     variables = [f"-D{name}={value}" for name, value in settings.items()]
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
     commands = [
@@ -230,7 +234,6 @@ def _compile(folder: Path, settings: dict[str, str]) -> None:
     for name in (_lammps_entry.PLUGIN, _lammps_entry.STYLE):
         if not (folder / name).is_file():
             raise MoecalcError(f"the build left no {name} in {folder}, expected one: see {log}")
-    shutil.rmtree(work)
 
 
 def _first_error(log: Path) -> str:

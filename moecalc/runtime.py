@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_THREADS: Final = 4096  # of one evaluator
 BACKENDS: Final = ("fused", "plain", "torchscript", "cuda-emulation")
+CPU_BACKENDS: Final = ("fused", "plain", "cuda-emulation")
 """What a user may ask for instead of the best that fits (cpp/include/moecalc/options.h)."""
 
 
@@ -304,7 +305,8 @@ def open_model(
         raise PackageError(f"{path}: no such file") from None
     if not stat.S_ISREG(status.st_mode):
         raise _foreign(path)
-    where = device_name(device)
+    on_cpu = (backend or os.environ.get("MOECALC_BACKEND", "")) in CPU_BACKENDS
+    where = "cpu" if device == "auto" and on_cpu else device_name(device)
     # the settings are those of the evaluator (docs/environment.md)
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("MOECALC_")))
     key = (path, status.st_mtime_ns, status.st_size, where, dtype, precision, backend, settings)
@@ -321,7 +323,10 @@ def open_model(
             except native.OutOfMemoryError as error:
                 raise MoecalcError(f"{path}: {error}") from error
             except native.Error as error:
-                raise _not_opened(path, str(error), asked=precision != "fp32" or bool(backend)) from error
+                # the fault may be in what was asked for, not in the file
+                chosen = backend or os.environ.get("MOECALC_BACKEND")
+                asked = where != "cpu" or precision != "fp32" or bool(chosen) or "MOECALC_" in str(error)
+                raise _not_opened(path, str(error), asked=asked) from error
             model = _open_models[key] = Model(
                 path, evaluator, open_evaluator if evaluator.survives_fork else None
             )

@@ -869,3 +869,12 @@ def test_moecalc_lists_what_it_exports():
 def test_moecalc_has_no_other_attributes():
     with pytest.raises(AttributeError, match="module 'moecalc' has no attribute 'Calculator'"):
         _ = moecalc.Calculator
+
+
+@pytest.mark.parametrize("backend", ["fused", "cuda-emulation"])
+def test_a_backend_of_the_cpu_needs_no_device(backend, monkeypatch):
+    """On a machine with a GPU, `auto` would be that."""
+    monkeypatch.setattr(runtime, "device_name", lambda _: "cuda:0")
+    assert MoECalculator(backend=backend, check=False).device == "cpu"
+    monkeypatch.setenv("MOECALC_BACKEND", backend)
+    assert MoECalculator(check=False).device == "cpu"

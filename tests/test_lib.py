@@ -124,6 +124,10 @@ class TestTorch:
             "this command needs torch 2.11 or newer, got torch 2.10.1+cpu: pip install"
         )
 
+    def test_on_a_python_without_torchscript(self, monkeypatch):
+        monkeypatch.setattr(sys, "version_info", types.SimpleNamespace(major=3, minor=14))
+        assert self.message().startswith("this command needs Python 3.13 or older, got Python 3.14")
+
     def test_newer_than_tested(self, monkeypatch):
         import torch
 

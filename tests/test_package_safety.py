@@ -623,6 +623,50 @@ def test_tensors_that_are_missing_or_too_many_are_refused(refusal, genuine):
     assert message.startswith("expected no tensor `more` in this architecture")
 
 
+def test_layers_in_another_order_are_refused(refusal, genuine):
+    """The first layer would read buffers that are sized for the last one."""
+
+    def reverse(architecture, tensors, _):
+        last = len(architecture["layers"]) - 1
+        architecture["layers"].reverse()
+        moved = {}
+        for name in [n for n in tensors if n.startswith("layers.")]:
+            _, index, rest = name.split(".", 2)
+            moved[f"layers.{last - int(index)}.{rest}"] = tensors.pop(name)
+        tensors |= moved
+
+    assert "`layers.1.live_edge` to be true in the layer before, got false" in refusal(
+        edit_model(genuine, reverse)
+    )
+
+
+def test_tensors_that_share_a_record_are_refused(refusal, genuine):
+    """A small file would say that it is a large one."""
+
+    def share(_, tensors, __):
+        largest = max(tensors.values(), key=lambda entry: np.prod(entry["shape"]))
+        tensors |= {f"more.{k}": largest for k in range(3000)}
+
+    assert "records that many share" in refusal(edit_model(genuine, share))
+
+
+def test_reference_frames_that_would_take_long_are_refused(genuine, tmp_path):
+    n, cell = 1000, 0.8
+
+    def enlarge(frames):
+        frame = frames[2]
+        frame.update(
+            symbols=frame["symbols"][:1] * n, positions=[[0.0, 0.0, cell * i / n] for i in range(n)],
+            cell=(np.eye(3) * cell).tolist(), pbc=[True, True, True], energies=[0.0] * n, forces=[[0.0] * 3] * n,
+        )  # fmt: skip
+        return [frame]
+
+    path = tmp_path / "x.moe.pt"
+    path.write_bytes(edit_json(genuine, "reference.json", enlarge))
+    with pytest.raises(PackageError, match="too many images"):
+        MoECalculator(path)
+
+
 @pytest.mark.parametrize("record", ["architecture.json", "tensors.json"])
 def test_the_digest_covers_what_is_said_of_the_model(refusal, genuine, record):
     records = records_of(genuine)

@@ -29,6 +29,8 @@ void check_array(const Array& array, const char* name, Dtype dtype, const Shape&
 
 namespace {
 
+constexpr int64_t max_systems = 1 << 24;
+
 [[noreturn]] void out_of_range(const std::string& what, int64_t value, int64_t end) {
   throw Error("expected " + what + " in [0, " + std::to_string(end) + "), got " + std::to_string(value));
 }
@@ -70,6 +72,10 @@ std::string pair_of_atoms(int64_t i, int64_t j) {
 
 NeighborList checked_list(const NeighborList& list, const GraphRules& rules) {
   if (list.n_systems < 1) throw Error("expected `n_systems` >= 1, got " + std::to_string(list.n_systems));
+  if (list.n_systems > max_systems) {
+    throw Error("expected `n_systems` of at most " + std::to_string(max_systems) + ", got " +
+                std::to_string(list.n_systems));
+  }
   check_array(list.types, "types", Dtype::int64, {-1});
   check_array(list.system_index, "system_index", Dtype::int64, {-1});
   check_array(list.edge_index, "edge_index", Dtype::int64, {2, -1});

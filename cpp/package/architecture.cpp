@@ -152,10 +152,20 @@ class Part {
 class TensorTable {
  public:
   TensorTable(std::shared_ptr<const PackageFile> file, const Json& json) : file_(std::move(file)) {
+    double total = 0.0;  // bytes
     for (const auto& [name, entry] : json.object()) {
       const Part part(entry, printable(name, 80) + ".");
       part.only({"record", "dtype", "shape", "offset"});
-      stored_.emplace(name, stored(part));
+      StoredArray array = stored(part);
+      double bytes = static_cast<double>(bytes_of(array.dtype()));
+      for (const int64_t size : array.shape()) bytes *= static_cast<double>(size);
+      total += bytes;
+      stored_.emplace(name, std::move(array));
+    }
+    // what a small file says must not fill the memory
+    if (total > 4.0 * static_cast<double>(file_->size()) + 1048576.0) {
+      throw Error(std::string("expected tensors with records of their own, got records that many share") +
+                  edited);
     }
   }
 
@@ -483,7 +493,8 @@ class Reader {
   static void check_router_fits(const Part& part, const RouterSource& router, int64_t n_experts) {
     const auto* ids = router.is_gate ? nullptr : router.ids.data<int64_t>();
     const int64_t needed = router.is_gate ? router.n_routed + router.n_shared
-                                          : 1 + *std::max_element(ids, ids + router.ids.numel());
+                                          : std::max(router.top_k,  // a row names an expert once
+                                                     1 + *std::max_element(ids, ids + router.ids.numel()));
     if (router.is_gate ? needed != n_experts : needed > n_experts) {
       part.refuse("experts", std::to_string(needed) + " as its router has", std::to_string(n_experts));
     }
@@ -558,9 +569,25 @@ class Reader {
         part.refuse("routers", "those that its positions name", quoted(name, 40));
       }
     }
+    check_follows(part, layer.shape);
     read_updates(part, layer);
     set_active_experts(layer);
     model_.layers.push_back(std::move(layer));
+  }
+
+  /// What a layer reads, the one before it writes; geometry and buffers are those of the first.
+  void check_follows(const Part& part, const ops::LayerShape& s) const {
+    if (model_.layers.empty()) return;
+    const ops::LayerShape& first = model_.layers.front().shape;
+    const ops::LayerShape& before = model_.layers.back().shape;
+    if (!before.live_edge) part.refuse("live_edge", "true in the layer before", "false");
+    if (s.with_angles && !before.live_angle) {
+      part.refuse("with_angles", "false where the layer before has no angle update", "true");
+    }
+    if (s.keep_far != first.keep_far) part.refuse("keep_far_edges", "that of the first layer", "another");
+    if (s.edge_norm != first.edge_norm) {
+      part.refuse("edge_norm", "that of the first layer, " + shown(first.edge_norm), shown(s.edge_norm));
+    }
   }
 
   void read_updates(const Part& part, LayerSource& layer) {

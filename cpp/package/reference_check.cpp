@@ -19,6 +19,8 @@ namespace {
 constexpr size_t max_atoms = 4096;       // of one frame; a few tens are usual
 constexpr int64_t max_images = 1 << 16;  // of one atom
 constexpr size_t max_edges = 1 << 22;
+constexpr size_t max_angles = 1 << 24;
+constexpr double max_steps = 1e9;  // distances that are looked at in a frame: seconds
 
 using Vector = std::array<double, 3>;
 
@@ -190,7 +192,9 @@ std::pair<Array, Array> conditions_of_frames(const std::vector<const ReferenceFr
   return given;
 }
 
-ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, double cutoff) {
+ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, const GraphRules& rules) {
+  const double cutoff = rules.cutoff, angle_cutoff = rules.angle_cutoff;
+  size_t n_angle = 0;
   std::vector<int64_t> types, system, centre, neighbor;
   std::vector<double> vectors;
   for (size_t s = 0; s < frames.size(); ++s) {
@@ -200,7 +204,11 @@ ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, dou
     types.insert(types.end(), frame.types.begin(), frame.types.end());
     system.insert(system.end(), frame.types.size(), static_cast<int64_t>(s));
     const auto [n0, n1, n2] = images_of(frame, cutoff);
+    const double steps = static_cast<double>(n * n) * static_cast<double>(2 * n0 + 1) *
+                         static_cast<double>(2 * n1 + 1) * static_cast<double>(2 * n2 + 1);
+    if (steps > max_steps) throw Error("expected frames of the usual size, got one with too many images");
     for (int64_t i = 0; i < n; ++i) {
+      size_t n_close = 0;
       for (int64_t j = 0; j < n; ++j) {
         for (int64_t x = -n0; x <= n0; ++x) {
           for (int64_t y = -n1; y <= n1; ++y) {
@@ -213,7 +221,9 @@ ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, dou
                        static_cast<double>(x) * frame.cell[d] + static_cast<double>(y) * frame.cell[3 + d] +
                        static_cast<double>(z) * frame.cell[6 + d];
               }
-              if (!(dot(r.data(), r.data()) <= cutoff * cutoff)) continue;
+              const double r2 = dot(r.data(), r.data());
+              if (!(r2 <= cutoff * cutoff)) continue;
+              n_close += r2 < angle_cutoff * angle_cutoff ? 1 : 0;
               centre.push_back(first + i);
               neighbor.push_back(first + j);
               vectors.insert(vectors.end(), r.begin(), r.end());
@@ -223,6 +233,8 @@ ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, dou
           }
         }
       }
+      n_angle += n_close * n_close;
+      if (n_angle > max_angles) throw Error("expected frames of the usual density, got a denser one");
     }
   }
   const auto n_edge = static_cast<int64_t>(centre.size());

@@ -34,8 +34,9 @@ std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, s
 /// The frame of fewest elements among those that have neighbours, or any frame.
 size_t cheapest_frame(const std::vector<ReferenceFrame>& frames);
 
-/// All frames as the systems of one list; the edges, up to `cutoff`, come from all images.
-ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, double cutoff);
+/// All frames as the systems of one list; the edges come from all images. Throws Error for
+/// frames that would take long, or much memory.
+ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, const GraphRules& rules);
 
 /// Throws Error that names the quantity unless the results deviate by at most `tolerance`, relative to
 /// max(1, largest magnitude of the frame). NaN deviates.

@@ -34,8 +34,9 @@ class PluginBuild(build_ext):
     """Runs CMake; of its products, only the plugin is taken."""
 
     def build_extension(self, ext: Extension) -> None:
-        native = main.build_core(VERSION, ("libmoecalc.so", *main.PLUGIN), None, main.supported_lammps())
-        main.place(native, Path(self.build_lib) / "moecalc", main.PLUGIN)
+        with main.locked(main.BUILD):
+            native = main.build_core(VERSION, ("libmoecalc.so", *main.PLUGIN), None, main.supported_lammps())
+            main.place(native, Path(self.build_lib) / "moecalc", main.PLUGIN)
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / "moecalc" / name) for name in main.PLUGIN]

@@ -13,7 +13,7 @@ else:
     # DeePMD-kit must keep working for everything else
     logging.getLogger(__name__).warning(
         "moecalc: descriptor dpa3_moe needs deepmd-kit %s, found %s, and is not available: "
-        "`pip install --no-build-isolation '.[deepmd]'` in the folder of moecalc's sources",
+        "`pip install '.[deepmd]'` in the folder of moecalc's sources",
         SUPPORTED,
         _found,
     )

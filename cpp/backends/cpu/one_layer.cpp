@@ -149,14 +149,17 @@ LayerArrays ModelOf<T>::backward(size_t l, const LayerArrays& in, const LayerArr
 }
 
 /// Throws Error unless these are what a layer reads: (n, ...) rows of nodes, edges and angles.
-void check_rows(const std::vector<Array>& arrays, const char* const* names, const PreparedGraph& graph) {
+void check_rows(const std::vector<Array>& arrays, const char* const* names, const PreparedGraph& graph,
+                const Architecture& model) {
+  const int64_t columns[] = {model.n_dim, model.e_dim, model.a_dim, 1, 3, 1};
   const int64_t rows[] = {graph.n_node, graph.n_edge, graph.n_angle,
                           graph.n_edge, graph.n_edge, graph.n_angle};
   for (size_t k = 0; k < arrays.size(); ++k) {
     const Array& array = arrays[k];
     const bool is_flat = k == 3 || k == 5;
-    if (array.dim() != (is_flat ? 1 : 2) || array.size(0) != rows[k]) {
-      throw Error(std::string("expected `") + names[k] + "` of " + std::to_string(rows[k]) + " rows, got " +
+    const Shape wanted = is_flat ? Shape{rows[k]} : Shape{rows[k], columns[k]};
+    if (array.shape() != wanted) {
+      throw Error(std::string("expected `") + names[k] + "` of shape " + shown(wanted) + ", got " +
                   shown(array.shape()));
     }
   }
@@ -200,8 +203,8 @@ std::vector<Array> LayerRunner::run(const LayerGraph& graph, int64_t layer, cons
   GraphBuilder builder;
   builder.set_list(checked_list(edges.list, rules), rules);
   const PreparedGraph& prepared = builder.prepare(edges.positions, Array());
-  check_rows(inputs, kInputs, prepared);
-  check_rows(gradients, kInputs, prepared);
+  check_rows(inputs, kInputs, prepared, model_->package.architecture);
+  check_rows(gradients, kInputs, prepared, model_->package.architecture);
   return model_->run(prepared, static_cast<size_t>(layer), inputs, gradients);
 }
 

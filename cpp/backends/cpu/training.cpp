@@ -73,15 +73,34 @@ class TrainableLayers final : public TrainableModel {
   void set_weights(const TrainingWeights& weights) override;
 
   Array forward(const PreparedGraph& graph, bool keep_for_weights) override {
+    check_weights(graph);
     return keep_for_weights ? layers_.forward_to_train(graph) : layers_.forward(graph, nullptr, true);
   }
   Array backward(const PreparedGraph& graph, const Array& dv) override {
+    check_gradient(graph, dv);
     return layers_.backward(graph, dv, nullptr);
   }
   TrainingWeights backward_to_weights(const PreparedGraph& graph, const Array& dv) override;
 
  private:
   size_t n_layer() const { return weights_.shapes.size(); }
+  /// Throws Error unless there are weights for all atoms of the graph.
+  void check_weights(const PreparedGraph& graph) const {
+    if (weights_.groups.size() != n_layer()) {
+      throw Error("expected weights before an evaluation, got none: call set_weights first");
+    }
+    for (const int64_t group : groups_in_use(graph.node_splits)) {
+      for (const auto& of_layer : weights_.groups) {
+        const auto g = static_cast<size_t>(group);
+        if (g < of_layer.size() && of_layer[g].node != nullptr) continue;
+        throw Error("expected weights of group " + std::to_string(group) + ", which has atoms, got none");
+      }
+    }
+  }
+  void check_gradient(const PreparedGraph& graph, const Array& dv) const {
+    check_weights(graph);
+    check_array(dv, "dv", dtype_of<T>, {graph.n_local, weights_.shapes.back().n});
+  }
   const T* hold(const Array& values) {
     memory_.push_back(values);
     return values.data<T>();
@@ -265,6 +284,7 @@ void split_sums(const T* y, int64_t k, int64_t width, const T* p, const T* coeff
 
 template <class T>
 TrainingWeights TrainableLayers<T>::backward_to_weights(const PreparedGraph& graph, const Array& dv) {
+  check_gradient(graph, dv);
   TrainingWeights out;
   out.layers.resize(n_layer());
   layers_.start_backward(dv, n_layer() - 1);

@@ -76,7 +76,9 @@ LinearMap<T> Experts<T>::map(size_t layer, size_t position, const Routes* routes
 template <class T>
 int64_t Experts<T>::bytes() const {
   int64_t sum = 0;
-  for (const auto& entry : matrices_) sum += entry.second->size() * static_cast<int64_t>(sizeof(T));
+  for (const auto& entry : matrices_) {  // null: could not be read
+    if (entry.second != nullptr) sum += entry.second->size() * static_cast<int64_t>(sizeof(T));
+  }
   return sum;
 }
 

@@ -18,8 +18,7 @@ namespace {
 using namespace torchscript;
 
 const char* const rebuild =
-    "run `pip install --no-build-isolation .` in the folder of moecalc's sources";  // BUILD_HERE of
-                                                                                    // _install.py
+    "run `pip install .` in the folder of moecalc's sources";  // as BUILD_HERE of moecalc/_install.py
 
 /// Where `file` has to be: beside this library.
 std::string place_of(const char* file) {

@@ -105,7 +105,7 @@ class MOECALC_API Evaluator {
   Evaluator(Evaluator&&) noexcept;
   Evaluator& operator=(Evaluator&&) noexcept;
 
-  /// The list of the evaluations to come. Throws Error if it is invalid.
+  /// The list of the evaluations to come, shared: its arrays must not change. Throws Error if invalid.
   void set_list(const NeighborList& list);
   /// Evaluates the list for positions (n_position, 3) float64 and cells (n_systems, 3, 3) float64 with a
   /// vector per row, which may be undefined if the list has no shifts. Throws Error for invalid positions, a
@@ -164,5 +164,23 @@ class MOECALC_API Evaluator {
   class Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+/// Counts changes of this interface that leave the sizes of all objects as they are.
+inline constexpr int interface_revision = 1;
+
+/// What a program was compiled with that hands these objects over: version and revision of the interface, and
+/// the sizes of what passes. `version`: MOECALC_VERSION of the program.
+inline std::string engine_build_id(const char* version) {
+  std::string id = version + ("-" + std::to_string(interface_revision));
+  for (const size_t size :
+       {sizeof(Array), sizeof(NeighborList), sizeof(Request), sizeof(Evaluation), sizeof(GivenConditions),
+        sizeof(AppliedConditions), sizeof(Facts), sizeof(EvaluatorOptions), sizeof(Evaluator)}) {
+    id += '.';
+    id += std::to_string(size);
+  }
+  return id;
+}
+/// The same of the library: a program with another one must not use it.
+MOECALC_API const char* engine_build();
 
 }  // namespace moecalc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def load_plain(path: Path) -> Any:
         CheckpointError: damaged, or something else is in it.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # of torch 2.14, on the time that a sparse tensor takes; we refuse those
+            warnings.filterwarnings("ignore", message="Validating sparse tensor")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load the file with its code
         if name := code_in_pickle(error):
