@@ -188,8 +188,9 @@ void GraphBuilder::set_list(const NeighborList& list, const GraphRules& rules) {
   edges_.reserve(order.edges.size());
   for (const int64_t e : order.edges) {
     const int64_t j = neighbor[e];
-    Edge edge{from[e], to[e], j < g.n_local ? atoms.model_row[static_cast<size_t>(j)] : j, e, {0, 0, 0}};
-    if (shifted_) std::copy_n(shift + 3 * e, 3, edge.shift);
+    Edge edge{
+        from[e], to[e], j < g.n_local ? atoms.model_row[static_cast<size_t>(j)] : j, e, {0.0, 0.0, 0.0}};
+    if (shifted_) std::copy_n(shift + 3 * e, 3, edge.shift);  // whole numbers, as they are multiplied
     edges_.push_back(edge);
   }
   edge_begin_ = std::move(order.begin);
@@ -232,9 +233,7 @@ const PreparedGraph& GraphBuilder::prepare(const Array& positions, const Array& 
       for (int a = 0; a < 3; ++a) {
         vec[a] = x[3 * edge.to + a] - x[3 * edge.from + a];
         if (h != nullptr) {
-          vec[a] += static_cast<double>(edge.shift[0]) * h[a] +
-                    static_cast<double>(edge.shift[1]) * h[3 + a] +
-                    static_cast<double>(edge.shift[2]) * h[6 + a];
+          vec[a] += edge.shift[0] * h[a] + edge.shift[1] * h[3 + a] + edge.shift[2] * h[6 + a];
         }
       }
       const double r = std::sqrt(vec[0] * vec[0] + vec[1] * vec[1] + vec[2] * vec[2]);

@@ -85,7 +85,7 @@ class MOECALC_API GraphBuilder {
     int64_t from, to;  // rows of positions
     int64_t neighbor;  // model row
     int64_t id;        // in the list
-    int64_t shift[3];
+    double shift[3];   // cells
   };
   std::vector<Edge> edges_;
   std::vector<int64_t> edge_begin_;  // (n_local + 1) into them
