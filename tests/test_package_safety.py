@@ -26,6 +26,8 @@ from alterations import (
     stamp,
 )
 from helpers import DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moecalc import MoECalculator, _lib, testing
 from moecalc._jit import jit_load, jit_script
@@ -55,6 +57,11 @@ def genuine(tmp_path_factory):
     save_checkpoint(folder / "x.pt", testing.random_potential(config), config)
     package_checkpoint(folder / "x.pt", folder / "x.moe.pt")
     return folder / "x.moe.pt"
+
+
+@pytest.fixture(scope="module")
+def whole_package(genuine):
+    return records_of(genuine)
 
 
 @pytest.fixture
@@ -681,6 +688,27 @@ def test_a_package_without_its_records_is_to_be_upgraded(refusal, genuine, recor
     records = records_of(genuine)
     del records[f"model/extra/{record}"]
     assert "moecalc upgrade" in refusal(pack(records))
+
+
+@settings(max_examples=100, deadline=None, print_blob=True)
+@given(data=st.data())
+def test_edited_bytes_are_refused_or_read(library, whole_package, tmp_path_factory, data):
+    """New files in every run; hypothesis prints how to make one again. Memory errors show under the sanitizers."""
+    name = data.draw(st.sampled_from(sorted(whole_package)))
+    content = bytearray(whole_package[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    path = tmp_path_factory.mktemp("edited") / "x.moe.pt"
+    path.write_bytes(pack({**whole_package, name: bytes(content)}))
+    message = ""
+    try:
+        library.Evaluator(str(path)).check_reference()
+    except library.Error as error:
+        message = str(error)
+    assert "\n" not in message
+    assert all(c.isprintable() for c in message)
+    path.unlink()
 
 
 # --- altered packages --------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ def load_plain(path: Path) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            # of torch 2.14, on the time that a sparse tensor takes; we refuse those
-            warnings.filterwarnings("ignore", message="Validating sparse tensor")
+            # of torch on sparse tensors, which we refuse
+            warnings.filterwarnings("ignore", message="(Validating sparse|Sparse invariant)")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load the file with its code
