@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cfenv>
 #include <cmath>
 #include <exception>
 #include <memory>
@@ -13,6 +12,7 @@
 #include <utility>
 
 #include "backends/backend.h"
+#include "core/default_arithmetic.h"
 #include "core/threads.h"
 #include "graph/graph.h"
 #include "moecalc/text.h"
@@ -42,22 +42,6 @@ constexpr int64_t most_checked_weights = int64_t{256} << 20;  // bytes laid out 
     throw Error(context + ": " + printable(text.substr(0, text.find('\n')), 400));
   }
 }
-
-/// While it lives, this thread rounds and treats denormals as a new thread does, whatever the program around
-/// us has set; threads of the pool take it over.
-class DefaultArithmetic {
- public:
-  DefaultArithmetic() {
-    std::fegetenv(&before_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultArithmetic() { std::fesetenv(&before_); }
-  DefaultArithmetic(const DefaultArithmetic&) = delete;
-  DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
-
- private:
-  std::fenv_t before_;
-};
 
 void check_finite(const Evaluation& result, const Request& request) {
   const auto* energy = result.energies.data<double>();

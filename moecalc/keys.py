@@ -56,3 +56,14 @@ REFERENCE_TOLERANCE: Final = {"float64": 1e-8, "float32": 2e-5}
 
 VOIGT: Final = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 """Row and column of the six Voigt components in ASE's order."""
+
+POSITIONS: Final = (
+    "node_self_mlp",
+    "node_sym_linear",
+    "node_edge_linear",
+    "edge_self_linear",
+    "edge_angle_linear1",
+    "edge_angle_linear2",
+    "angle_self_linear",
+)
+"""The seven linear maps of a RepFlow layer; each can be dense or a mixture of experts."""

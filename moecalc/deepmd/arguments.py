@@ -6,7 +6,8 @@ from dargs import Argument
 from deepmd.utils.argcheck import descrpt_args_plugin, descrpt_dpa3_args
 
 from moecalc.deepmd.options import DESCRIPTOR, GROUPS, MOE_DEFAULTS
-from moecalc.nn.config import POSITIONS, whole_charge_spin
+from moecalc.keys import POSITIONS
+from moecalc.nn.config import whole_charge_spin
 
 _PRECISIONS = ("default", "float64", "double", "float32", "single")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moecalc.nn.config import POSITIONS, DescriptorConfig, MoEConfig, PositionConfig, RouterConfig
+from moecalc.keys import POSITIONS
+from moecalc.nn.config import DescriptorConfig, MoEConfig, PositionConfig, RouterConfig
 
 DESCRIPTOR = "dpa3_moe"
 """Value of `descriptor.type`."""

@@ -1,7 +1,7 @@
 """Reference model in plain PyTorch: training, packaging and the oracle of every faster path."""
 
+from moecalc.keys import POSITIONS
 from moecalc.nn.config import (
-    POSITIONS,
     DescriptorConfig,
     FittingConfig,
     ModelConfig,

@@ -20,18 +20,8 @@ from moecalc.conditions import (
     charge_and_spin,
     whole_number,
 )
+from moecalc.keys import POSITIONS
 from moecalc.nn.activation import check_activation
-
-POSITIONS = (
-    "node_self_mlp",
-    "node_sym_linear",
-    "node_edge_linear",
-    "edge_self_linear",
-    "edge_angle_linear1",
-    "edge_angle_linear2",
-    "angle_self_linear",
-)
-"""The seven linear maps of a RepFlow layer; each can be dense or a mixture of experts."""
 
 Precision = Literal["float32", "float64"]
 

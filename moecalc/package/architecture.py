@@ -18,21 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moecalc.conditions import CHARGE_RANGE
 from moecalc.errors import PackageError
+from moecalc.keys import POSITIONS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-POSITIONS: Final = (
-    "node_self_mlp",
-    "node_sym_linear",
-    "node_edge_linear",
-    "edge_self_linear",
-    "edge_angle_linear1",
-    "edge_angle_linear2",
-    "angle_self_linear",
-)
-"""As `moecalc.nn.POSITIONS`, which needs torch."""
 
 ITEM_SIZE: Final = {"float32": 4, "float64": 8, "int64": 8, "bool": 1}
 """Types of the tensors of a package, and bytes of one number."""

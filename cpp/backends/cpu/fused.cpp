@@ -1,28 +1,14 @@
 // The fused kernels of the CPU as a backend.
-#include <chrono>
 #include <memory>
 #include <string>
 
 #include "backends/backend.h"
 #include "backends/cpu/fused_layers.h"
 #include "backends/cpu/readout.h"
+#include "backends/laps.h"
 
 namespace moecalc {
 namespace {
-
-/// Seconds since the last call.
-class Laps {
- public:
-  double next() {
-    const auto now = std::chrono::steady_clock::now();
-    const double seconds = std::chrono::duration<double>(now - last_).count();
-    last_ = now;
-    return seconds;
-  }
-
- private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
 
 template <class T>
 class FusedBackend final : public Backend {

@@ -1,10 +1,10 @@
 // The plain backend: any model that a package can describe, operation by operation, as the formulas of
 // moecalc/nn are written.
-#include <chrono>
 #include <cmath>
 #include <utility>
 
 #include "backends/backend.h"
+#include "backends/laps.h"
 #include "backends/plain/activation.h"
 #include "backends/plain/experts.h"
 #include "backends/plain/geometry.h"
@@ -18,20 +18,6 @@ namespace moecalc {
 
 namespace plain {
 namespace {
-
-/// Seconds since the last call.
-class Clock {
- public:
-  double lap() {
-    const auto now = std::chrono::steady_clock::now();
-    const double seconds = std::chrono::duration<double>(now - mark_).count();
-    mark_ = now;
-    return seconds;
-  }
-
- private:
-  std::chrono::steady_clock::time_point mark_ = std::chrono::steady_clock::now();
-};
 
 template <class T>
 Matrix<T> column(const std::vector<double>& values, int64_t columns = 1) {
@@ -85,29 +71,29 @@ class PlainBackend final : public Backend {
 
   Evaluation evaluate(const Array& positions, const Array& cells, const Request& request,
                       GhostExchange* exchange) override {
-    Clock clock;
+    Laps laps;
     const PreparedGraph& graph = builder_.prepare(positions, cells);
     Evaluation result = empty_result(graph.n_node, graph.n_local, graph.n_systems, request);
     result.n_edge = graph.n_edge;
     result.n_angle = graph.n_angle;
     result.max_neighbors = graph.max_neighbors;
     result.max_angle_neighbors = graph.max_angle_neighbors;
-    result.timings.emplace_back("graph", clock.lap());
+    result.timings.emplace_back("graph", laps.next());
 
     route_groups(features_of(graph, model_, tables_, exchange));
     Run run(*this, graph, request.gradients(), exchange);
     const Variable<T> v = run.forward();
-    result.timings.emplace_back("forward", clock.lap());
+    result.timings.emplace_back("forward", laps.next());
     Matrix<double> dv;
     const Matrix<double> features = Matrix<double>::of(v->data(), v->rows(), v->columns());
     const std::vector<double> energies =
         readout_->evaluate(features, graph.types, request.gradients() ? &dv : nullptr);
     sum_energies(graph, energies, result);
-    result.timings.emplace_back("readout", clock.lap());
+    result.timings.emplace_back("readout", laps.next());
     if (!request.gradients()) return result;
     const std::vector<double> g = run.backward(v, Matrix<T>::of(dv.data(), dv.rows(), dv.columns()));
     scatter_gradients(graph, g.data(), request, result);
-    result.timings.emplace_back("backward", clock.lap());
+    result.timings.emplace_back("backward", laps.next());
     return result;
   }
 

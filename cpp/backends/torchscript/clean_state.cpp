@@ -5,9 +5,10 @@
 #include <pthread.h>
 
 #include <array>
-#include <cfenv>
 #include <mutex>
 #include <thread>
+
+#include "core/default_arithmetic.h"
 
 namespace moecalc {
 
@@ -74,21 +75,6 @@ class FullPrecision {
   static inline int users = 0;
   static inline std::array<at::Float32Precision, 2> before{};
   static inline std::array<bool, 2> lowered{};
-};
-
-/// Rounding to nearest, no flushing of denormal numbers, no traps.
-class DefaultArithmetic {
- public:
-  DefaultArithmetic() {
-    std::fegetenv(&before_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultArithmetic() { std::fesetenv(&before_); }
-  DefaultArithmetic(const DefaultArithmetic&) = delete;
-  DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
-
- private:
-  std::fenv_t before_{};
 };
 
 }  // namespace
