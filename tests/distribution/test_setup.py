@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from setuptools.errors import SetupError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA_NAMES = (
     "MOECALC_CUDA",
     "MOECALC_TORCH",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WHEELS = os.environ.get("MOECALC_WHEELS")
 LARGEST_WHEEL = 40e6  # bytes; PyPI takes 100 MB
 # What shell scripts and MPI's launcher call; a PATH of these has no compiler.

@@ -12,7 +12,7 @@ from ase.io import read
 
 from moecalc.package import read_metadata
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "common")
 # blocks that run as they are; the others show output, or need files of the reader's

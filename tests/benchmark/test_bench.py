@@ -22,7 +22,7 @@ from moecalc.package.archive import read_metadata, write_archive
 from moecalc.package.lower import lower
 from moecalc.tables import show_bench
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PEERS = ROOT / "benchmarks" / "peers"
 sys.path.insert(0, str(PEERS))
 import compare  # noqa: E402

@@ -1,6 +1,6 @@
 """A package file must not do harm: what is not a genuine package is refused before anything in it runs.
 
-`pytest tests/test_package_safety.py --altered 750` takes more altered packages (five times as many without torch), `--altered-seed N` others.
+`pytest tests/package/test_package_safety.py --altered 750` takes more altered packages (five times as many without torch), `--altered-seed N` others.
 """
 
 import json
@@ -212,7 +212,7 @@ def test_a_trainer_loads_nothing_unsafe(library, genuine, tmp_path):
 
 
 def test_torch_loads_packages_in_one_place_only():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     loads = []
     for folder, pattern in (
         ("moecalc", "*.py"),
