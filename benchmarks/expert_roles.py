@@ -2,8 +2,9 @@
 
     python benchmarks/expert_roles.py examples/data/metals10.pt valid.extxyz
 
-Of every group of frames, the one with the largest forces is evaluated. The number is the mean change of force components over their mean size: 0, the
-element does not use the expert; 1, without it nothing is left. Models that route by element.
+Of every group of frames, the one with the largest forces is evaluated. The number is the mean change of force
+components over their mean size: 0, the element does not use the expert; 1, without it nothing is left. Models
+that route by element.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moecalc.dataset import read_frames
+from moecalc.data import read_frames
 from moecalc.nn.model import evaluate
 from moecalc.nn.moe import ExpertLinear
 from moecalc.package.importers import build_model, load_checkpoint
-from moecalc.training.data import Frame, to_frame
+from moecalc.training.graphs import Frame, to_frame
 
 
 def main() -> int:

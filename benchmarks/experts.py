@@ -1,7 +1,9 @@
-"""What experts cost: a dense full-size model against mixtures of 8 and 64 routed experts (2 active, 1 shared) and merged linear experts.
+"""What experts cost: a dense full-size model against mixtures of experts.
 
-All models have random weights and the same widths, and are timed in turn, step by step, in one process: what else the machine does meets
-all of them alike.
+The mixtures have 8 and 64 routed experts (2 active, 1 shared), and 8 linear experts that merge.
+
+All models have random weights and the same widths, and are timed in turn, step by step, in one process: what
+else the machine does meets all of them alike.
 
     python benchmarks/experts.py --threads 2 --rounds 15 --json experts.json
 """
@@ -10,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,9 +22,7 @@ import ase.io
 import numpy as np
 
 from moecalc import MoECalculator, testing
-from moecalc.bench import machine, water
-from moecalc.costs import costs, count_graph, read_architecture, total_cost
-from moecalc.neighbors import SkinNeighborList
+from moecalc.benchmark import evaluation_costs, isolated_ceilings, machine, total_cost, water
 
 MODELS: dict[str, dict[str, object]] = {
     "dense": {},
@@ -33,20 +31,6 @@ MODELS: dict[str, dict[str, object]] = {
     "MoLE, 8 routed": {"n_routed": 8, "kind": "linear"},
 }
 WARM_UP = 2
-CEILINGS = "import sys; from moecalc.bench import ceilings; print(ceilings(sys.argv[1], int(sys.argv[2])).model_dump_json())"
-
-
-def ceilings(dtype: str, threads: int) -> dict[str, float]:
-    """What matrix products and copies reach, in a process of their own: NumPy's threads are set when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", CEILINGS, dtype, str(threads)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
 
 
 def main() -> int:
@@ -64,7 +48,7 @@ def main() -> int:
         parser.error(f"--rounds {arguments.rounds}, expected at least 5: fewer give no median worth the name")
     if arguments.structure is not None and not arguments.structure.is_file():
         parser.error(f"{arguments.structure}: no such file")
-    warnings.filterwarnings("ignore", message="an atom has .* neighbours")
+    warnings.filterwarnings("ignore", message="an atom has .* neighbou?rs")
     atoms = water() if arguments.structure is None else ase.io.read(arguments.structure)
     results: dict[str, dict[str, float]] = {}
     calculators = {}
@@ -74,12 +58,8 @@ def main() -> int:
             package = Path(folder) / f"{number}.moe.pt"
             testing.write_random_package(package, testing.full_size_config(**options), arguments.dtype)
             calculators[name] = MoECalculator(package, device="cpu", threads=arguments.threads, check=False)
-            architecture = read_architecture(package)
-            types = np.array([["O", "H"].index(s) for s in atoms.symbols])
-            pairs, positions = SkinNeighborList(6.0, 0.0).pairs(atoms)
-            edge_vec = pairs.vectors(positions, atoms.cell.array[None])
-            counts = count_graph(architecture, types, pairs.edge_index, edge_vec, 6.0, 4.0)
-            results[name] = {"gflop": total_cost(costs(architecture, counts)).flops / 1e9}
+            _, parts = evaluation_costs(package, atoms)
+            results[name] = {"gflop": total_cost(parts).flops / 1e9}
         times: dict[str, list[float]] = {name: [] for name in MODELS}
         rng = np.random.default_rng(0)
         for step in range(WARM_UP + arguments.rounds):
@@ -106,7 +86,7 @@ def main() -> int:
             **machine().model_dump(),
             "threads": arguments.threads,
             "dtype": arguments.dtype,
-            **ceilings(arguments.dtype, arguments.threads),
+            **isolated_ceilings(arguments.dtype, arguments.threads).model_dump(),
         }
         record = {"machine": about, "atoms": len(atoms), "results": results, "times_s": times}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

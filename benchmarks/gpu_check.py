@@ -1,10 +1,10 @@
-"""The Python parts of gpu_check.sh: timings, transfers per step, the largest system that fits, one table and a JSON.
+"""The Python parts of gpu_check.sh: timings, transfers per step, the largest system that fits.
 
 python benchmarks/gpu_check.py --json gpu.json [--dry-run] [--peer-python PYTHON --peer-model MODEL ...]
 
-Every measurement is a process of its own, so that one that runs out of memory stops no other. `--dry-run` goes through all of it with the emulated
-kernels, a small model and 24 atoms: its times mean nothing. torch makes the models, and its profiler counts the transfers; without torch, give models
-with `--packages`, and nothing is counted.
+Every measurement is a process of its own: one that runs out of memory stops no other. `--dry-run` goes through
+all of it with the emulated kernels, a small model and 24 atoms: its times mean nothing. torch makes the models,
+and its profiler counts the transfers. Without torch, give models with `--packages`; nothing is counted then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,10 +33,9 @@ TIME_LIMIT = 900.0  # seconds for one measurement
 
 def water(copies: int, *, dry_run: bool) -> Any:
     """Copies of 192 atoms (dry run: of 24)."""
-    from moecalc.bench import repeated
-    from moecalc.bench import water as molecules
+    from moecalc import benchmark
 
-    return repeated(molecules(2 if dry_run else 4), copies)
+    return benchmark.repeated(benchmark.water(2 if dry_run else 4), copies)
 
 
 def write_package(path: Path, n_routed: int, *, dry_run: bool) -> None:
@@ -75,7 +73,10 @@ def evaluator_of(spec: dict[str, Any]) -> Any:
 
 
 def device_memory_in_use() -> int | None:
-    """Bytes of the device that are taken, by whatever program; None where there is none. After an evaluation, which chooses the device."""
+    """Bytes of the device that are taken, by whatever program; None where there is none.
+
+    To be called after an evaluation, which chooses the device.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -164,7 +165,10 @@ def measure_calculator(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_transfers(spec: dict[str, Any]) -> dict[str, Any]:
-    """What one step asks of the CUDA runtime, as torch's profiler sees all calls of the process: launches, copies by direction, waits."""
+    """What one step asks of the CUDA runtime: launches, copies by direction, waits.
+
+    The profiler of torch sees all calls of the process.
+    """
     if importlib.util.find_spec("torch") is None:
         return {"left_out": "not counted: torch, whose profiler counts them, is not installed"}
     import torch
@@ -216,21 +220,19 @@ def run(kind: str, spec: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[s
 
 
 def _run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    from moecalc.benchmark import ProcessError, answer_of
+
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=TIME_LIMIT
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no end after {TIME_LIMIT:.0f} s"}
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-        return {"error": lines[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+        return answer_of(command, environment, seconds=TIME_LIMIT)
+    except ProcessError as error:
+        return {"error": str(error)}
 
 
 def largest(spec: dict[str, Any], limit: int) -> dict[str, Any]:
-    """The largest number of copies that fits: doubled until it fails, then the interval halved until it is known within 5 %."""
+    """The largest number of copies that fits.
+
+    It is doubled until it fails, then the interval is halved until it is known within 5 %.
+    """
     good, bad, last = 0, limit + 1, {}
     copies = 1
     while copies < bad:
@@ -337,7 +339,8 @@ def report(results: dict[str, Any]) -> None:
 
     machine = results["machine"]
     table = Table(
-        "model", "runs", "atoms", "ms/step", "us/atom", "GB", "against dense", title=f"{machine['device']}, {machine['date']}"
+        "model", "runs", "atoms", "ms/step", "us/atom", "GB", "against dense",
+        title=f"{machine['device']}, {machine['date']}",
     )  # fmt: skip
     dense = {
         (r["runs"], r["atoms"]): r["step_s"]
@@ -368,8 +371,8 @@ def report(results: dict[str, Any]) -> None:
         console.print(f"transfers per step: {reason}", soft_wrap=True)
     else:
         console.print(
-            f"per step: {moved['launches']:g} launches, {moved['copies_up']:g} copies to the device, {moved['copies_down']:g} back, "
-            f"{moved['waits']:g} waits of the host",
+            f"per step: {moved['launches']:g} launches, {moved['copies_up']:g} copies to the device, "
+            f"{moved['copies_down']:g} back, {moved['waits']:g} waits of the host",
             soft_wrap=True,
         )
 

@@ -1,9 +1,12 @@
-"""Speed of pair_style moe on 2 ranks x 1 thread against 1 rank x 1 thread, run alternately; medians of whole short runs.
+"""Speed of pair_style moe on 2 ranks x 1 thread against 1 rank x 1 thread, in alternation.
+
+The figures are medians of whole short runs.
 
 python benchmarks/lammps_ranks.py [--repeat 10] [--steps 10] [--rounds 5] [--json FILE]
 python benchmarks/lammps_ranks.py --start-up [--rounds 5] [--json FILE]
 
-The second form measures what the pair style adds to a rank beside `pair_style zero`: time of a whole `run 0` of 54 atoms, and peak memory.
+The second form measures what the pair style adds to a rank beside `pair_style zero`: time of a whole `run 0`
+of 54 atoms, and peak memory.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ STYLES = {
 
 
 def start_up(style: str, folder: Path) -> tuple[float, float]:
-    """Wall time (s) of `run 0` with 54 atoms, start and end of the process included, and its peak memory (1e6 bytes)."""
+    """Wall time (s) of a process with `run 0` of 54 atoms, and its peak memory (1e6 bytes)."""
     script = SCRIPT.format(repeat=3, steps=0)
     before, after = script.split("pair_style moe\n")[0], script.split("Nb Mo Ta W\n")[1]
     # not what getrusage says, which is inherited from the program that starts LAMMPS

@@ -1,15 +1,20 @@
-"""Hot runs that a model must survive, in LAMMPS with the short-range guard: NbMoTaW at 3000 K and liquid Cu at 1500 K, NVT.
+"""Hot runs that a model must survive, in LAMMPS with the short-range guard.
+
+NVT: NbMoTaW at 3000 K, and liquid Cu at 1500 K.
 
     python benchmarks/melting.py --ps 50 --folder melting
     python benchmarks/melting.py --ps 50 --folder melting --model my.moe.pt --ranks 2
 
-A run that was interrupted goes on from its last checkpoint when the same command is given again; a finished one is read, and a larger
---ps continues it. Results: a table, `melting.json` in the folder, and exit code 1 if a check fails:
+A run that was interrupted goes on from its last checkpoint when the same command is given again; a finished
+one is read, and a larger --ps continues it. Results: a table, `melting.json` in the folder, and exit code 1
+if a check fails:
 
 - no atom is lost, and every number of the thermo output is finite;
 - the mean temperature of the second half is within 5 % of the target;
-- the energy of atoms and thermostat together (econserve) drifts by less than 1 meV/atom per ps and stays within 20 meV/atom of the start;
-- the potential energy per atom of the last fifth is within 50 meV/atom of that of the fifth before (no blow-up).
+- the energy of atoms and thermostat together (econserve) drifts by less than 1 meV/atom per ps and stays
+  within 20 meV/atom of the start;
+- the potential energy per atom of the last fifth is within 50 meV/atom of that of the fifth before (no
+  blow-up).
 """
 
 from __future__ import annotations
@@ -36,8 +41,8 @@ THERMO = 100  # steps
 
 
 @dataclass(frozen=True)
-class Case:
-    """One run: elements in equal shares on a lattice, the temperature it starts from, and the one it is held at (K)."""
+class HotRun:
+    """One run: elements in equal shares on a lattice, heated to `start` and held at `target` (K)."""
 
     name: str
     elements: tuple[str, ...]
@@ -51,9 +56,9 @@ class Case:
 
 
 CASES = (
-    Case("NbMoTaW, 3000 K", ("Nb", "Mo", "Ta", "W"), "bcc", 3.28, 4, 3000, 3000, 0.0),
+    HotRun("NbMoTaW, 3000 K", ("Nb", "Mo", "Ta", "W"), "bcc", 3.28, 4, 3000, 3000, 0.0),
     # density of the liquid at 1500 K, 7.9 g/cm^3: 13.4 A^3/atom
-    Case("liquid Cu, 1500 K", ("Cu",), "fcc", 3.77, 3, 4000, 1500, 5.0),
+    HotRun("liquid Cu, 1500 K", ("Cu",), "fcc", 3.77, 3, 4000, 1500, 5.0),
 )
 
 SCRIPT = """
@@ -76,8 +81,8 @@ write_data final.data
 """
 
 
-def write_start(path: Path, case: Case, seed: int = 1) -> int:
-    """Data file of the crystal with velocities at twice the temperature, half of which becomes potential energy."""
+def write_start(path: Path, case: HotRun, seed: int = 1) -> int:
+    """Data file of the crystal; its number of atoms."""
     atoms = bulk(case.elements[0], case.lattice, a=case.a, cubic=True) * case.repeat
     rng = np.random.default_rng(seed)
     kinds = rng.permutation(len(atoms)) % len(case.elements) + 1
@@ -97,8 +102,12 @@ def write_start(path: Path, case: Case, seed: int = 1) -> int:
     return len(atoms)
 
 
-def run(case: Case, folder: Path, ps: float, model: str, ranks: int, every_ps: float) -> None:
-    """Start, continue, or do nothing if the run is long enough; raises RuntimeError with LAMMPS' last line if it stops."""
+def run(case: HotRun, folder: Path, ps: float, model: str, ranks: int, every_ps: float) -> None:
+    """Start, continue, or do nothing if the run is long enough.
+
+    Raises:
+        RuntimeError: LAMMPS stopped; the message is its error.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     melt_steps, steps = round(case.melt / TIMESTEP), round((case.melt + ps) / TIMESTEP)
     found = [folder / f"run.restart.{which}" for which in ("a", "b", "end")]
@@ -154,7 +163,7 @@ def thermo(folder: Path) -> np.ndarray:
     return np.array([rows[step] for step in sorted(rows)]).reshape(len(rows), 7)
 
 
-def production(case: Case, folder: Path) -> np.ndarray:
+def production(case: HotRun, folder: Path) -> np.ndarray:
     """Rows of `thermo` after melting and the first 0.2 ps, which are the thermostat's."""
     rows = thermo(folder)
     return rows[rows[:, 0] >= round((case.melt + 0.2) / TIMESTEP)]
@@ -180,7 +189,7 @@ class Outcome:
     failures: list[str]
 
 
-def judge(case: Case, rows: np.ndarray, n_atoms: int) -> Outcome:
+def judge(case: HotRun, rows: np.ndarray, n_atoms: int) -> Outcome:
     """Check the rows of `production`, at least six."""
     time, lost = rows[:, 0] * TIMESTEP, (rows[:, 1] != n_atoms).any()
     half, fifth = rows[len(rows) // 2 :], max(1, len(rows) // 5)
@@ -257,8 +266,8 @@ def main() -> int:
     for o in outcomes:
         verdict = "[green]ok[/]" if not o.failures else f"[red]{', '.join(o.failures)}[/]"
         table.add_row(
-            o.case, str(o.n_atoms), f"{o.ps:.1f}", f"{o.temperature:.0f} ± {o.temperature_std:.0f}", f"{o.drift:+.3f}",
-            f"{o.largest:.2f}", f"{o.energy_change:+.1f}", f"{o.pressure:.1f}", verdict,
+            o.case, str(o.n_atoms), f"{o.ps:.1f}", f"{o.temperature:.0f} ± {o.temperature_std:.0f}",
+            f"{o.drift:+.3f}", f"{o.largest:.2f}", f"{o.energy_change:+.1f}", f"{o.pressure:.1f}", verdict,
         )  # fmt: skip
     console.print(table)
     result = {"model": options.model, "ranks": options.ranks, "runs": [asdict(o) for o in outcomes]}

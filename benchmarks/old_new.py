@@ -2,13 +2,15 @@
 
     python benchmarks/old_new.py --old OTHER/bin/python [--new PYTHON] [--rounds 9] [--json FILE]
 
-Each installation runs every case in a process of its own, which stays alive and does steps when it is asked to: both meet the same
-noise of the machine, round by round. A ratio is the median over the rounds of new over old. One thread; needs Linux.
+Each installation runs every case in a process of its own, which stays alive and does steps when it is asked
+to: both meet the same noise of the machine, round by round. A ratio is the median over the rounds of new over
+old. One thread; needs Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import statistics
@@ -26,19 +28,21 @@ from ase.build import bulk
 from rich.console import Console
 from rich.table import Table
 
-from moecalc.bench import repeated, water
+from moecalc.benchmark import Worker, process_memory, repeated, water
 
 WRITE = """
 import sys
 from moecalc import testing
-testing.write_random_package(sys.argv[1], testing.full_size_config(["O", "H"], n_routed=int(sys.argv[2])), "float32", seed=1)
+config = testing.full_size_config(["O", "H"], n_routed=int(sys.argv[2]))
+testing.write_random_package(sys.argv[1], config, "float32", seed=1)
 """
 
-# Runs with either installation, so it uses nothing but what both have. Answers a number of steps with their times, an empty line with results.
+# Runs with either installation, so it uses nothing but what both have, and a file of this one that needs
+# nothing. Answers a number of steps with their times, an empty line with results.
 CHILD = """
 import sys, time
 begin = time.perf_counter()
-import json, os, warnings
+import json, os, runpy, warnings
 out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 import moecalc
@@ -51,7 +55,7 @@ from ase import Atoms
 def answer(**found):
     print(json.dumps(found), file=out, flush=True)
 
-warnings.filterwarnings("ignore", message="an atom has .* neighbours")
+warnings.filterwarnings("ignore", message="an atom has .* neighbou?rs")
 data = np.load(sys.argv[2])
 atoms = Atoms(list(data["symbols"]), data["positions"], cell=data["cell"], pbc=True, calculator=calculator)
 random = np.random.default_rng(0)
@@ -66,14 +70,13 @@ for line in sys.stdin:
             wall, cpu = wall + time.perf_counter() - start[0], cpu + time.process_time() - start[1]
         answer(wall_s=wall / int(line), cpu_s=cpu / int(line))
     else:
-        status = open("/proc/self/status").read()
-        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+        peak = runpy.run_path(sys.argv[3])["memory"]("VmHWM")
         answer(energy=atoms.get_potential_energy(), forces=atoms.get_forces().ravel().tolist(), peak_mb=peak)
 """
 
 
 @dataclass(frozen=True)
-class Case:
+class Comparison:
     """A model and a structure.
 
     Attributes:
@@ -99,10 +102,10 @@ def copper_nickel() -> Atoms:
 
 
 CASES = {
-    "default model, 128 atoms of Cu-Ni": Case(copper_nickel, None, steps=20),
-    "dense, 192 atoms of water": Case(water, 0),
-    "MoE 8 routed, 192 atoms of water": Case(water, 8),
-    "dense, 6144 atoms of water": Case(lambda: repeated(water(), 32), 0, large=True),
+    "default model, 128 atoms of Cu-Ni": Comparison(copper_nickel, None, steps=20),
+    "dense, 192 atoms of water": Comparison(water, 0),
+    "MoE 8 routed, 192 atoms of water": Comparison(water, 8),
+    "dense, 6144 atoms of water": Comparison(lambda: repeated(water(), 32), 0, large=True),
 }
 
 
@@ -128,46 +131,15 @@ class Installation:
             subprocess.run(command, check=True, cwd=self.folder, env=self.environment)
         return str(path)
 
-    def start(self, package: str, structure: Path) -> Child:
-        """A process that has loaded a model."""
-        command = [self.python, "-c", CHILD, package, str(structure)]
-        return Child(
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.folder, env=self.environment
-            )
-        )  # fmt: skip
+    def start(self, package: str, structure: Path) -> Worker:
+        """A process of `CHILD` that has loaded a model."""
+        command = [self.python, "-c", CHILD, package, str(structure), inspect.getfile(process_memory)]
+        return Worker(command, self.environment, self.folder)
 
 
-class Child:
-    """A process of `CHILD`; `about` is what it said when it was ready."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.about = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args[0]} ended with code {self._process.wait()}")  # type: ignore[index]
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def ask(self, question: str) -> dict[str, Any]:
-        """The answer to a line."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(question + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def end(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def compare(case: Case, installations: dict[str, Installation], rounds: int, folder: Path) -> dict[str, Any]:
+def compare(
+    case: Comparison, installations: dict[str, Installation], rounds: int, folder: Path
+) -> dict[str, Any]:
     """Times of all rounds, their medians and ratios, and how much the results differ."""
     atoms = case.structure()
     structure = folder / "structure.npz"

@@ -1,9 +1,10 @@
-"""Compare kinds and sizes of models: the same frames, steps and settings for all, errors on the held-out frames, cost of the packages.
+"""Compare kinds and sizes of models, trained alike: errors on held-out frames, and cost of the packages.
 
     python benchmarks/search.py train.extxyz.gz --steps 3000 --folder search
 
-Every variant is trained as by `moecalc fit` and packaged. Its cost is the arithmetic of one evaluation of the package on a hot 128-atom
-alloy, of the last four elements, relative to the first variant. A variant that is finished is read, one that was interrupted goes on: give the same command again.
+Every variant is trained as by `moecalc fit` and packaged. Its cost is the arithmetic of one evaluation of the
+package on a hot 128-atom alloy, of the last four elements, relative to the first variant. A variant that is
+finished is read, one that was interrupted goes on: give the same command again.
 Results: a table, and `search.json` in the folder.
 """
 
@@ -20,14 +21,13 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 
-from moecalc.costs import costs, count_graph, read_architecture, total_cost
-from moecalc.dataset import check_frames, read_frames, split_frames
-from moecalc.neighbors import SkinNeighborList
+from moecalc.benchmark import evaluation_costs, total_cost
+from moecalc.data import check_frames, read_frames, split_frames
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.package import package_checkpoint
 from moecalc.testing import bulk_alloy
-from moecalc.training.data import to_frame
 from moecalc.training.fit import Options, begin
+from moecalc.training.graphs import to_frame
 
 BASE: dict[str, Any] = {
     "n_dim": 64,
@@ -100,15 +100,10 @@ def family_errors(validation: dict[str, dict[str, float]]) -> dict[str, tuple[fl
     return errors
 
 
-def gflop(package: Path, cutoffs: tuple[float, float], elements: list[str]) -> float:
+def gflop(package: Path, elements: list[str]) -> float:
     """Arithmetic (10^9 operations) of one evaluation of a package on the alloy."""
-    architecture = read_architecture(package)
-    atoms = bulk_alloy(elements[-4:], repeat=4, amplitude=0.15)
-    types = np.array([elements.index(s) for s in atoms.symbols])
-    pairs, positions = SkinNeighborList(cutoffs[0], 0.0).pairs(atoms)
-    edge_vec = pairs.vectors(positions, atoms.cell.array[None])
-    counts = count_graph(architecture, types, pairs.edge_index, edge_vec, *cutoffs)
-    return total_cost(costs(architecture, counts)).flops / 1e9
+    _, parts = evaluation_costs(package, bulk_alloy(elements[-4:], repeat=4, amplitude=0.15))
+    return total_cost(parts).flops / 1e9
 
 
 def main() -> int:
@@ -148,7 +143,7 @@ def main() -> int:
         log = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         results[name] = {
             "parameters": sum(p.numel() for p in fit.parameters),
-            "gflop": gflop(package, cutoffs, elements),
+            "gflop": gflop(package, elements),
             "seconds_per_step": log["seconds"],
             "errors": family_errors(log["validation"]),
             "validation": log["validation"],
@@ -161,7 +156,8 @@ def main() -> int:
     for name, result in results.items():
         errors = " | ".join(f"{e:.1f}, {f:.3f}" for e, f in result["errors"].values())
         print(
-            f"| {name} | {result['parameters'] / 1e6:.2f} M | {result['gflop'] / first['gflop']:.2f} | {errors} |"
+            f"| {name} | {result['parameters'] / 1e6:.2f} M | {result['gflop'] / first['gflop']:.2f} "
+            f"| {errors} |"
         )
     return 0
 

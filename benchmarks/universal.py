@@ -1,9 +1,12 @@
-"""Memory and start of a universal mixture of experts: 89 elements, 64 experts (8 and a shared one active), full size.
+"""Memory and start of a universal mixture of experts, full size.
+
+89 elements, 64 experts, of which 8 and a shared one are active.
 
     python benchmarks/universal.py [PACKAGE]
 
-Without PACKAGE, one of random weights is written to a temporary folder first, by a process of its own. Prints the
-time to load it, of three steps of 192-atom water on one thread, and the peak memory of the whole process (VmHWM).
+Without PACKAGE, one of random weights is written to a temporary folder first, by a process of its own. Prints
+the time to load it, of three steps of 192-atom water on one thread, and the peak memory of the whole process
+(VmHWM).
 """
 
 from __future__ import annotations
@@ -22,29 +25,23 @@ write_random_package(sys.argv[1], full_size_config(chemical_symbols[1:90], n_rou
 """
 
 
-def peak_mb() -> float:
-    """Most memory that this process ever held, MB."""
-    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-    return int(status.split()[0]) * 1024 / 1e6
-
-
 def measure(package: Path) -> None:
     """Print times and peaks."""
     from moecalc import MoECalculator
     from moecalc._lib import load
-    from moecalc.bench import water
+    from moecalc.benchmark import memory, water
 
     load()  # libraries are not the package's
-    print(f"libraries             {peak_mb():7.0f} MB")
+    print(f"libraries             {memory('VmHWM'):7.0f} MB")
     start = time.perf_counter()
     calculator = MoECalculator(package, device="cpu", threads=1)
-    print(f"load   {time.perf_counter() - start:7.2f} s      {peak_mb():7.0f} MB")
+    print(f"load   {time.perf_counter() - start:7.2f} s      {memory('VmHWM'):7.0f} MB")
     atoms = water()
     atoms.calc = calculator
     for step in range(3):
         start = time.perf_counter()
         atoms.get_forces()
-        print(f"step {step + 1} {time.perf_counter() - start:7.2f} s      {peak_mb():7.0f} MB")
+        print(f"step {step + 1} {time.perf_counter() - start:7.2f} s      {memory('VmHWM'):7.0f} MB")
         atoms.rattle(0.001, seed=step)
 
 

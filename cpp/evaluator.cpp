@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <cmath>
 #include <exception>
 #include <memory>
@@ -48,7 +50,7 @@ void check_finite(const Evaluation& result, const Request& request) {
   for (int64_t i = 0; i < result.energies.numel(); ++i) {
     if (!std::isfinite(energy[i])) {
       throw NotFiniteError("expected finite energies, got " + std::to_string(energy[i]) + " eV for atom " +
-                               std::to_string(i) + ": its neighbourhood is far outside of the training data",
+                               std::to_string(i) + ": its neighborhood is far outside of the training data",
                            i);
     }
   }
@@ -67,7 +69,24 @@ void check_finite(const Evaluation& result, const Request& request) {
   }
 }
 
-/// Precision of the reference frames' check: keys.REFERENCE_TOLERANCE of Python, and what reduced products
+/// `5.4`, in any locale.
+std::string number_text(double value) {
+  std::array<char, 32> text{};
+  constexpr int n_digits = 6;
+  const auto written =
+      std::to_chars(text.data(), text.data() + text.size(), value, std::chars_format::general, n_digits);
+  return {text.data(), written.ptr};
+}
+
+/// What to tell of an atom with `found` neighbors, of which training saw the nearest `limit`.
+std::string crowded(int64_t found, double radius, int64_t limit) {
+  return "an atom has " + std::to_string(found) + " neighbors within " + number_text(radius) +
+         " A, but in training the model saw at most the nearest " + std::to_string(limit) +
+         ": all of them are used, which is smooth, but differs from the training code, and the structure is "
+         "denser than what the model knows";
+}
+
+/// Precision of the reference frames' check: REFERENCE of moecalc/tolerances.py, and what reduced products
 /// add.
 double reference_tolerance(Dtype dtype, Precision precision) {
   if (dtype == Dtype::float64) return 1e-8;
@@ -86,13 +105,19 @@ class Evaluator::Impl {
   void set_conditions(const Array& charge_spin, const Array& fparam);
   void check_reference(const std::vector<std::string>& wanted);
   void release_weights();
+  std::vector<std::string> model_warnings() const;
+  std::vector<std::string> structure_warnings(int64_t max_neighbors, int64_t max_angle_neighbors) const;
   int num_threads() const { return n_threads > 0 ? n_threads : default_threads(); }
   const Architecture& model() const { return package.architecture; }
 
   EvaluatorOptions options;
   LoadedPackage package;
   Dtype dtype = Dtype::float64;
-  std::string dtype_name, device_name, precision_name, backend_name, backend_reason;
+  std::string dtype_name;
+  std::string device_name;
+  std::string precision_name;
+  std::string backend_name;
+  std::string backend_reason;
   ThreadPool threads;  // before what uses it
   std::unique_ptr<Backend> backend;
   int n_threads = 0;  // 0: default_threads()
@@ -188,7 +213,7 @@ void Evaluator::Impl::set_conditions(const Array& charge_spin, const Array& fpar
     backend->set_tables(conditions_->tables());
   } catch (...) {
     conditions_->reset();  // half of them must not be used
-    rethrow("setting " + std::to_string(conditions_->n()) + " conditions");
+    rethrow("setting " + std::to_string(conditions_->n_conditions()) + " conditions");
   }
 }
 
@@ -244,7 +269,8 @@ Evaluation Evaluator::Impl::evaluate(const Array& positions, const Array& cells,
   if (!has_list_) throw Error("expected a list before positions, got none: call set_list first");
   refuse_after_fork();
   check_positions(list_, n_rows_, positions, cells);
-  const int64_t n_node = list_.types.size(0), n_local = list_.system_index.size(0);
+  const int64_t n_node = list_.types.size(0);
+  const int64_t n_local = list_.system_index.size(0);
   check_exchange(n_node - n_local, exchange);
   conditions_->check(list_.n_systems, n_node - n_local);
   if (n_local == 0) {
@@ -323,6 +349,28 @@ void Evaluator::Impl::check_reference(const std::vector<std::string>& wanted) {
   if (needed <= most_checked_weights) check_frames(chosen);
 }
 
+std::vector<std::string> Evaluator::Impl::model_warnings() const {
+  if (backend->is_fast()) return {};
+  const std::string how =
+      backend_name == "torchscript" ? "through TorchScript" : "by the " + backend_name + " backend";
+  const std::string kernels = options.device.is_cuda ? "CUDA" : "fused";
+  return {"evaluated " + how + ", several times slower than the " + kernels + " kernels (" + backend_reason +
+          ")"};
+}
+
+std::vector<std::string> Evaluator::Impl::structure_warnings(int64_t max_neighbors,
+                                                             int64_t max_angle_neighbors) const {
+  const Facts& facts = package.facts;
+  std::vector<std::string> sentences;
+  if (facts.edge_limit > 0 && max_neighbors > facts.edge_limit) {
+    sentences.push_back(crowded(max_neighbors, model().rules.cutoff, facts.edge_limit));
+  }
+  if (facts.angle_limit > 0 && max_angle_neighbors > facts.angle_limit) {
+    sentences.push_back(crowded(max_angle_neighbors, model().rules.angle_cutoff, facts.angle_limit));
+  }
+  return sentences;
+}
+
 Evaluator::Evaluator(const std::string& path, const EvaluatorOptions& options) {
   const DefaultArithmetic arithmetic;
   impl_ = std::make_unique<Impl>(path, options);
@@ -377,6 +425,11 @@ int64_t Evaluator::estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angl
 }
 const std::string& Evaluator::metadata() const { return impl_->package.metadata; }
 const Facts& Evaluator::facts() const { return impl_->package.facts; }
+std::vector<std::string> Evaluator::model_warnings() const { return impl_->model_warnings(); }
+std::vector<std::string> Evaluator::structure_warnings(int64_t max_neighbors,
+                                                       int64_t max_angle_neighbors) const {
+  return impl_->structure_warnings(max_neighbors, max_angle_neighbors);
+}
 std::string Evaluator::record(const std::string& name) const { return impl_->package.file->record(name); }
 int64_t Evaluator::n_packed_groups() const { return impl_->backend->n_packed_groups(); }
 void Evaluator::release_weights() { impl_->release_weights(); }

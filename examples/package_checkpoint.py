@@ -13,9 +13,9 @@ from common import ALLOY, DATA, alloy, options
 from rich.console import Console
 
 from moecalc import MoECalculator
+from moecalc.cli.package_tables import show_checks, show_package
 from moecalc.package import package_checkpoint
-from moecalc.plots import save_routing
-from moecalc.tables import show_checks, show_package
+from moecalc.report import save_routing
 
 
 def main(output: Path, fast: bool = False) -> dict[str, float]:  # noqa: ARG001 - short as it is

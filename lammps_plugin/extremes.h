@@ -10,14 +10,11 @@
 
 namespace LAMMPS_NS {
 
-/// Two atoms closer than this (Angstrom) are an error where a run starts: no training data is there. The same
-/// number as MIN_DISTANCE of moecalc/keys.py.
-constexpr double min_distance = 0.5;
-
 /// Of one rank, or of all of them. Doubles alone, so that one reduction does.
 struct Extremes {
   double distance2 = std::numeric_limits<double>::infinity();  // of the closest pair
-  double first = 0.0, second = 0.0;                            // their atom IDs
+  double first = 0.0;                                          // atom ID of the one
+  double second = 0.0;                                         // and of the other
   double x[3] = {0.0, 0.0, 0.0};                               // where the first one is
   double moved2 = 0.0;  // largest squared displacement since the list was built
 

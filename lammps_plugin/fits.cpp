@@ -74,7 +74,8 @@ constexpr const char* months = "JanFebMarAprMayJunJulAugSepOctNovDec";
 
 /// "22 Jul 2025" as 20250722; 0 if it is no date.
 int date_number(const char* text) {
-  int day = 0, year = 0;
+  int day = 0;
+  int year = 0;
   char month[4] = "";
   if (std::sscanf(text, "%d %3s %d", &day, month, &year) != 3) return 0;
   const char* const found = std::strstr(months, month);
@@ -98,7 +99,8 @@ std::string date_text(int number) {
 /// Each of these stands alone: what differs in one need not differ in the others.
 void check_version(const CompiledFor& expected, void* lmp, std::vector<std::string>& problems) {
   const std::string build = running_build();
-  const int number = version_number(expected.version), running = running_version(lmp);
+  const int number = version_number(expected.version);
+  const int running = running_version(lmp);
   const bool same_version = number == 0 || running == 0 || number == running;
   if (same_version && (*expected.build == '\0' || expected.build == build)) return;
   problems.push_back(std::string("compiled for LAMMPS ") + expected.version +

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 
 #include "atom.h"
 #include "comm.h"
@@ -42,13 +43,27 @@ std::string package_folder() {
   return slash == std::string::npos ? "." : file.substr(0, slash);
 }
 
+/// The package of `pair_coeff * * default`: one word in models/default, which the Python package reads as
+/// well.
+std::string default_package() {
+  const std::string folder = package_folder() + "/models/";
+  std::string name;
+  std::ifstream(folder + "default") >> name;
+  if (name.empty()) {
+    throw moecalc::Error(folder +
+                         "default: expected the name of the default model here, got none: "
+                         "install moecalc again, or name a package of your own");
+  }
+  return folder + name + ".moe.pt";
+}
+
 /// "cuda" and "auto" are spread over the GPUs of a node by the rank within the node.
 std::string choose_device(const std::string& device, const Node& node) {
   if (device != "cuda" && device != "auto") return device;
   const char* backend = std::getenv("MOECALC_BACKEND");
   const std::string wanted = backend == nullptr ? "" : backend;
-  if (device == "auto" && (wanted == "fused" || wanted == "plain" || wanted == "cuda-emulation"))
-    return "cpu";
+  const bool is_of_cpu = wanted == "fused" || wanted == "plain" || wanted == "cuda-emulation";
+  if (device == "auto" && is_of_cpu) return "cpu";
   const int n_devices = moecalc::cuda_device_count();
   if (n_devices == 0) return device == "auto" ? "cpu" : device;
   return "cuda:" + std::to_string(node.rank % n_devices);
@@ -97,7 +112,7 @@ std::string LoadedModel::open(const std::vector<std::string>& labels, const Pair
 }
 
 std::string LoadedModel::path_of_file() const {
-  if (file_ == "default") return package_folder() + "/models/metals10.moe.pt";
+  if (file_ == "default") return default_package();
   if (platform::file_is_readable(file_)) return file_;
   const std::string found = utils::get_potential_file_path(file_);  // looks into LAMMPS_POTENTIALS
   const std::string path = found.empty() ? file_ : found;
@@ -135,7 +150,8 @@ void LoadedModel::map_types(const std::vector<std::string>& labels, bool allow_u
 /// Stops all ranks if any has a message, which is the first one's; the model is of no use then.
 void LoadedModel::agree(const std::string& message) {
   std::string text = message;
-  int failed = text.empty() ? comm->nprocs : comm->me, first = 0;
+  int failed = text.empty() ? comm->nprocs : comm->me;
+  int first = 0;
   MPI_Allreduce(&failed, &first, 1, MPI_INT, MPI_MIN, world);
   if (first == comm->nprocs) return;
   int size = static_cast<int>(text.size());
@@ -187,11 +203,8 @@ void LoadedModel::log_model(int n_threads) {
                  moecalc::version(), facts().name, file_, joined(evaluator.elements()), evaluator.cutoff(),
                  evaluator.dtype(), evaluator.device(), evaluator.backend(), n_threads);
   log_conditions();
-  const bool is_plain = evaluator.backend() == "plain";
-  if (is_plain || evaluator.backend() == "torchscript") {
-    error->warning(FLERR, "Pair style moe: evaluated {}, several times slower than the {} kernels ({})",
-                   is_plain ? "by the plain backend" : "through TorchScript",
-                   evaluator.device() == "cpu" ? "fused" : "CUDA", evaluator.backend_reason());
+  for (const std::string& sentence : evaluator.model_warnings()) {
+    error->warning(FLERR, "Pair style moe: " + sentence);
   }
   if (!facts().citation.empty()) utils::logmesg(lmp, "  please cite {}\n", facts().citation);
 }

@@ -72,7 +72,7 @@ void NeighborMap::add_node(int i, int kind) {
   types_.push_back(kind);
 }
 
-/// Node of a neighbour. All images of an atom are one node: an owned atom if this rank owns it, else one
+/// Node of a neighbor. All images of an atom are one node: an owned atom if this rank owns it, else one
 /// ghost. A rank that is alone has no ghosts among its nodes.
 int NeighborMap::node_of(const AtomView& atoms, int j, const AtomOfTag& atom_of_tag) {
   int& k = canonical_[j];

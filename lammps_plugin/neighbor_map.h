@@ -1,4 +1,4 @@
-// From LAMMPS' full neighbour list, periodic images included, to the list of the evaluator, in which every
+// From LAMMPS' full neighbor list, periodic images included, to the list of the evaluator, in which every
 // atom is one node. Knows arrays only, no class of LAMMPS.
 #pragma once
 
@@ -33,7 +33,7 @@ struct AtomView {
   }
 };
 
-/// LAMMPS' list of the neighbours of owned atoms, each pair from both sides, skin included.
+/// LAMMPS' list of the neighbors of owned atoms, each pair from both sides, skin included.
 struct PairView {
   int n_centre = 0;
   const int* centres = nullptr;

@@ -64,7 +64,8 @@ void NeighborRules::check_bonds() const {
   const bool possible = atom->nbondtypes > 0 || atom->nmolecule > 0 || atom->molecular == Atom::TEMPLATE;
   const int* const flag = neighbor->special_flag;  // 1-2, 1-3, 1-4; 0 = not in the list
   if (!possible || (flag[1] != 0 && flag[2] != 0 && flag[3] != 0)) return;
-  const double *lj = force->special_lj, *coul = force->special_coul;
+  const double* const lj = force->special_lj;
+  const double* const coul = force->special_coul;
   error->all(
       FLERR,
       "Pair style moe: expected bonded atoms in the neighbor list, got special_bonds lj {:g} {:g} {:g} "
@@ -77,7 +78,8 @@ void NeighborRules::check_bonds() const {
 /// them to another style.
 void NeighborRules::check_types(const NeighList* list, const std::vector<int>& element_of_type) const {
   for (int m = 0; m < neighbor->nex_type; ++m) {
-    const int i = neighbor->ex1_type[m], j = neighbor->ex2_type[m];
+    const int i = neighbor->ex1_type[m];
+    const int j = neighbor->ex2_type[m];
     if (!both(element_of_type, i, j)) continue;
     error->all(
         FLERR,
@@ -101,7 +103,8 @@ void NeighborRules::check_types(const NeighList* list, const std::vector<int>& e
 
 /// Pairs between groups, or within or between molecules. Groups that are hidden from all are absent instead.
 void NeighborRules::check_groups(const std::vector<int>& element_of_type, int hidden) const {
-  const int n_group = neighbor->nex_group, n_mol = neighbor->nex_mol;
+  const int n_group = neighbor->nex_group;
+  const int n_mol = neighbor->nex_mol;
   if (n_group == 0 && n_mol == 0) return;
   int present = 0;  // bits of the groups that visible atoms belong to
   for (int i = 0; i < atom->nlocal; ++i) {
@@ -110,8 +113,10 @@ void NeighborRules::check_groups(const std::vector<int>& element_of_type, int hi
   MPI_Allreduce(MPI_IN_PLACE, &present, 1, MPI_INT, MPI_BOR, world);
   std::string setting;
   for (int m = 0; m < n_group; ++m) {
-    const int first = neighbor->ex1_group[m], second = neighbor->ex2_group[m];
-    const int first_bit = group->bitmask[first], second_bit = group->bitmask[second];
+    const int first = neighbor->ex1_group[m];
+    const int second = neighbor->ex2_group[m];
+    const int first_bit = group->bitmask[first];
+    const int second_bit = group->bitmask[second];
     if (first_bit == all_atoms || second_bit == all_atoms) continue;
     if ((present & first_bit) != 0 && (present & second_bit) != 0) {
       setting = std::string("group ") + group->names[first] + " " + group->names[second];

@@ -1,4 +1,4 @@
-// What an input may leave out of LAMMPS' neighbour list. The energy of the model is no sum over pairs: a pair
+// What an input may leave out of LAMMPS' neighbor list. The energy of the model is no sum over pairs: a pair
 // that is missing changes everything around it, so it is either none that the model sees, or an error.
 #pragma once
 

@@ -19,7 +19,8 @@ int number(const char* variable) {
 }
 
 struct LocalRank {
-  int rank = -1, n_ranks = -1;
+  int rank = -1;
+  int n_ranks = -1;
   /// Variables of an outer job, which a process inside of it inherits, must not be taken for ours.
   bool fits(int n_all, int n_world_here) const {
     return rank >= 0 && rank < n_ranks && n_ranks <= n_all && n_ranks >= n_world_here;
@@ -67,13 +68,15 @@ Node::Node(MPI_Comm world) {
   MPI_Comm_rank(here, &rank);
   MPI_Comm_size(here, &n_ranks);
   // mpirun may have bound every rank to processors of its own: what counts is how many there are together.
-  cpu_set_t mine, all;
+  cpu_set_t mine;
+  cpu_set_t all;
   CPU_ZERO(&mine);
   if (sched_getaffinity(0, sizeof(mine), &mine) != 0) CPU_SET(0, &mine);
   MPI_Allreduce(&mine, &all, sizeof(mine), MPI_BYTE, MPI_BOR, here);
   MPI_Comm_free(&here);
 
-  int n_world = 1, n_all = 1;
+  int n_world = 1;
+  int n_all = 1;
   MPI_Comm_size(world, &n_world);
   MPI_Comm_size(MPI_COMM_WORLD, &n_all);  // local: it waits for nobody
   if (n_all > n_world) {

@@ -12,7 +12,9 @@ namespace LAMMPS_NS {
 /// when a model is loaded, and the other partitions may load theirs later, or none at all: how many ranks
 /// there are on the node in all is what the launcher says in the environment of each.
 struct Node {
-  int rank = 0, n_ranks = 1, n_cores = 1;
+  int rank = 0;
+  int n_ranks = 1;
+  int n_cores = 1;
 
   explicit Node(MPI_Comm world);
 };

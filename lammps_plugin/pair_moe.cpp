@@ -31,7 +31,8 @@ void write_text(FILE* fp, const std::string& text) {
 
 /// Counterpart of write_text; rank 0 reads, all ranks get it.
 std::string read_text(FILE* fp, MPI_Comm world, Error* error) {
-  int me = 0, size = 0;
+  int me = 0;
+  int size = 0;
   MPI_Comm_rank(world, &me);
   if (me == 0) utils::sfread(FLERR, &size, sizeof(int), 1, fp, nullptr, error);
   MPI_Bcast(&size, 1, MPI_INT, 0, world);
@@ -266,7 +267,8 @@ void PairMoE::add_energies(const moecalc::Evaluation& result) {
 /// LAMMPS' orders: xx yy zz xy xz yz, and for centroid virials (first index position, second force) yx zx zy
 /// in addition.
 void PairMoE::add_virials(const moecalc::Evaluation& result) {
-  constexpr int first[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2}, second[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
+  constexpr int first[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2};
+  constexpr int second[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
   const double scale = impl->energy_scale;
   const auto symmetric = [&](const double* w, int k) {
     return 0.5 * scale * (w[3 * first[k] + second[k]] + w[3 * second[k] + first[k]]);
@@ -305,7 +307,7 @@ void PairMoE::unpack_reverse_comm(int n, int* list, double* buf) {
 
 // --- what LAMMPS may ask -------------------------------------------------------------------------
 
-/// "n_lists": how often the evaluator got a new neighbour list (a double).
+/// "n_lists": how often the evaluator got a new neighbor list (a double).
 void* PairMoE::extract(const char* name, int& dim) {
   dim = 0;
   return std::strcmp(name, "n_lists") == 0 ? impl->step.n_lists() : nullptr;

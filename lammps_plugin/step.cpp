@@ -20,6 +20,8 @@
 
 namespace LAMMPS_NS {
 
+using moecalc::min_distance;
+
 namespace {
 
 std::string overlap(const Extremes& pair) {
@@ -82,7 +84,8 @@ int Step::hidden_groups() const {
   int hidden = 0;
   for (int m = 0; m < neighbor->nex_group; ++m) {
     // not ex1_bit and ex2_bit, which are made at the next init
-    const int first = group->bitmask[neighbor->ex1_group[m]], second = group->bitmask[neighbor->ex2_group[m]];
+    const int first = group->bitmask[neighbor->ex1_group[m]];
+    const int second = group->bitmask[neighbor->ex2_group[m]];
     if (second == 1) hidden |= first;
     if (first == 1) hidden |= second;
   }
@@ -189,21 +192,15 @@ void Step::warn_about_old_list() const {
                  update->ntimestep, std::sqrt(extremes_.moved2), neighbor->skin);
 }
 
-/// Once per run: all neighbours are used, but a structure denser than any in training is worth a warning.
+/// Once per run, of all ranks.
 void Step::warn_about_density(const moecalc::Evaluation& result) {
   density_checked_ = true;
   std::array<int, 2> most = {static_cast<int>(result.max_neighbors),
                              static_cast<int>(result.max_angle_neighbors)};
   MPI_Allreduce(MPI_IN_PLACE, most.data(), 2, MPI_INT, MPI_MAX, world);
-  const std::array<int64_t, 2> limit = {model_.facts().edge_limit, model_.facts().angle_limit};
-  const std::array<double, 2> radius = {model_.evaluator().cutoff(), model_.evaluator().angle_cutoff()};
-  for (int k = 0; k < 2; ++k) {
-    if (comm->me != 0 || limit[k] == 0 || most[k] <= limit[k]) continue;
-    error->warning(
-        FLERR,
-        "Pair style moe: an atom has {} neighbors within {} A, in training the model saw at most {}: all are "
-        "used, but the structure is denser than what the model knows",
-        most[k], radius[k], limit[k]);
+  if (comm->me != 0) return;
+  for (const std::string& sentence : model_.evaluator().structure_warnings(most[0], most[1])) {
+    error->warning(FLERR, "Pair style moe: " + sentence);
   }
 }
 
@@ -221,7 +218,7 @@ void Step::fail_for_memory(const std::string& message) {
 }
 
 /// What the user can look at is the atom in the most extreme environment, which is where the closest
-/// neighbour is, of whichever rank. Only the near pairs have been looked at before.
+/// neighbor is, of whichever rank. Only the near pairs have been looked at before.
 void Step::fail_at_closest_pair(const std::string& message) {
   const AtomView view = atoms();
   pairs().for_each(view, [&](int i, int j) { note_pair(view, i, j); });

@@ -1,10 +1,11 @@
 # Types of the native module (cpp/python/bindings.cpp, cpp/python/training_bindings.cpp).
 
-from typing import Any, Protocol, TypeAlias, TypedDict
+from typing import Any, NotRequired, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+MIN_DISTANCE: float  # Angstrom; moecalc.keys has the same
 TRAINING_TENSORS: list[str]  # order of the arrays of a group in Trainer
 
 class Error(RuntimeError): ...
@@ -17,12 +18,13 @@ class OverlapError(Error):
     first: int
     second: int
 
-class _Evaluation(TypedDict, total=False):
+# Keys, shapes and units: moecalc.keys.
+class Evaluation(TypedDict):
     energy: NDArray[np.float64]
     energies: NDArray[np.float64]
-    forces: NDArray[np.float64]
-    virial: NDArray[np.float64]
-    atom_virial: NDArray[np.float64]
+    forces: NotRequired[NDArray[np.float64]]  # these three if they were asked for
+    virial: NotRequired[NDArray[np.float64]]
+    atom_virial: NotRequired[NDArray[np.float64]]
     timings: dict[str, float]
     n_edge: int
     n_angle: int
@@ -30,7 +32,7 @@ class _Evaluation(TypedDict, total=False):
     max_angle_neighbors: int
 
 # What a package says of its model that engines tell their users: Facts in evaluator.h.
-class _Facts(TypedDict):
+class Facts(TypedDict):
     name: str
     citation: str
     trained_elements: list[str]
@@ -40,7 +42,7 @@ class _Facts(TypedDict):
     fixed: str
 
 # Arrays (n_node, width) in the order of the input, to be changed in place: see GhostExchange in evaluator.h.
-class _GhostExchange(Protocol):
+class GhostExchange(Protocol):
     def forward(self, features: NDArray[Any], /) -> None: ...
     def reverse(self, gradients: NDArray[Any], /) -> None: ...
     def sum(self, values: NDArray[np.float64], /) -> None: ...
@@ -91,9 +93,11 @@ class Evaluator:
     @property
     def metadata(self) -> str: ...
     @property
-    def facts(self) -> _Facts: ...
+    def facts(self) -> Facts: ...
     @property
     def n_packed_groups(self) -> int: ...
+    def model_warnings(self) -> list[str]: ...
+    def structure_warnings(self, max_neighbors: int, max_angle_neighbors: int) -> list[str]: ...
     def release_weights(self) -> None: ...
     def record(self, name: str) -> bytes: ...
     def estimate_bytes(self, n_node: int, n_edge: int, n_angle: int) -> int: ...
@@ -122,8 +126,8 @@ class Evaluator:
         forces: bool = True,
         virial: bool = True,
         atom_virial: bool = False,
-        exchange: _GhostExchange | None = None,
-    ) -> _Evaluation: ...
+        exchange: GhostExchange | None = None,
+    ) -> Evaluation: ...
 
 # Single layers of the fused kernels, for tests.
 class LayerRunner:

@@ -15,8 +15,9 @@ from moecalc._torch_lib import load_torch_library
 def clean_torch() -> Iterator[None]:
     """Context, or decorator, in which torch is as at the start of a program.
 
-    On this thread: gradients, no inference mode, no autocast, no modes (default device, ...), no transforms of torch.func, default
-    arithmetic (`cpp/backends/torchscript/clean_state.h`). In the process, for as long as it lasts: float32 as default dtype.
+    On this thread: gradients, no inference mode, no autocast, no modes (default device, ...), no transforms
+    of torch.func, default arithmetic (`cpp/backends/torchscript/clean_state.h`). In the process, for as long
+    as it lasts: float32 as default dtype.
     """
     with ExitStack() as stack:
         try:
@@ -50,7 +51,10 @@ def _clean_by_python(stack: ExitStack) -> None:
 
 
 def _leave_modes(stack: ExitStack) -> None:
-    """Leave transforms and dispatch modes of the program. torch has no public way: a version without these functions keeps them."""
+    """Leave transforms and dispatch modes of the program.
+
+    torch has no public way: a version without these functions keeps them.
+    """
     with suppress(ImportError):
         from torch._C._functorch import peek_interpreter_stack
 

@@ -15,14 +15,16 @@ def need_torch(what: str = "this command") -> None:
         what: needs it, for the message.
 
     Raises:
-        MoecalcError: it is not installed, does not import, is too old, or does not support this Python; one line with the remedy.
+        MoecalcError: it is not installed, does not import, is too old, or does not support this Python; one
+            line with the remedy.
     """
     python = (sys.version_info.major, sys.version_info.minor)
     if python > _install.NEWEST_PYTHON_PACKAGING:
         newest = _install.dotted(_install.NEWEST_PYTHON_PACKAGING)
         raise MoecalcError(
-            f"{what} needs Python {newest} or older, got Python {_install.dotted(python)}, where torch does not support TorchScript: "
-            f"use an environment of Python {newest}; its packages run here"
+            f"{what} needs Python {newest} or older, got Python {_install.dotted(python)}, "
+            f"where torch does not support TorchScript: use an environment of Python {newest}; "
+            "its packages run here"
         )
     try:
         import torch

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, asked of the CUDA driver: no CUDA toolkit and no torch needed."""
+"""The GPUs of this machine, from the CUDA driver alone: neither a CUDA toolkit nor torch is needed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Final
 
 _LIBRARY: Final = "libcuda.so.1"  # belongs to the driver
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_MAJOR: Final = 75
+_MINOR: Final = 76
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as the driver numbers them (CUDA_VISIBLE_DEVICES counts).
+    """One GPU that CUDA_VISIBLE_DEVICES allows.
 
     Attributes:
         name: of the product.
@@ -28,11 +30,11 @@ class Gpu:
 
 
 class DriverError(RuntimeError):
-    """The driver is missing, or does not answer."""
+    """The driver is missing, or a call of it failed."""
 
 
 def is_here() -> bool:
-    """Whether the machine has an NVIDIA GPU, with a driver or without CUDA."""
+    """Whether the machine has an NVIDIA GPU with its kernel module; CUDA may be missing."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
@@ -56,7 +58,7 @@ def driver_version() -> str:
     """Newest CUDA version that the driver runs, like `12.8`.
 
     Raises:
-        DriverError: there is none, or it does not answer.
+        DriverError: there is no driver, or a call of it failed.
     """
     value = ctypes.c_int()
     _call(_driver(), "cuDriverGetVersion", ctypes.byref(value))
@@ -64,10 +66,10 @@ def driver_version() -> str:
 
 
 def gpus() -> list[Gpu]:
-    """GPUs that this process can use.
+    """GPUs that this process can use, in the driver's order.
 
     Raises:
-        DriverError: there is no driver, or it does not answer.
+        DriverError: there is no driver, or a call of it failed.
     """
     driver = _driver()
     count = ctypes.c_int()
@@ -76,13 +78,17 @@ def gpus() -> list[Gpu]:
 
 
 def _gpu(driver: ctypes.CDLL, number: int) -> Gpu:
-    device, value, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    device = ctypes.c_int()
+    memory = ctypes.c_size_t()
     name = ctypes.create_string_buffer(256)
     _call(driver, "cuDeviceGet", ctypes.byref(device), number)
     _call(driver, "cuDeviceGetName", name, len(name), device)
     _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(memory), device)
-    capability = []
-    for attribute in (_MAJOR, _MINOR):
-        _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
-        capability.append(value.value)
-    return Gpu(name.value.decode(errors="replace"), (capability[0], capability[1]), memory.value)
+    capability = _attribute(driver, device, _MAJOR), _attribute(driver, device, _MINOR)
+    return Gpu(name.value.decode(errors="replace"), capability, memory.value)
+
+
+def _attribute(driver: ctypes.CDLL, device: ctypes.c_int, attribute: int) -> int:
+    value = ctypes.c_int()
+    _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+    return value.value

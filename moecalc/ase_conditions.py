@@ -1,4 +1,4 @@
-"""Charge, multiplicity and frame parameters that an ASE structure carries in `info`, or a calculator has for all."""
+"""Charge, multiplicity and frame parameters of an ASE structure, in `info` or in its calculator."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ PAIR: Final = "charge_spin"
 def conditions_of(atoms: Atoms, model: ModelConditions, general: Mapping[str, Any]) -> Conditions:
     """Conditions of a structure, checked.
 
-    Read are `atoms.info["charge"]`, `["spin"]` (the multiplicity 2S+1, as OMol and fairchem have it), `["charge_spin"]` (both, as
-    DeePMD has it) and `["fparam"]`; what is missing there comes from `general`, then from the model's defaults.
+    Read are `atoms.info["charge"]`, `["spin"]` (the multiplicity 2S+1, as in OMol and fairchem),
+    `["charge_spin"]` (both, as in DeePMD) and `["fparam"]`. What is missing there comes from `general`, then
+    from the model's defaults.
 
     Args:
         atoms: the structure.
@@ -34,14 +35,15 @@ def conditions_of(atoms: Atoms, model: ModelConditions, general: Mapping[str, An
         general: `charge`, `spin`, `fparam` for all structures; None or absent: not given.
 
     Raises:
-        ConditionError: values that contradict each other, or that the model cannot take (see `moecalc.conditions.resolve`).
+        ConditionError: values that contradict each other, or that the model cannot take (see
+            `moecalc.conditions.resolve`).
     """
     given = {name: general.get(name) for name in NAMES}
     for name, value in _of_info(atoms.info).items():
         if given[name] is not None and not _equal(value, given[name]):
             raise ConditionError(
-                f"atoms.info has {name} = {_shown(value)}, but the calculator was made with {name} = {_shown(given[name])}: "
-                "give one of them, or equal values"
+                f"atoms.info has {name} = {_shown(value)}, but the calculator was made with "
+                f"{name} = {_shown(given[name])}: give one of them, or equal values"
             )
         given[name] = value
     if model == _NOTHING and all(value is None for value in given.values()):
@@ -50,7 +52,7 @@ def conditions_of(atoms: Atoms, model: ModelConditions, general: Mapping[str, An
 
 
 def same_info(atoms: Atoms, other: Atoms) -> bool:
-    """Whether two structures carry the same charge, spin and frame parameters, for models whatever they take."""
+    """Whether two structures carry the same charge, spin and frame parameters, whatever a model takes."""
     for name in (*NAMES, PAIR):
         one, two = atoms.info.get(name), other.info.get(name)
         if not (one is two is None or (one is not None and two is not None and _equal(one, two))):
@@ -84,7 +86,8 @@ def _of_info(info: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in zip(("charge", "spin"), charge_and_spin(info[PAIR]), strict=True):
         if name in found and not _equal(found[name], value):
             raise ConditionError(
-                f"atoms.info has {name} = {_shown(found[name])} and {PAIR} = {_shown(info[PAIR])}: give one of them, or equal values"
+                f"atoms.info has {name} = {_shown(found[name])} and {PAIR} = {_shown(info[PAIR])}: "
+                "give one of them, or equal values"
             )
         found.setdefault(name, value)
     return found

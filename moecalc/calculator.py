@@ -6,9 +6,9 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -21,52 +21,66 @@ from ase.calculators.calculator import (
 )
 
 from moecalc import __version__, keys
-from moecalc.ase_conditions import conditions_of, defaults_used
+from moecalc.ase_conditions import NAMES, conditions_of, defaults_used
 from moecalc.conditions import Conditions
 from moecalc.errors import MoecalcError, StructureError
 from moecalc.models import default_model_path
-from moecalc.neighbors import Floats, Ints, PairList, SkinNeighborList
+from moecalc.neighbors import PairList, SkinNeighborList
 from moecalc.runtime import backend_name, check_threads, dtype_name, open_model
+from moecalc.typing import Floats, Ints
+
+if TYPE_CHECKING:
+    from moecalc._C import Evaluation
 
 
 class UndefinedStressError(StructureError, PropertyNotImplementedError):
-    """Stress was asked of a structure that has no volume. ASE's file writers pass over it, as over any property that is not there."""
+    """Stress was asked of a structure that has no volume.
+
+    ASE's file writers pass over it, as over any property that is not there.
+    """
 
 
 class MoECalculator(Calculator):
     """Energies, forces and stresses of a packaged model, for ASE.
 
-    One evaluation gives energy, energies, forces and, for structures periodic in all directions, stress; per-atom stresses are computed
-    when asked for. Units are ASE's (eV, Angstrom), stress has ASE's sign (negative under compression) and Voigt order.
+    One evaluation gives energy, energies, forces and, for structures periodic in all directions, stress;
+    per-atom stresses are computed when asked for. Units are ASE's (eV, Angstrom), stress has ASE's sign
+    (negative under compression) and Voigt order.
 
     Args:
         model: package file (`*.moe.pt`); None is the model that comes with moecalc.
         device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         dtype: "float32" or "float64"; None is the precision the package was made for.
-        precision: how a GPU multiplies the matrices of a float32 network: "fp32", "tf32" or "bf16x3" (docs/performance.md has speed and error
-            of each). The last two are for CUDA only.
-        skin: extra reach of the neighbour list in Angstrom. The list is searched anew only when atoms moved (or the cell was strained) so much
-            that a pair could be missing; 0 searches at every step. The results do not depend on it.
-        charge, spin, fparam: charge (e), multiplicity 2S+1 and frame parameters of all structures, for models that take them. A structure's own
-            are in `atoms.info` under the same names (or both as `charge_spin`); where neither gives them, the model's defaults count, which a
-            warning names once.
+        precision: how a GPU multiplies the matrices of a float32 network: "fp32", "tf32" or "bf16x3"
+            (docs/cuda.md has the error of each). The last two are for CUDA only.
+        skin: extra reach of the neighbor list in Angstrom. The list is searched anew only when atoms moved
+            (or the cell was strained) so much that a pair could be missing; 0 searches at every step. The
+            results do not depend on it.
+        charge, spin, fparam: charge (e), multiplicity 2S+1 and frame parameters of all structures, for models
+            that take them. A structure's own are in `atoms.info` under the same names (or both as
+            `charge_spin`); where neither gives them, the model's defaults count, which a warning names once.
         allow_untrained: accept elements that the model knows but was not trained on.
         check: when a package is first used on a device in this process, compare one of its reference frames.
-        threads: number of CPU threads of this calculator; None is the default (OMP_NUM_THREADS if it was set, else the cores). No setting of
-            the process is changed, and the results do not depend on it.
-        backend: None for the kernels of the device where they cover the model. "plain" runs any model, many times slower, and "torchscript" the
-            code that the package brings, which needs torch: only for files that you trust.
+        threads: number of CPU threads of this calculator; None is the default (OMP_NUM_THREADS if it was set,
+            else the cores). No setting of the process is changed, and the results do not depend on it.
+        backend: None for the kernels of the device where they cover the model. "plain" runs any model, many
+            times slower, and "torchscript" the code that the package brings, which needs torch: only for
+            files that you trust.
         atoms: structure to attach the calculator to.
 
     Attributes:
         neighbor_list: the list in use; `neighbor_list.n_rebuilds` counts its searches.
 
     Raises:
-        PackageError: the package is missing, damaged, foreign, too new, or gives other numbers here than where it was made.
+        PackageError: the package is missing, damaged, foreign, too new, or gives other numbers here than
+            where it was made.
         MoecalcError: the device, the precision or the backend does not exist here.
-        ConditionError: charge, spin or frame parameters that the model cannot take, that are missing, or that contradict each other.
-        ElementError: (on use) the structure has an element that the model does not know or was not trained on.
-        StructureError: (on use) positions or cell are not finite, atoms overlap, or a periodic direction has no cell vector.
+        ConditionError: charge, spin or frame parameters that the model cannot take, that are missing, or that
+            contradict each other.
+        ElementError: (on use) the structure has an element that the model does not know or was not trained
+            on.
+        StructureError: (on use) positions or cell are not finite, atoms overlap, or a periodic direction has
+            no cell vector.
         UndefinedStressError: (on use) stress was asked of a structure that is not periodic in all directions.
     """
 
@@ -108,7 +122,7 @@ class MoECalculator(Calculator):
         self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
         super().__init__()
         self.parameters.update(
-            # an absolute path, so that a pickle works in another folder; None, so that it works in another installation
+            # an absolute path for pickles in another folder, None for those in another installation
             model=None if model is None else str(path),
             device=device,
             dtype=network or None,
@@ -122,8 +136,8 @@ class MoECalculator(Calculator):
             threads=threads,
             backend=backend,
         )
-        # values that no structure could have are refused here; whether some are missing shows with the first structure
-        given = {name: self.parameters[name] for name in _CONDITIONS}
+        # refused here: values that no structure could have; whether some are missing shows with the first one
+        given = {name: self.parameters[name] for name in NAMES}
         if any(value is not None for value in given.values()):
             self._model.check_conditions(given)
         if atoms is not None:
@@ -148,7 +162,7 @@ class MoECalculator(Calculator):
 
     @property
     def cutoff(self) -> float:
-        """Largest distance of neighbours, Angstrom."""
+        """Largest distance of neighbors, Angstrom."""
         return self._model.cutoff
 
     @property
@@ -174,8 +188,8 @@ class MoECalculator(Calculator):
 
     def __repr__(self) -> str:
         return (
-            f"MoECalculator({self._model.name}: {' '.join(self.elements)}; cutoff {self.cutoff:g} A, {self.dtype} on {self.device}, "
-            f"skin {self.parameters['skin']:g} A)"
+            f"MoECalculator({self._model.name}: {' '.join(self.elements)}; cutoff {self.cutoff:g} A, "
+            f"{self.dtype} on {self.device}, skin {self.parameters['skin']:g} A)"
         )
 
     def _get_name(self) -> str:
@@ -217,14 +231,15 @@ class MoECalculator(Calculator):
                 continue
             if name == "threads":
                 check_threads(value)
-            elif name not in {"skin", "allow_untrained", *_CONDITIONS}:
+            elif name not in {"skin", "allow_untrained", *NAMES}:
                 raise MoecalcError(
-                    f"{name} cannot be changed to {value!r} after the model was loaded: make a new MoECalculator"
+                    f"{name} cannot be changed to {value!r} after the model was loaded: make a new "
+                    "MoECalculator"
                 )
             changed[name] = value
-        if not set(_CONDITIONS).isdisjoint(changed):
+        if not set(NAMES).isdisjoint(changed):
             together = self.parameters | changed
-            self._model.check_conditions({name: together[name] for name in _CONDITIONS})
+            self._model.check_conditions({name: together[name] for name in NAMES})
         if "skin" in changed:
             self.neighbor_list = SkinNeighborList(self.cutoff, changed["skin"])
         if changed:  # all of them, or none
@@ -270,7 +285,7 @@ class MoECalculator(Calculator):
         _calculators.add(self)
 
     def _after_fork(self) -> None:
-        """In a forked child: a thread that stayed behind may hold the lock, and be in the middle of results or list."""
+        """In a forked child: a thread that stayed behind may hold the lock, amid results or list."""
         idle = self._lock.acquire(blocking=False)
         self._renew_lock()
         if not idle:
@@ -279,8 +294,9 @@ class MoECalculator(Calculator):
 
     # --- results -------------------------------------------------------------------------------
     #
-    # ASE keeps the structure and its results in the calculator. Every question is answered under a lock, from "is this the structure that
-    # the results are of?" to the copy of the result, so that threads that share a calculator get the results of their own structures.
+    # ASE keeps the structure and its results in the calculator. Every question is answered under a lock, from
+    # "is this the structure that the results are of?" to the copy of the result: threads that share a
+    # calculator get the results of their own structures.
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
         """A property of a structure, calculated if need be; `atoms.get_forces()` and the like end here."""
@@ -298,7 +314,7 @@ class MoECalculator(Calculator):
             return bool(super().calculation_required(atoms, properties))
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What differs between the structure and the one that the results are of, charge, spin and frame parameters included."""
+        """What differs between the structure, conditions included, and that of the results."""
         with self._lock:
             changes: list[str] = super().check_state(atoms, tol)
             if self._conditions_of(atoms) != self._conditions:
@@ -334,7 +350,7 @@ class MoECalculator(Calculator):
         self, atoms: Atoms | None, properties: Sequence[str], system_changes: Sequence[str]
     ) -> None:
         if system_changes:
-            self.results = {}  # a structure that is refused must not be answered with the results of the one before
+            self.results = {}  # a structure that is refused must not be answered with older results
         super().calculate(atoms, properties, system_changes)
         if self.atoms is None:
             raise CalculatorSetupError(
@@ -357,14 +373,16 @@ class MoECalculator(Calculator):
             atom_virial=keys.STRESSES in properties,
             threads=self.threads,
         )
-        self._warn_about_density(raw)
+        self._warn_once(raw)
         self._conditions = conditions
         self.results = _results(raw, 0, slice(None), volume)
 
     def calculate_batch(
         self, structures: Iterable[Atoms], properties: Sequence[str] = (keys.ENERGY, keys.FORCES)
     ) -> list[dict[str, Any]]:
-        """Properties of many structures in one evaluation; the calculator's own `atoms` and `results` stay as they are.
+        """Properties of many structures in one evaluation.
+
+        The calculator's own `atoms` and `results` stay as they are.
 
         Args:
             structures: structures of any size and periodicity.
@@ -419,7 +437,7 @@ class MoECalculator(Calculator):
             atom_virial=keys.STRESSES in properties,
             threads=self.threads,
         )
-        self._warn_about_density(raw)
+        self._warn_once(raw)
         ends = np.cumsum([0] + [len(of_one) for of_one in types])
         results = []
         for index, volume in enumerate(volumes):
@@ -427,22 +445,16 @@ class MoECalculator(Calculator):
             results.append({name: everything[name] for name in properties})
         return results
 
-    def _warn_about_density(self, raw: Mapping[str, Any]) -> None:
+    def _warn_once(self, result: Evaluation) -> None:
+        """Tell the weightiest of what there is to tell of structures, once in the life of the calculator."""
         if self._warned:
             return
-        for key, limit, where in self._model.limits:
-            if raw[key] > limit:
-                self._warned = True
-                warnings.warn(
-                    f"an atom has {raw[key]} neighbours {where}, but in training the model saw at most the nearest {limit}: all of them are "
-                    f"used, which is smooth, but differs from the training code, and the structure is denser than what the model knows",
-                    stacklevel=5,
-                )
-                return
+        for sentence in self._model.warnings_of(result)[:1]:
+            self._warned = True
+            warnings.warn(sentence, stacklevel=5)
 
 
 _STRESSES = frozenset({keys.STRESS, keys.STRESSES})
-_CONDITIONS = ("charge", "spin", "fparam")
 
 
 def _volume(atoms: Atoms) -> float | None:
@@ -455,11 +467,12 @@ def _volume(atoms: Atoms) -> float | None:
 def _undefined_stress(atoms: Atoms) -> UndefinedStressError:
     state = "the cell has no volume" if atoms.pbc.all() else f"pbc is {atoms.pbc.tolist()}"
     return UndefinedStressError(
-        f"stress is undefined, expected a structure periodic in all directions, but {state}: ask for energy and forces only, or set the cell and pbc=True"
+        f"stress is undefined, expected a structure periodic in all directions, but {state}: ask for energy "
+        "and forces only, or set the cell and pbc=True"
     )
 
 
-def _results(raw: Mapping[str, Any], system: int, atoms: slice, volume: float | None) -> dict[str, Any]:
+def _results(raw: Evaluation, system: int, atoms: slice, volume: float | None) -> dict[str, Any]:
     """ASE's properties of one structure of a batch."""
     energy = float(raw[keys.ENERGY][system])
     results: dict[str, Any] = {

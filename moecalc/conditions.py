@@ -1,7 +1,7 @@
 """Charge, spin multiplicity and frame parameters of a structure: what a model takes, and what a user gives.
 
-One place decides whether given values fit a model (`resolve`); engines only collect them. Every run imports this: no torch and no pydantic
-here.
+One place decides whether given values fit a model (`resolve`); engines only collect them. Every run imports
+this: no torch and no pydantic here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPIN_RANGE = (0, 99)
 
 
 class ConditionError(MoecalcError, ValueError):
-    """Charge, spin or frame parameters that a model does not take, that are missing, or that contradict each other."""
+    """Charge, spin or frame parameters that a model does not take, that are missing or in contradiction."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def _record(name: str, value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")  # noqa: TRY004 - content of a file
+        # content of a file, not an argument
+        raise ValueError(f"{name}: expected an object, got {type(value).__name__}")  # noqa: TRY004
     return value
 
 
@@ -273,7 +274,8 @@ def charge_and_spin(value: Any) -> tuple[Any, Any]:
     numbers = _numbers("charge_spin", value)
     if len(numbers) != 2:
         raise ConditionError(
-            f"charge_spin has {len(numbers)} number{'s' * (len(numbers) != 1)}, expected two: charge and multiplicity"
+            f"charge_spin has {len(numbers)} number{'s' * (len(numbers) != 1)}, "
+            "expected two: charge and multiplicity"
         )
     return numbers[0], numbers[1]
 
@@ -317,8 +319,8 @@ def resolve(
         charge: units of e; spin: multiplicity 2S+1; fparam: frame parameters. None: not given.
 
     Raises:
-        ConditionError: a value that the model does not take, that is missing, out of range or not whole, a wrong
-            count, or values that contradict each other or what is fixed in the package.
+        ConditionError: a value that the model does not take, that is missing, out of range or not whole, a
+            wrong count, or values that contradict each other or what is fixed in the package.
     """
     record = model if isinstance(model, ModelConditions) else read_conditions(model)
     given = {"charge": charge, "spin": spin, "fparam": fparam}
@@ -348,8 +350,8 @@ def fix(
 ) -> tuple[Conditions, ModelConditions | None]:
     """Values to fold into a model at packaging, and what the model still takes then.
 
-    Charge and multiplicity are fixed together: with one of them given, the other is the model's default. What is not
-    given stays open.
+    Charge and multiplicity are fixed together: with one of them given, the other is the model's default. What
+    is not given stays open.
 
     Args:
         model: what the checkpoint's model takes; None: nothing.
@@ -386,7 +388,7 @@ def fix(
 
 
 def check_general(model: ModelConditions, general: Mapping[str, Any]) -> None:
-    """Refuse values for all structures that the model cannot take; what is missing may come with the structures.
+    """Refuse values for all structures that the model cannot take; what is missing may come with structures.
 
     Args:
         model: what the model takes.
@@ -406,7 +408,7 @@ def check_general(model: ModelConditions, general: Mapping[str, Any]) -> None:
 def arrays_of(
     conditions: Sequence[Conditions],
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float64] | None]:
-    """Charge and multiplicity (n, 2) and frame parameters (n, size) as the evaluator takes them; None where the model takes none."""
+    """Charge and multiplicity (n, 2), and frame parameters (n, size), for the evaluator; None: not taken."""
     import numpy as np  # not above: `moecalc --help` needs none
 
     pairs = [one.charge_spin for one in conditions]
@@ -445,7 +447,8 @@ def _resolve_shared(record: ModelConditions, given: Mapping[str, Any]) -> Condit
         for name, value in zip(("charge", "spin"), pair, strict=True):
             if given[name] is not None and _number_or_none(given[name]) != value:
                 raise ConditionError(
-                    f"{name} = {_shown(given[name])} but fparam = {format_numbers(pair)}, which is charge and spin in this "
+                    f"{name} = {_shown(given[name])} but fparam = {format_numbers(pair)}, "
+                    "which is charge and spin in this "
                     "model: give one of them, or equal values"
                 )
             values[name] = value

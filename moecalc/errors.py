@@ -17,8 +17,12 @@ class ElementError(MoecalcError, ValueError):
     """A structure has an element that the model does not know, or was never trained on."""
 
 
+class DatasetError(MoecalcError):
+    """Training data that cannot be used: names the frames and what is missing."""
+
+
 def printable(text: str, limit: int = 200) -> str:
-    r"""Text from a file, made fit for a terminal: control characters (escapes among them) as `\xHH`, cut to `limit`."""
+    r"""Text from a file, made fit for a terminal: control characters as `\xHH`, cut to `limit`."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
     return safe + ("..." if len(text) > limit else "")
 

@@ -45,7 +45,7 @@ _PAGE = (b"<!doctype html", b"<html", b"<head", b"<body")
 
 
 def describe(path: str | Path) -> str | None:
-    """What a file is that should have been a checkpoint or a package, and what to do about it; None if nothing tells.
+    """What a file is that should have been a checkpoint or a package, and the remedy; None if nothing tells.
 
     Only the beginning of the file and, of a zip file, its list of contents are read; nothing is unpickled.
 
@@ -164,18 +164,21 @@ def _describe_text(head: bytes) -> str | None:
 
 
 def code_in_pickle(error: Exception) -> str | None:
-    """What `torch.load(..., weights_only=True)` refused because it could run code; None if it failed for another reason."""
+    """What `torch.load(..., weights_only=True)` refused as code to run; None if it failed otherwise."""
     found = re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|global)) ([\w.]+)", " ".join(str(error).split()))
     return found[1] if found else None
 
 
+_EXPECTED = "expected only tensors, numbers, texts, lists and dictionaries"
+
+
 def load_failure(error: Exception) -> str:
-    """Why `torch.load(..., weights_only=True)` failed, in a few words; without torch's advice to load the file unsafely."""
+    """Why `torch.load(..., weights_only=True)` failed, without torch's advice to load the file unsafely."""
     text = " ".join(str(error).split())
     if code := code_in_pickle(error):
-        return f"it has {code} in it, which could run code, expected only tensors, numbers, texts, lists and dictionaries"
+        return f"it has {code} in it, which could run code, {_EXPECTED}"
     if "weights_only" in text or "Weights only" in text:
-        return "it has objects in it that could run code, expected only tensors, numbers, texts, lists and dictionaries"
+        return f"it has objects in it that could run code, {_EXPECTED}"
     if isinstance(error, EOFError):
         return "it ends too early"
     return text[:200] or type(error).__name__
@@ -185,7 +188,7 @@ def load_failure(error: Exception) -> str:
 
 
 def display_text(value: str | Path) -> str:
-    """Text that UTF-8 can express, whatever the locale: under LANG=C, Python hides the bytes of an argument in surrogates."""
+    """Text that UTF-8 can express: under LANG=C, Python hides the bytes of an argument in surrogates."""
     return str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -206,8 +209,8 @@ _STALE = 24 * 3600.0  # seconds after which a temporary file is not of a process
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place if all goes well.
 
-    Until then `path` is as it was, also when the program is killed or the disk is full; what was written is then removed (after
-    `kill -9`, by the next run that writes to the folder, a day later).
+    Until then `path` is as it was, also when the program is killed or the disk is full. What was written is
+    then removed (after `kill -9`, by the next run that writes to the folder, a day later).
 
     Args:
         path: the file to write. A symbolic link stays one: the file that it names is replaced.
@@ -289,7 +292,7 @@ def drop_partial_line(path: Path) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Let a file that is complete take the place of another, and see to it that both survive a loss of power."""
+    """Let a file that is complete take the place of another, safe against a loss of power."""
     _flush(temporary)
     temporary.replace(path)
     _flush(path.parent)

@@ -1,29 +1,30 @@
 """Names, shapes, units and numerical limits shared by every Python part of moecalc.
 
-List of neighbours (what an engine hands to `Evaluator.set_list` when it changed; in ASE n_node == n_local, because images are mapped to owned atoms)
+List of neighbors: what an engine hands to `Evaluator.set_list` when it changed. In ASE n_node == n_local,
+because images are mapped to owned atoms.
 
-| field        | shape       | dtype | meaning                                                                                    |
-|--------------|-------------|-------|--------------------------------------------------------------------------------------------|
-| types        | (n_node,)   | int64 | index into the package's element list; owned atoms first                                   |
-| edge_index   | (2, n_edge) | int64 | row 0 centre i, row 1 neighbour j, in any order                                            |
-| edge_shift   | (n_edge, 3) | int64 | cells between them: the edge is r_j - r_i + S @ cell                                       |
-| system_index | (n_local,)  | int64 | structure of a batch that an atom belongs to; 0 for one system                             |
-| edge_from    | (n_edge,)   | int64 | row of the centre in the positions, where that is not i (images with positions of their own) |
-| edge_to      | (n_edge,)   | int64 | row of the neighbour in the positions, likewise                                            |
+| field        | shape       | dtype | meaning                                                        |
+|--------------|-------------|-------|----------------------------------------------------------------|
+| types        | (n_node,)   | int64 | index into the package's element list; owned atoms first       |
+| edge_index   | (2, n_edge) | int64 | row 0 centre i, row 1 neighbor j, in any order                 |
+| edge_shift   | (n_edge, 3) | int64 | cells between them: the edge is r_j - r_i + S @ cell           |
+| system_index | (n_local,)  | int64 | structure of a batch that an atom belongs to; 0 for one system |
+| edge_from    | (n_edge,)   | int64 | row of the centre in the positions, where that is not i        |
+| edge_to      | (n_edge,)   | int64 | row of the neighbor in the positions, where that is not j      |
 
 `Evaluator.evaluate` takes positions (n_position, 3) and cells (n_systems, 3, 3) in Angstrom, every step.
 
 Results of `Evaluator.evaluate` (numpy, float64, order of the engine)
 
-| key                 | shape             | unit  | meaning                                                     |
-|---------------------|-------------------|-------|-------------------------------------------------------------|
-| energy              | (n_systems,)      | eV    | energy of each structure                                    |
-| energies            | (n_local,)        | eV    | energy of each atom                                         |
-| forces              | (n_node, 3)       | eV/A  | -dE/dr                                                      |
-| virial              | (n_systems, 3, 3) | eV    | -dE/d(strain)                                               |
-| atom_virial         | (n_node, 3, 3)    | eV    | centroid share of each atom; sums to the virial             |
-| max_neighbors       | int               |       | most edges within the cutoff that one atom has              |
-| max_angle_neighbors | int               |       | most edges within the angle cutoff that one atom has        |
+| key                 | shape             | unit  | meaning                                              |
+|---------------------|-------------------|-------|------------------------------------------------------|
+| energy              | (n_systems,)      | eV    | energy of each structure                             |
+| energies            | (n_local,)        | eV    | energy of each atom                                  |
+| forces              | (n_node, 3)       | eV/A  | -dE/dr                                               |
+| virial              | (n_systems, 3, 3) | eV    | -dE/d(strain)                                        |
+| atom_virial         | (n_node, 3, 3)    | eV    | centroid share of each atom; sums to the virial      |
+| max_neighbors       | int               |       | most edges within the cutoff that one atom has       |
+| max_angle_neighbors | int               |       | most edges within the angle cutoff that one atom has |
 
 ASE results: stress = -virial/volume, Voigt order xx, yy, zz, yz, xz, xy, eV/A^3.
 """
@@ -46,13 +47,13 @@ DTYPES: Final = ("float32", "float64")
 """Precisions in which a package can be evaluated."""
 
 MIN_DISTANCE: Final = 0.5
-"""Two atoms closer than this (Angstrom) are an error: no training data is there and the model's answer means nothing."""
+"""Two atoms closer than this (Angstrom) are an error: without training data the answer means nothing.
+
+The same number as `min_distance` in cpp/include/moecalc/evaluator.h.
+"""
 
 MAX_COORDINATE: Final = 1e7
 """Largest sensible coordinate (Angstrom): beyond it float64 differences lose the accuracy of the forces."""
-
-REFERENCE_TOLERANCE: Final = {"float64": 1e-8, "float32": 2e-5}
-"""Largest |value - reference| / max(1, |reference|) when a package is checked on first use; energies are per atom."""
 
 VOIGT: Final = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 """Row and column of the six Voigt components in ASE's order."""
@@ -67,3 +68,8 @@ POSITIONS: Final = (
     "angle_self_linear",
 )
 """The seven linear maps of a RepFlow layer; each can be dense or a mixture of experts."""
+
+
+def short_name(position: str) -> str:
+    """`node_self_mlp` -> `node_self`, `edge_angle_linear1` -> `edge_angle1`."""
+    return position.replace("_mlp", "").replace("_linear", "")

@@ -1,20 +1,25 @@
-"""Neighbour list with a Verlet skin, of an ASE structure.
+"""Neighbor list with a Verlet skin, of an ASE structure.
 
-The pair search is matscipy's; this module decides when a search can be spared, handles the inputs matscipy does not take (no cell, zero
-atoms, slabs with an arbitrary or zero third vector), and refuses structures that cannot be evaluated.
+The pair search is matscipy's; this module decides when a search can be spared, handles the inputs matscipy
+does not take (no cell, zero atoms, slabs with an arbitrary or zero third vector), and refuses structures that
+cannot be evaluated.
 
-**When a list may be kept.** A list is built with radius R = cutoff + skin from positions r0 and cell h0. Later, with positions r and cell h, let
-F be a linear map that takes every periodic cell vector of h0 to that of h (row vectors: h0 F = h), and u_i = r_i - r0_i F - c the displacement that
-is left when the homogeneous deformation and a common translation c are taken out. A pair (i, j, S) then has
+**When a list may be kept.** A list is built with radius R = cutoff + skin from positions r0 and cell h0.
+Later, with positions r and cell h, let F be a linear map that takes every periodic cell vector of h0 to that
+of h (row vectors: h0 F = h), and u_i = r_i - r0_i F - c the displacement that is left when the homogeneous
+deformation and a common translation c are taken out. A pair (i, j, S) then has
 
-    d = r_j - r_i + S h = d0 F + u_j - u_i,    so    |d| >= s |d0| - |u_i| - |u_j|    with s the smallest singular value of F.
+    d = r_j - r_i + S h = d0 F + u_j - u_i,    so    |d| >= s |d0| - |u_i| - |u_j|
+
+with s the smallest singular value of F.
 
 Every pair with |d| <= cutoff was therefore in the list (|d0| <= R) as long as
 
     cutoff + |u_i| + |u_j| <= s R    for the two largest |u|,
 
-for all images S, however far. With an unchanged cell this is the usual rule (two atoms may move by half of the skin), and drift, rotation of the
-cell or a small strain do not count as displacements. The choice of c and F changes only how soon a list is rebuilt, never its correctness.
+for all images S, however far. With an unchanged cell this is the usual rule (two atoms may move by half of
+the skin), and drift, rotation of the cell or a small strain do not count as displacements. The choice of c
+and F changes only how soon a list is rebuilt, never its correctness.
 """
 
 from __future__ import annotations
@@ -25,16 +30,13 @@ from dataclasses import dataclass
 import numpy as np
 from ase import Atoms
 from matscipy.neighbours import neighbour_list
-from numpy.typing import NDArray
 
 from moecalc.errors import StructureError
 from moecalc.keys import MAX_COORDINATE, MIN_DISTANCE
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from moecalc.typing import Bools, Floats, Ints
 
 _PAD = 1e-8
-"""Added to the search radius (Angstrom): matscipy keeps r < radius while edges have r <= cutoff, and rounding must not lose one."""
+"""Added to the search radius (Angstrom): matscipy keeps r < radius, edges have r <= cutoff."""
 
 _MAX_BINS = 1 << 18
 """Search bins matscipy may allocate in a box without periodicity; it bins the whole box, however empty."""
@@ -42,10 +44,10 @@ _MAX_BINS = 1 << 18
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairList:
-    """Pairs of structures that serve for many positions: `edge_vec = positions[j] - positions[i] + edge_shift @ cell`.
+    """Pairs of structures for many positions: `edge_vec = positions[j] - positions[i] + edge_shift @ cell`.
 
     Attributes:
-        edge_index: (2, n_edge) centre i and neighbour j.
+        edge_index: (2, n_edge) centre i and neighbor j.
         edge_shift: (n_edge, 3) cells between them.
         system_index: (n_node,) structure of each atom.
         n_systems: number of structures.
@@ -91,7 +93,7 @@ class PairList:
 
 
 class SkinNeighborList:
-    """Full neighbour list of one ASE structure, reused while no pair can have entered the cutoff.
+    """Full neighbor list of one ASE structure, reused while no pair can have entered the cutoff.
 
     Args:
         cutoff: largest edge length in Angstrom.
@@ -107,7 +109,8 @@ class SkinNeighborList:
             raise ValueError(f"expected a positive cutoff in Angstrom, got {cutoff!r}")
         if not (np.isfinite(skin) and skin >= 0):
             raise ValueError(
-                f"expected skin >= 0 in Angstrom, got {skin!r}: 0 rebuilds the list at every step, 1.0 suits MD of solids"
+                f"expected skin >= 0 in Angstrom, got {skin!r}: 0 rebuilds the list at every step, 1.0 suits "
+                "MD of solids"
             )
         self.cutoff = float(cutoff)
         self.skin = float(skin)
@@ -124,18 +127,19 @@ class SkinNeighborList:
         self._near_reach = 0.0
         self._positions: Floats | None = None
         self._cell: Floats = np.zeros((3, 3))
-        self._pbc: NDArray[np.bool_] = np.zeros(3, dtype=bool)
+        self._pbc: Bools = np.zeros(3, dtype=bool)
 
     def pairs(self, atoms: Atoms) -> tuple[PairList, Floats]:
         """The list for `atoms` as they are now, and the positions (n_atoms, 3) to use with it.
 
-        The list is the same object until a search makes a new one, and a call without a search costs nothing per pair. It holds the pairs up
-        to `cutoff + skin`, of which the model drops those beyond its cutoff. The positions are those of `atoms` but for whole lattice vectors:
-        atoms may lie anywhere, also outside of the cell, and may jump by lattice vectors between calls.
+        The list is the same object until a search makes a new one, and a call without a search costs nothing
+        per pair. It holds the pairs up to `cutoff + skin`, of which the model drops those beyond its cutoff.
+        The positions are those of `atoms` but for whole lattice vectors: atoms may lie anywhere, also outside
+        of the cell, and may jump by lattice vectors between calls.
 
         Raises:
-            StructureError: positions or cell are not finite or absurdly large, a periodic direction has no cell vector, or two atoms are
-                closer than 0.5 Angstrom.
+            StructureError: positions or cell are not finite or absurdly large, a periodic direction has no
+                cell vector, or two atoms are closer than 0.5 Angstrom.
         """
         current = self._update(atoms)
         near = self._near_edges(atoms.cell.array)
@@ -148,7 +152,7 @@ class SkinNeighborList:
         """Search if the list does not serve any more; returns the positions to use with it."""
         positions: Floats = atoms.positions
         cell: Floats = atoms.cell.array
-        pbc: NDArray[np.bool_] = atoms.pbc
+        pbc: Bools = atoms.pbc
         _check_finite(atoms, positions, cell)
         self.n_calls += 1
         current = self._keep(positions, cell, pbc) if self.skin > 0 else None
@@ -158,21 +162,22 @@ class SkinNeighborList:
         return positions
 
     def _near_edges(self, cell: Floats) -> Ints:
-        """Edges that can have become shorter than `MIN_DISTANCE`: those that were close when the list was made.
+        """Edges that may be shorter than `MIN_DISTANCE` by now: those that were close when the list was made.
 
-        With the inequality of this module, |d| >= s |d0| - |u_i| - |u_j| >= s |d0| - (s R - cutoff) for any list that is kept.
+        With the inequality of this module, |d| >= s |d0| - |u_i| - |u_j| >= s |d0| - (s R - cutoff) for any
+        list that is kept.
         """
         scale = self._scale(cell)
         reach = self.cutoff + self.skin - (self.cutoff - MIN_DISTANCE) / scale
         if self._positions is not None and reach > self._near_reach:
-            self._near_reach = 1.1 * reach  # so that a growing cell does not ask for it at every step
+            self._near_reach = 1.1 * reach  # a growing cell would ask for it at every step
             centre, neighbor = self._pairs.edge_index
             vectors = self._positions[neighbor] - self._positions[centre] + self._shift @ self._cell
             self._near = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors) <= self._near_reach**2)
         return self._near
 
-    def _keep(self, positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Floats | None:
-        """Positions to use with the present list (lattice jumps undone), or None when a pair might be missing from it."""
+    def _keep(self, positions: Floats, cell: Floats, pbc: Bools) -> Floats | None:
+        """Positions to use with the list, lattice jumps undone; None when a pair might be missing from it."""
         if (
             self._positions is None
             or len(positions) != len(self._positions)
@@ -193,7 +198,8 @@ class SkinNeighborList:
             return positions
         if not pbc.any():
             return None
-        # somebody may have wrapped the atoms: undo whole lattice vectors, counted relative to the first atom so that drift is none
+        # somebody may have wrapped the atoms: undo whole lattice vectors, counted relative to the first atom,
+        # where drift is none
         jumps = np.rint((displacement - displacement[0]) @ np.linalg.pinv(cell[pbc]))
         if not jumps.any():
             return None
@@ -201,7 +207,10 @@ class SkinNeighborList:
         return positions - unwrap if _spread(displacement - unwrap) <= room else None
 
     def _deformation(self, cell: Floats) -> Floats:
-        """F: the smallest change that takes the periodic vectors of the list to the present ones; directions across them stay."""
+        """F: the smallest change that takes the periodic vectors of the list to the present ones.
+
+        Directions across them stay.
+        """
         pbc = self._pbc
         deformation: Floats = np.eye(3) + np.linalg.pinv(self._cell[pbc]) @ (cell - self._cell)[pbc]
         return deformation
@@ -212,7 +221,7 @@ class SkinNeighborList:
             return 1.0
         return float(np.linalg.svd(self._deformation(cell), compute_uv=False)[-1])
 
-    def _rebuild(self, atoms: Atoms, positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> None:
+    def _rebuild(self, atoms: Atoms, positions: Floats, cell: Floats, pbc: Bools) -> None:
         self.reset()  # a search that fails must not leave the list of another structure
         if len(positions):
             _check_cell(cell, pbc)
@@ -234,7 +243,7 @@ class SkinNeighborList:
 
 
 def _spread(displacement: Floats) -> float:
-    """Bound on |u_i - u_j| over all pairs of rows (n, 3): the two largest lengths after the mean is taken out."""
+    """Bound on |u_i - u_j| over all pairs of rows (n, 3): the two largest lengths without the mean."""
     u = displacement - displacement.mean(axis=0)
     length2 = np.einsum("ij,ij->i", u, u)
     if len(length2) < 2:
@@ -242,13 +251,14 @@ def _spread(displacement: Floats) -> float:
     return float(np.sqrt(np.partition(length2, -2)[-2:]).sum())
 
 
-def _search_box(
-    positions: Floats, cell: Floats, pbc: NDArray[np.bool_], radius: float
-) -> tuple[Floats, Floats]:
-    """Cell and origin for the pair search: directions without periodicity get vectors across the periodic ones that just hold the atoms.
+def _search_box(positions: Floats, cell: Floats, pbc: Bools, radius: float) -> tuple[Floats, Floats]:
+    """Cell and origin for the pair search.
 
-    matscipy inverts the cell, so it cannot take missing vectors, and bins it, so empty space costs memory. Atoms outside of such a
-    direction are still found, only more slowly: a box that needs too many bins is cut around the median atom.
+    Directions without periodicity get vectors across the periodic ones that just hold the atoms.
+
+    matscipy inverts the cell, so it cannot take missing vectors, and bins it, so empty space costs memory.
+    Atoms outside of such a direction are still found, only more slowly: a box that needs too many bins is cut
+    around the median atom.
     """
     if pbc.all():
         return cell, np.zeros(3)
@@ -279,19 +289,22 @@ def _check_finite(atoms: Atoms, positions: Floats, cell: Floats) -> None:
                 f"{who}, expected finite numbers: check the input or, in dynamics, shorten the time step"
             )
         raise StructureError(
-            f"{who}, expected coordinates below {MAX_COORDINATE:g} A: atoms flew apart or the unit is not Angstrom"
+            f"{who}, expected coordinates below {MAX_COORDINATE:g} A: atoms flew apart or the unit is not "
+            "Angstrom"
         )
     if not (np.abs(cell) < MAX_COORDINATE).all():
         index = int(np.argmin((np.abs(cell) < MAX_COORDINATE).all(axis=1)))
         raise StructureError(
-            f"cell vector {index} is {cell[index].tolist()}, expected finite numbers below {MAX_COORDINATE:g} A: check the input or the barostat"
+            f"cell vector {index} is {cell[index].tolist()}, expected finite numbers below "
+            f"{MAX_COORDINATE:g} A: check the input or the barostat"
         )
 
 
-def _check_cell(cell: Floats, pbc: NDArray[np.bool_]) -> None:
-    """Refuse periodic vectors that are missing, parallel, or so dense that an atom must overlap with its own image.
+def _check_cell(cell: Floats, pbc: Bools) -> None:
+    """Refuse periodic vectors that are missing, parallel, or so dense that an atom overlaps with its image.
 
-    A lattice of k dimensions and k-volume V has a vector no longer than sqrt(g_k) V^(1/k), g = 1, 2/sqrt(3), 2^(1/3) (Hermite's constants).
+    A lattice of k dimensions and k-volume V has a vector no longer than sqrt(g_k) V^(1/k), g = 1, 2/sqrt(3),
+    2^(1/3) (Hermite's constants).
     """
     periodic = cell[pbc]
     k = len(periodic)
@@ -304,8 +317,9 @@ def _check_cell(cell: Floats, pbc: NDArray[np.bool_]) -> None:
         what = ("length", "area", "volume")[k - 1]
         unit = ("A", "A^2", "A^3")[k - 1]
         raise StructureError(
-            f"periodic directions {np.flatnonzero(pbc).tolist()} have cell vectors {periodic.tolist()} of {what} {volume:.3g} {unit}, expected at "
-            f"least {smallest:.3g} {unit}: set the cell, or pbc=False where the structure does not repeat"
+            f"periodic directions {np.flatnonzero(pbc).tolist()} have cell vectors {periodic.tolist()} of "
+            f"{what} {volume:.3g} {unit}, expected at least {smallest:.3g} {unit}: set the cell, or "
+            "pbc=False where the structure does not repeat"
         )
 
 

@@ -1,7 +1,8 @@
 """The opened model: a package in memory, shared by all that use it in this process, across threads and forks.
 
-Engines that are written in Python (`moecalc.calculator`) hand it a `PairList`, positions and conditions, and get arrays back. No ASE structure,
-no torch and no pydantic here: this is imported whenever a model runs.
+Engines that are written in Python (`moecalc.calculator`) hand it a `PairList`, positions and conditions, and
+get arrays back. There is no ASE structure, no torch and no pydantic here: this is imported whenever a model
+runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -24,19 +25,24 @@ from moecalc import keys
 from moecalc._lib import load
 from moecalc.conditions import Conditions, ModelConditions, arrays_of, check_general, read_conditions
 from moecalc.errors import ElementError, MoecalcError, PackageError, StructureError
-from moecalc.neighbors import Floats, Ints, PairList
+from moecalc.neighbors import PairList
+from moecalc.typing import Bools, Floats, Ints
 
 if TYPE_CHECKING:
-    from moecalc._C import Evaluator
+    from moecalc._C import Evaluation, Evaluator
 
 MAX_THREADS: Final = 4096  # of one evaluator
 BACKENDS: Final = ("fused", "plain", "torchscript", "cuda-emulation")
-CPU_BACKENDS: Final = ("fused", "plain", "cuda-emulation")
 """What a user may ask for instead of the best that fits (cpp/include/moecalc/options.h)."""
+
+CPU_BACKENDS: Final = ("fused", "plain", "cuda-emulation")
+"""Those that run on the CPU alone."""
 
 
 class Model:
-    """A package in memory: the evaluator, and what of its metadata every call needs. Shared by its users, never changed.
+    """A package in memory: the evaluator, and what of its metadata every call needs.
+
+    Its users share it, and it never changes.
 
     Args:
         path: of the package.
@@ -47,9 +53,10 @@ class Model:
         metadata: of the package; name: of the model.
         elements: symbols, in the order of the types.
         cutoff: Angstrom.
-        device, dtype: where and in which precision the network is; backend: what runs it, "fused avx512" for example.
+        device, dtype: where and in which precision the network is.
+        backend: what runs it, "fused avx512" for example.
         conditions: what the model takes beside a structure.
-        limits: key of a result, largest value in training, and where it is counted, for each of the limits that the package has.
+        warnings: sentences for the user of the model.
     """
 
     def __init__(
@@ -71,27 +78,17 @@ class Model:
         self.device = str(evaluator.device)
         self.dtype = str(evaluator.dtype)
         self.backend = str(evaluator.backend)
+        self.warnings = evaluator.model_warnings()
         try:
             self.conditions: ModelConditions = read_conditions(self.metadata.get("conditions"))
         except ValueError as error:
             raise PackageError(f"{path}: metadata do not fit their schema ({error}): package again") from None
-        limits = self.metadata.get("neighbor_limits", {})
-        self.limits = [
-            (key, limits[name], f"within {radius:g} A")
-            for key, name, radius in (
-                (keys.MAX_NEIGHBORS, "edge", self.cutoff),
-                (keys.MAX_ANGLE_NEIGHBORS, "angle", float(evaluator.angle_cutoff)),
-            )
-            if limits.get(name)
-        ]
         self._type_of = np.full(len(chemical_symbols), -1, dtype=np.int64)
         for index, symbol in enumerate(self.elements):
             if symbol in atomic_numbers:
                 self._type_of[atomic_numbers[symbol]] = index
         trained = set(self.metadata.get("trained_elements", self.elements))
-        self._untrained: NDArray[np.bool_] = np.array(
-            [symbol not in trained for symbol in self.elements], dtype=bool
-        )
+        self._untrained: Bools = np.array([symbol not in trained for symbol in self.elements], dtype=bool)
         self._any_untrained = bool(self._untrained.any())
 
     @property
@@ -103,7 +100,7 @@ class Model:
             return int(evaluator.num_threads)
 
     def after_fork(self) -> None:
-        """In a forked child: a thread that stayed behind may hold the lock, and be in the middle of an evaluation."""
+        """In a forked child: a thread that stayed behind may hold the lock, amid an evaluation."""
         self._interrupted |= self._lock.locked()
         self._lock = threading.Lock()
 
@@ -112,8 +109,9 @@ class Model:
         if self._interrupted and self._open_again is not None:
             if _version(self.path) != self._version:
                 raise PackageError(
-                    f"{self.path}: the file was changed or removed since it was loaded, but must be read again, because this process was forked "
-                    f"while a thread was evaluating: make a new calculator, or use multiprocessing.get_context('spawn')"
+                    f"{self.path}: the file was changed or removed since it was loaded, but must be read "
+                    "again, because this process was forked while a thread was evaluating: make a new "
+                    "calculator, or use multiprocessing.get_context('spawn')"
                 )
             try:
                 opened = self._open_again()
@@ -138,14 +136,15 @@ class Model:
         if (types < 0).any():
             unknown = _symbols(numbers[types < 0])
             raise ElementError(
-                f"the structure contains {unknown}, expected only elements of the model {self.name}, {', '.join(self.elements)}: use a model that "
-                f"knows {unknown}"
+                f"the structure contains {unknown}, expected only elements of the model {self.name}, "
+                f"{', '.join(self.elements)}: use a model that knows {unknown}"
             )
         if self._any_untrained and not allow_untrained and self._untrained[types].any():
             guessed = _symbols(numbers[self._untrained[types]])
             raise ElementError(
-                f"the structure contains {guessed}, which the model {self.name} has parameters for but was not trained on: use another model, or pass "
-                f"allow_untrained=True to accept arbitrary energies and forces"
+                f"the structure contains {guessed}, which the model {self.name} has parameters for but was "
+                "not trained on: use another model, or pass allow_untrained=True to accept arbitrary "
+                "energies and forces"
             )
         return types
 
@@ -154,7 +153,7 @@ class Model:
         check_general(self.conditions, given)
 
     def _give(self, conditions: Sequence[Conditions]) -> None:
-        """Hand conditions to the evaluator, if the model takes any and they are others than in the last call."""
+        """Hand conditions to the evaluator, if the model takes any and they changed since the last call."""
         if not self.conditions.open:
             return
         found = list(conditions)
@@ -184,7 +183,7 @@ class Model:
             raise PackageError(str(error)) from error
 
     def release_weights(self) -> None:
-        """Give back what is laid out for the elements seen so far; it is laid out again where it is needed."""
+        """Give back what is laid out for the elements seen so far, until it is needed again."""
         with self._lock:
             evaluator = self._ready()
             self._listed = None
@@ -201,11 +200,12 @@ class Model:
         virial: bool = True,
         atom_virial: bool = False,
         threads: int | None = None,
-    ) -> Mapping[str, Any]:
+    ) -> Evaluation:
         """Energies, forces and virials (keys, shapes and units: `moecalc.keys`).
 
         Args:
-            pairs: handed to the evaluator only if it is another list than in the last call, or has other types.
+            pairs: handed to the evaluator only if it is another list than in the last call, or has other
+                types.
             types: (n_node,) indices of elements.
             positions: (n_node, 3) Angstrom.
             cells: (n_systems, 3, 3) Angstrom, a vector per row.
@@ -232,6 +232,10 @@ class Model:
         except native.Error as error:
             raise MoecalcError(f"{self.path}: {error}") from error
 
+    def warnings_of(self, result: Evaluation) -> list[str]:
+        """Sentences for the user of structures that were evaluated, the weightiest first."""
+        return self._evaluator.structure_warnings(result["max_neighbors"], result["max_angle_neighbors"])
+
     def _set_list(self, pairs: PairList, types: Ints) -> None:
         held = self._listed
         if held is not None and held[0] is pairs and np.array_equal(held[1], types):
@@ -249,8 +253,22 @@ def _symbols(numbers: NDArray[np.integer[Any]]) -> str:
 
 # --- models in use -----------------------------------------------------------------------------
 
-_open_models: WeakValueDictionary[tuple[Any, ...], Model] = WeakValueDictionary()
-_checked: set[tuple[Any, ...]] = set()
+
+class _Opening(NamedTuple):
+    """What tells opened models apart."""
+
+    path: Path
+    changed_ns: int
+    size: int
+    device: str
+    dtype: str
+    precision: str
+    backend: str
+    settings: tuple[tuple[str, str], ...]
+
+
+_open_models: WeakValueDictionary[_Opening, Model] = WeakValueDictionary()
+_checked: set[_Opening] = set()
 _open_lock = threading.Lock()
 
 
@@ -291,14 +309,29 @@ def open_model(
         device: "cpu", "cuda", "cuda:N" or "auto".
         dtype: "float32", "float64", or "" for the package's own.
         precision: "fp32", "tf32" or "bf16x3".
-        backend: one of `BACKENDS`; "": MOECALC_BACKEND, else the best that fits. "torchscript" runs the code of the file.
+        backend: one of `BACKENDS`; "": MOECALC_BACKEND, else the best that fits. "torchscript" runs the code
+            of the file.
         check: evaluate stored reference frames when the package is first used in this way in this process.
 
     Raises:
-        PackageError: the package is missing, damaged, foreign, too new, or gives other numbers here than where it was made.
+        PackageError: the package is missing, damaged, foreign, too new, or gives other numbers here than
+            where it was made.
         MoecalcError: the device, the precision or the backend does not exist here.
     """
-    native = load()
+    key = _opening(path, device, dtype, precision, backend)
+    with _open_lock:
+        model = _open_models.get(key)
+        if model is None:
+            model = _open_models[key] = _open(key)
+            _warn_of(model)
+        if check and key not in _checked:
+            check_model(model)
+            _checked.add(key)
+    return model
+
+
+def _opening(path: Path, device: str, dtype: str, precision: str, backend: str) -> _Opening:
+    load()  # before anything is said of the file
     try:
         status = path.stat()
     except OSError:
@@ -309,32 +342,28 @@ def open_model(
     where = "cpu" if device == "auto" and on_cpu else device_name(device)
     # the settings are those of the evaluator (docs/environment.md)
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("MOECALC_")))
-    key = (path, status.st_mtime_ns, status.st_size, where, dtype, precision, backend, settings)
-    with _open_lock:
-        model = _open_models.get(key)
-        if model is None:
-            prepare_backend(backend)
+    return _Opening(path, status.st_mtime_ns, status.st_size, where, dtype, precision, backend, settings)
 
-            def open_evaluator() -> Evaluator:
-                return native.Evaluator(os.fsencode(path), where, dtype, precision, backend)
 
-            try:
-                evaluator = open_evaluator()
-            except native.OutOfMemoryError as error:
-                raise MoecalcError(f"{path}: {error}") from error
-            except native.Error as error:
-                # the fault may be in what was asked for, not in the file
-                chosen = backend or os.environ.get("MOECALC_BACKEND")
-                asked = where != "cpu" or precision != "fp32" or bool(chosen) or "MOECALC_" in str(error)
-                raise _not_opened(path, str(error), asked=asked) from error
-            model = _open_models[key] = Model(
-                path, evaluator, open_evaluator if evaluator.survives_fork else None
-            )
-            _warn_if_slow(path, evaluator)
-        if check and key not in _checked:
-            check_model(model)
-            _checked.add(key)
-    return model
+def _open(wanted: _Opening) -> Model:
+    native = load()
+    prepare_backend(wanted.backend)
+    file = os.fsencode(wanted.path)
+
+    def open_evaluator() -> Evaluator:
+        return native.Evaluator(file, wanted.device, wanted.dtype, wanted.precision, wanted.backend)
+
+    try:
+        evaluator = open_evaluator()
+    except native.OutOfMemoryError as error:
+        raise MoecalcError(f"{wanted.path}: {error}") from error
+    except native.Error as error:
+        # the fault may be in what was asked for, not in the file
+        chosen = wanted.backend or os.environ.get("MOECALC_BACKEND")
+        special = wanted.device != "cpu" or wanted.precision != "fp32" or bool(chosen)
+        asked = special or "MOECALC_" in str(error)
+        raise _not_opened(wanted.path, str(error), asked=asked) from error
+    return Model(wanted.path, evaluator, open_evaluator if evaluator.survives_fork else None)
 
 
 def prepare_backend(backend: str = "") -> None:
@@ -350,7 +379,12 @@ def prepare_backend(backend: str = "") -> None:
 
 
 def _not_opened(path: Path, message: str, *, asked: bool) -> MoecalcError:
-    """The error for a package that the evaluator refused. `asked`: for something that may be to blame instead of the file."""
+    """The error for a package that the evaluator refused.
+
+    Args:
+        path, message: of the evaluator.
+        asked: for something that may be to blame instead of the file.
+    """
     if "not a moecalc package" in message:
         return _foreign(path)
     kind = MoecalcError if asked else PackageError
@@ -363,20 +397,14 @@ def _foreign(path: Path) -> PackageError:
     return foreign_package(path)
 
 
-def _warn_if_slow(path: Path, evaluator: Evaluator) -> None:
-    """Say once that the kernels do not run."""
-    how = {"plain": "by the plain backend", "torchscript": "through TorchScript"}.get(evaluator.backend)
-    if how is None:
-        return
-    kernels = "fused" if evaluator.device == "cpu" else "CUDA"
-    warnings.warn(
-        f"{path}: evaluated {how}, several times slower than the {kernels} kernels ({evaluator.backend_reason})",
-        stacklevel=4,
-    )
+def _warn_of(model: Model) -> None:
+    """Tell whoever made the calculator; to be called by `open_model`."""
+    for sentence in model.warnings:
+        warnings.warn(f"{model.path}: {sentence}", stacklevel=4)
 
 
 def check_model(model: Model) -> None:
-    """Evaluate stored reference frames: an altered package, or a device, driver or library that computes something else, must not go unnoticed.
+    """Evaluate stored reference frames: other numbers show an altered package, device, driver or library.
 
     Raises:
         PackageError: the numbers differ.
@@ -385,14 +413,15 @@ def check_model(model: Model) -> None:
         model.check_reference()
     except MoecalcError as error:
         raise PackageError(
-            f"{error}: run `moecalc verify {model.path}`, try another device, or pass check=False to use it nevertheless"
+            f"{error}: run `moecalc verify {model.path}`, try another device, or pass check=False to use it "
+            "nevertheless"
         ) from None
 
 
 # --- what a user writes ------------------------------------------------------------------------
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: object) -> str:
     """'' for None, else 'float32' or 'float64', whether given as text or as a dtype of numpy or torch."""
     if dtype is None:
         return ""
@@ -415,7 +444,8 @@ def device_name(device: str) -> str:
         raise MoecalcError(f"expected device 'cpu', 'cuda', 'cuda:N' or 'auto', got {name!r}")
     if not available:
         raise MoecalcError(
-            f"device {name!r} is not available, moecalc finds no CUDA device: use device='cpu' (or 'auto'), or see what `moecalc doctor` says of gpu"
+            f"device {name!r} is not available, moecalc finds no CUDA device: use device='cpu' (or 'auto'), "
+            "or see what `moecalc doctor` says of gpu"
         )
     number = int(index or 0)
     if number >= available:
@@ -423,7 +453,7 @@ def device_name(device: str) -> str:
     return f"cuda:{number}"
 
 
-def backend_name(backend: Any) -> str:
+def backend_name(backend: object) -> str:
     """'' for None, else one of `BACKENDS`."""
     if backend is None:
         return ""
@@ -434,7 +464,7 @@ def backend_name(backend: Any) -> str:
     return str(backend)
 
 
-def check_threads(threads: Any) -> None:
+def check_threads(threads: object) -> None:
     """Raise ValueError unless this is a number of CPU threads, or None."""
     if threads is None:
         return

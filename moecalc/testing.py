@@ -1,6 +1,7 @@
-"""Tolerances, small structures and reference computations for the tests of moecalc and of those who build on it.
+"""Small structures, packages and reference computations for tests, of moecalc and of what builds on it.
 
-Everything here is plain numpy and ASE, so that it can serve as an oracle; what makes models needs torch, and imports it when it is called.
+All is plain NumPy and ASE, to serve as an oracle. What makes models needs torch and imports it when it is
+called. Tests alone import this: nothing in moecalc does.
 """
 
 from __future__ import annotations
@@ -13,13 +14,20 @@ from typing import Any, Final
 import numpy as np
 from ase import Atoms
 from ase.build import bcc100, bulk
-from numpy.typing import NDArray
 
+from moecalc import keys
 from moecalc.keys import VOIGT
 from moecalc.package.edges import brute_force_edges, evaluate_edges
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from moecalc.tolerances import (
+    FINITE_DIFFERENCE,
+    ORACLE_ENERGY,
+    ORACLE_FLOAT32,
+    ORACLE_FORCES,
+    ORACLE_VIRIAL,
+    ROUNDING,
+    SAME_MODEL,
+)
+from moecalc.typing import Floats, Ints
 
 __all__ = [
     "FINITE_DIFFERENCE",
@@ -41,29 +49,10 @@ __all__ = [
     "random_config",
     "random_potential",
     "slab",
+    "write_checkpoint_package",
     "write_random_package",
+    "write_unverified",
 ]
-
-FINITE_DIFFERENCE: Final = 1e-6
-"""Forces (eV/A) and stress (eV/A^3) against finite differences of the energy, float64."""
-
-ORACLE_ENERGY: Final = 1e-8
-"""Energy (eV, total and per atom) against the code that trained the checkpoint, float64."""
-
-ORACLE_FORCES: Final = 1e-8
-"""Forces (eV/A) against the code that trained the checkpoint, float64."""
-
-ORACLE_VIRIAL: Final = 1e-7
-"""Virial (eV) against the code that trained the checkpoint, float64."""
-
-ORACLE_FLOAT32: Final = 2e-6
-"""Relative deviation of everything from a float32 reference."""
-
-SAME_MODEL: Final = 1e-12
-"""Two float64 evaluations that differ in nothing but the order of sums (eV, eV/A), for structures of a few atoms."""
-
-ROUNDING: Final = 1e-9
-"""Quantities that are equal up to the rounding of coordinates: translation, wrapping, cells repeated (eV, eV/A, A)."""
 
 
 def bulk_alloy(
@@ -151,7 +140,7 @@ def finite_difference_forces(
 def finite_difference_stress(
     energies: Callable[[list[Atoms]], Sequence[float]], atoms: Atoms, step: float = 1e-3
 ) -> Floats:
-    """Derivative of the energy with respect to symmetric strain, over the volume: (6,) in ASE's Voigt order, eV/A^3."""
+    """Derivative of the energy by symmetric strain, over the volume: (6,) in ASE's Voigt order, eV/A^3."""
     strained = []
     for (a, b), (offset, _) in itertools.product(zip(*VOIGT, strict=True), _STENCIL):
         strain = np.eye(3)
@@ -169,10 +158,10 @@ def _derivatives(values: Sequence[float], step: float) -> Floats:
 
 
 class PairEvaluator:
-    """Stand-in for the compiled evaluator: a smooth pair energy between types, with the same attributes and methods.
+    """Stand-in for the compiled evaluator, with its attributes and methods: a smooth pair energy of types.
 
-    `E = 1/2 sum_ij k(t_i, t_j) (1/r^2 - 1/4) (1 - (r/cutoff)^2)^3 + sum_i t_i`, with k(s, t) = 1 + (s + t) / 10. `n_calls` and `n_lists` count
-    evaluations and lists.
+    `E = 1/2 sum_ij k(t_i, t_j) (1/r^2 - 1/4) (1 - (r/cutoff)^2)^3 + sum_i t_i`, with k(s, t) = 1 + (s + t) /
+    10. `n_calls` and `n_lists` count evaluations and lists.
     """
 
     dtype = "float64"
@@ -189,6 +178,14 @@ class PairEvaluator:
         self.n_calls = self.n_lists = 0
         self._list: tuple[Any, ...] = ()
 
+    def model_warnings(self) -> list[str]:
+        """Nothing."""
+        return []
+
+    def structure_warnings(self, max_neighbors: int, max_angle_neighbors: int) -> list[str]:
+        """Nothing."""
+        return []
+
     def set_list(
         self,
         types: Ints,
@@ -199,7 +196,7 @@ class PairEvaluator:
         edge_from: Ints | None = None,
         edge_to: Ints | None = None,
     ) -> None:
-        """The list of the evaluations to come, as `NeighborList` (cpp/include/moecalc/evaluator.h) describes it."""
+        """The list of the evaluations to come: see `NeighborList` in cpp/include/moecalc/evaluator.h."""
         self.n_lists += 1
         i, j = edge_index
         system = np.zeros(len(types), dtype=np.int64) if system_index is None else system_index
@@ -238,21 +235,21 @@ class PairEvaluator:
         total = np.zeros((n_systems, 3, 3))
         np.add.at(total, system_index, atom)
         result: dict[str, Any] = {
-            "energy": np.bincount(system_index, energies, n_systems),
-            "energies": energies,
+            keys.ENERGY: np.bincount(system_index, energies, n_systems),
+            keys.ENERGIES: energies,
             "n_edge": len(vec),
             "n_angle": 0,
-            "max_neighbors": int(np.bincount(i).max(initial=0)),
-            "max_angle_neighbors": 0,
+            keys.MAX_NEIGHBORS: int(np.bincount(i).max(initial=0)),
+            keys.MAX_ANGLE_NEIGHBORS: 0,
         }
         if forces:
-            result["forces"] = np.zeros((n, 3))
-            np.add.at(result["forces"], i, gradient)
-            np.subtract.at(result["forces"], j, gradient)
+            result[keys.FORCES] = np.zeros((n, 3))
+            np.add.at(result[keys.FORCES], i, gradient)
+            np.subtract.at(result[keys.FORCES], j, gradient)
         if virial:
-            result["virial"] = total
+            result[keys.VIRIAL] = total
         if atom_virial:
-            result["atom_virial"] = atom
+            result[keys.ATOM_VIRIAL] = atom
         return result
 
 
@@ -344,9 +341,9 @@ def full_size_config(
         **options: as for `random_config`.
     """
     size: dict[str, Any] = {
-        "n_dim": 128, "e_dim": 64, "a_dim": 32, "nlayers": 6, "e_rcut": 6.0, "e_rcut_smth": 5.3, "e_sel": 1200,
-        "a_rcut": 4.0, "a_rcut_smth": 3.5, "a_sel": 300, "activation_function": "silut:10.0",
-        "neuron": (240, 240, 240),
+        "n_dim": 128, "e_dim": 64, "a_dim": 32, "nlayers": 6, "e_rcut": 6.0, "e_rcut_smth": 5.3,
+        "e_sel": 1200, "a_rcut": 4.0, "a_rcut_smth": 3.5, "a_sel": 300,
+        "activation_function": "silut:10.0", "neuron": (240, 240, 240),
     }  # fmt: skip
     return random_config(type_map, n_routed=n_routed, kind=kind, **{**size, **options})
 
@@ -358,7 +355,7 @@ def write_random_package(
     seed: int = 0,
     fixed: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a package of random weights, for timing: without checkpoint, and verified only by one reference frame.
+    """Write a package of random weights, for timing: no checkpoint, and a dimer as its only reference frame.
 
     Args:
         path: file to write, `*.moe.pt`.
@@ -367,27 +364,89 @@ def write_random_package(
         seed: of the weights.
         fixed: `charge`, `spin`, `fparam` to fold into the model, as far as given.
     """
-    import copy
+    model = random_potential(config, seed, dtype)
+    write_unverified(
+        path, model, config, dtype, fixed=fixed, layout="random", note="random weights: for timing only"
+    )
 
+
+def write_checkpoint_package(
+    path: str | Path,
+    checkpoint: str | Path,
+    head: str | None = None,
+    frames: Sequence[str] = ("isolated atom", "dimer"),
+) -> None:
+    """Write a package of a checkpoint, with few reference frames and without its verification.
+
+    Args:
+        path: file to write, `*.moe.pt`.
+        checkpoint: file of any supported layout.
+        head: head of a multi-task checkpoint.
+        frames: labels of the reference frames that it has, under every condition that packaging tries.
+    """
+    import torch
+
+    from moecalc.package.importers import build_model, load_checkpoint
+
+    imported = load_checkpoint(Path(checkpoint), head)
+    model = build_model(imported, torch.float64)
+    write_unverified(
+        path,
+        model,
+        imported.config,
+        imported.config.descriptor.precision,
+        trained_elements=imported.trained_elements,
+        frames=frames,
+        every_condition=True,
+    )
+
+
+def write_unverified(
+    path: str | Path,
+    model: Any,
+    config: Any,
+    dtype: str,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    trained_elements: Sequence[str] | None = None,
+    frames: Sequence[str] = ("dimer",),
+    every_condition: bool = False,
+    layout: str = "unverified",
+    note: str = "",
+) -> None:
+    """Write a package of a model: as packaging does, but without its verification.
+
+    Args:
+        path: file to write, `*.moe.pt`.
+        model: a `MoEPotential` with all its experts; not changed.
+        config: its `ModelConfig`.
+        dtype: precision of the package.
+        fixed: `charge`, `spin`, `fparam` to fold into the model, as far as given.
+        trained_elements: symbols that occurred in training; None: all.
+        frames: labels of `reference_structures`, here of the first two elements; engines refuse a package of
+            none.
+        every_condition: frames under other conditions than the default as well, as packaging has them.
+        layout, note: texts of the metadata.
+    """
     from moecalc.conditions import fix
-    from moecalc.package.importers import set_precision
+    from moecalc.package import reference
     from moecalc.package.lower import lower
     from moecalc.package.metadata import Source
-    from moecalc.package.reference import reference_conditions, reference_frame, reference_structures
     from moecalc.package.write import Labels, Lowered, write_package
 
-    path = Path(path)
-    model = random_potential(config, seed, dtype)
-    folded, conditions = fix(config.conditions(), **(fixed or {}))
-    low, routing = lower(model, config, None, folded)
-    rounded = copy.deepcopy(low)
-    set_precision(rounded, "float64", "float64")
-    _, (label, dimer), *_ = reference_structures(low.elements[:2], (low.cutoff, low.angle_cutoff))
-    frame = reference_frame(rounded, label, dimer, reference_conditions(low, conditions)[0])
+    folded, taken = fix(config.conditions(), **(fixed or {}))
+    exact, routing = lower(model, config, None, folded)
+    low = reference.in_precision(exact, dtype)
+    structures = reference.reference_structures(low.elements[:2], (low.cutoff, low.angle_cutoff))
+    chosen = [(label, atoms) for label, atoms in structures if label in frames]
+    conditions = reference.reference_conditions(exact, taken)
+    cases = reference.reference_cases(chosen, conditions if every_condition else conditions[:1])
     n_parameters = sum(p.numel() for p in model.parameters())
     labels = Labels(
-        name=path.name.removesuffix(".moe.pt"),
-        source=Source(file="", sha256="", layout="random", size_bytes=0, parameters=n_parameters),
-        note="random weights: for timing only",
+        name=Path(path).name.removesuffix(".moe.pt"),
+        source=Source(file="", sha256="", layout=layout, size_bytes=0, parameters=n_parameters),
+        trained_elements=trained_elements,
+        note=note,
     )
-    write_package(path, Lowered(low, routing, config, conditions), labels, [frame])
+    lowered = Lowered(low, routing, config, taken)
+    write_package(path, lowered, labels, reference.reference_frames(low, cases))

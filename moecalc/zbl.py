@@ -1,12 +1,13 @@
-"""Short-range guard: the repulsion of screened nuclei (ZBL) between atoms that are closer than any in the training data.
+"""Short-range guard: the repulsion of screened nuclei (ZBL) between atoms closer than in training data.
 
-The same function as `pair_style zbl` of LAMMPS, so that a simulation in ASE and one in LAMMPS have the same guard:
+Simulations in ASE and in LAMMPS have the same guard, because this is the function of `pair_style zbl`:
 
     E(r) = ke Zi Zj / r phi(r / a) + S(r),  a = 0.46850 A / (Zi^0.23 + Zj^0.23)
 
-with the universal screening function phi of Ziegler, Biersack and Littmark, The Stopping and Range of Ions in Matter (1985), and a
-polynomial S that leaves the forces alone below an inner radius and takes energy, force and its slope to zero at an outer radius
-(https://docs.lammps.org/pair_zbl.html). It is zero beyond, so that a structure without such pairs is not changed at all.
+with the universal screening function phi of Ziegler, Biersack and Littmark, The Stopping and Range of Ions in
+Matter (1985), and a polynomial S that leaves the forces alone below an inner radius and takes energy, force
+and its slope to zero at an outer radius (https://docs.lammps.org/pair_zbl.html). It is zero beyond,
+and leaves structures without such pairs as they are.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.mixing import SumCalculator
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
-from numpy.typing import NDArray
 
 from moecalc.ase_conditions import same_info
 from moecalc.errors import ElementError, MoecalcError
 from moecalc.keys import VOIGT
 from moecalc.neighbors import SkinNeighborList
+from moecalc.typing import Floats, Ints
 
-Floats = NDArray[np.float64]
 Pair = tuple[str, str]
 Radii = Mapping[Pair, tuple[float, float]]
 
@@ -36,15 +36,18 @@ COULOMB: Final = 14.399645
 """ke e^2 in eV A, with the digits that LAMMPS has in `units metal`."""
 
 MARGIN: Final = 0.95
-"""Outer radius over the shortest distance in the data: nothing that the model was trained on feels the guard."""
+"""Outer radius over the shortest distance in the data: training data do not feel the guard."""
 
 OF_COVALENT: Final = 0.6
-"""Outer radius over the sum of the covalent radii (Cordero et al., Dalton Trans. 2832 (2008)), for pairs without data."""
+"""Outer radius over the sum of the covalent radii, for pairs without data.
+
+The radii are those of Cordero et al., Dalton Trans. 2832 (2008).
+"""
 
 INNER: Final = 0.7
 """Inner over outer radius."""
 
-_GRID: Final = 0.1  # outer radii are rounded down to this (A), so that a few styles of LAMMPS serve all pairs
+_GRID: Final = 0.1  # outer radii are rounded down to this (A): few styles of LAMMPS serve all pairs
 _SMALLEST: Final = 0.6  # outer radius (A): below, moecalc refuses the structure anyway
 _SCREENING: Final = np.array([[0.18175, 3.19980], [0.50986, 0.94229], [0.28022, 0.40290], [0.02817, 0.20162]])
 
@@ -58,7 +61,8 @@ def shortest_distances(frames: Iterable[Atoms], reach: float = 4.0) -> dict[Pair
     """Shortest distance of every pair of elements that comes closer than `reach`, in Angstrom.
 
     Raises:
-        StructureError: a structure that moecalc cannot evaluate: positions that are not finite, atoms closer than 0.5 A.
+        StructureError: a structure that moecalc cannot evaluate: positions that are not finite, atoms closer
+            than 0.5 A.
     """
     found: dict[int, float] = {}
     for atoms in frames:
@@ -83,8 +87,8 @@ def guard_radii(
 ) -> dict[Pair, tuple[float, float]]:
     """Inner and outer radius for all pairs of some elements.
 
-    The outer one is 95 % of the shortest distance in the data where the pair occurs there, or 60 % of the sum of the covalent radii,
-    whichever is less, rounded down to 0.1 A; the inner one is 70 % of the outer.
+    The outer one is 95 % of the shortest distance in the data where the pair occurs there, or 60 % of the sum
+    of the covalent radii, whichever is less, rounded down to 0.1 A; the inner one is 70 % of the outer.
 
     Args:
         elements: chemical symbols.
@@ -113,7 +117,8 @@ def lammps_commands(
 ) -> str:
     """`pair_style` and `pair_coeff` lines of LAMMPS for a model with the guard.
 
-    `pair_style zbl` has one pair of radii for all, so there is one zbl sub-style for every pair of radii that occurs.
+    `pair_style zbl` has one pair of radii for all, so there is one zbl sub-style for every pair of radii that
+    occurs.
 
     Args:
         elements: chemical symbol of every atom type.
@@ -134,9 +139,8 @@ def lammps_commands(
     for i, a in enumerate(elements):
         for j, b in enumerate(elements[i:], start=i):
             index = classes.index(_radii_of(radii, a, b)) + 1
-            style = (
-                f"zbl {index}" if len(classes) > 1 else "zbl"
-            )  # LAMMPS wants the number only if there are several
+            # LAMMPS wants the number only if there are several
+            style = f"zbl {index}" if len(classes) > 1 else "zbl"
             lines.append(f"pair_coeff {i + 1} {j + 1} {style} {_number(a)} {_number(b)} # {a}-{b}")
     return "\n".join(lines) + "\n"
 
@@ -146,7 +150,7 @@ class ZBL(Calculator):
 
     Args:
         radii: (inner, outer) in Angstrom of every pair of elements, from `guard_radii`.
-        skin: extra reach of the neighbour list in Angstrom.
+        skin: extra reach of the neighbor list in Angstrom.
 
     Raises:
         MoecalcError: radii that are not 0 < inner < outer.
@@ -202,7 +206,7 @@ class ZBL(Calculator):
         i, j = (np.full(np.shape(distance), self.elements.index(x)) for x in (a, b))
         return self._pairs(i, j, np.asarray(distance, dtype=float))
 
-    def _pairs(self, i: NDArray[np.int64], j: NDArray[np.int64], r: Floats) -> tuple[Floats, Floats]:
+    def _pairs(self, i: Ints, j: Ints, r: Floats) -> tuple[Floats, Floats]:
         energy, slope, _ = screened_coulomb(r, self._charge[i, j], self._length[i, j])
         t = np.maximum(r - self._inner[i, j], 0.0)
         a, b, c = self._a[i, j], self._b[i, j], self._c[i, j]
@@ -214,7 +218,8 @@ class ZBL(Calculator):
 
     def _unknown(self, symbols: Iterable[str]) -> ElementError:
         return ElementError(
-            f"the guard has no radii for {' '.join(symbols)}, expected {' '.join(self.elements)}: give guard_radii all elements"
+            f"the guard has no radii for {' '.join(symbols)}, expected {' '.join(self.elements)}: give "
+            "guard_radii all elements"
         )
 
     def calculate(
@@ -268,7 +273,7 @@ def guarded(model: Any, shortest: Mapping[Pair, float] | None = None) -> SumCalc
 
 
 class _Guarded(SumCalculator):
-    """ASE's sum, whose results are not kept when the charge, spin or frame parameters of the structure change."""
+    """ASE's sum, which forgets results when the charge, spin or frame parameters of the structure change."""
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What differs between the structure and the one that the results are of."""
@@ -279,7 +284,7 @@ class _Guarded(SumCalculator):
 
 
 def charge_and_length(a: Any, b: Any) -> tuple[Any, Any]:
-    """Prefactor (eV A) and screening length (A) of pairs of atomic numbers: numbers, or arrays that are broadcast."""
+    """Prefactor (eV A) and screening length (A) of pairs of atomic numbers, or of arrays of these."""
     return COULOMB * a * b, 0.46850 / (a**0.23 + b**0.23)
 
 

@@ -1,4 +1,6 @@
-"""The same weights on the same structure through DeePMD-kit and through moecalc, in turn, in one run. See README.md beside this file.
+"""The same weights on the same structure through DeePMD-kit and through moecalc, in alternation.
+
+See README.md beside this file.
 
 python benchmarks/peers/compare.py --peer-venv PATH --checkpoint dpa3_l6_water.pt --structure water192.extxyz
 """
@@ -22,11 +24,21 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
+from moecalc.benchmark import (
+    Ceilings,
+    answer_of,
+    evaluation_costs,
+    isolated_ceilings,
+    last_line,
+    machine,
+)
+
 sys.path.insert(0, str(Path(__file__).parent))
 import table
 
 DRIVE = Path(__file__).with_name("drive.py")
 TIME_LIMIT = 1800.0  # seconds for one process
+SILENT = "no message (out of memory?)"
 
 
 @dataclass
@@ -91,7 +103,7 @@ class Peer:
             [self.python, "-c", code], capture_output=True, text=True, check=False, env=self.environment
         )
         if done.returncode:
-            raise RuntimeError(f"{self.python}: {last_line(done.stderr)}")
+            raise RuntimeError(f"{self.python}: {last_line(done.stderr) or SILENT}")
         deepmd, lammps, torch = done.stdout.split()
         return f"DeePMD-kit {deepmd}, LAMMPS {lammps}, torch {torch}"
 
@@ -107,7 +119,7 @@ class Peer:
             timeout=TIME_LIMIT,
         )
         if done.returncode:
-            raise RuntimeError(f"dp {arguments[0]} failed: {last_line(done.stderr)}")
+            raise RuntimeError(f"dp {arguments[0]} failed: {last_line(done.stderr) or SILENT}")
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -118,12 +130,6 @@ def environment(threads: int) -> dict[str, str]:
         "DP_INTRA_OP_PARALLELISM_THREADS": str(threads),
         "DP_INTER_OP_PARALLELISM_THREADS": "1",
     }
-
-
-def last_line(text: str) -> str:
-    """What a failed program said last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message (out of memory?)"
 
 
 def prepare(form: Form, checkpoint: Path, folder: Path, peer: Peer) -> Path:
@@ -192,60 +198,15 @@ def time_once(
         "steps": options.steps,
     }
     ours = form.code == "moecalc"
-    try:
-        done = subprocess.run(
-            [sys.executable if ours else str(peer.python), str(DRIVE), json.dumps(spec)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment(options.threads) if ours else peer.environment,
-            cwd=folder,
-            timeout=TIME_LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"took more than {TIME_LIMIT:.0f} s") from None
-    if done.returncode:
-        raise RuntimeError(last_line(done.stderr))
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-FLOOR = """
-import sys
-from moecalc.bench import ceilings
-print(ceilings("float32", int(sys.argv[1])).model_dump_json())
-"""
-
-
-def gemm_ceiling(threads: int) -> dict[str, float]:
-    """Matrix products and copies with as many threads, in a process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-c", FLOOR, str(threads)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment(threads),
-    )
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+    command = [sys.executable if ours else str(peer.python), str(DRIVE), json.dumps(spec)]
+    process_environment = environment(options.threads) if ours else peer.environment
+    return answer_of(command, process_environment, folder=folder, seconds=TIME_LIMIT)
 
 
 def count(package: Path, atoms: Atoms) -> dict[str, Any]:
     """Sizes of the graph and the arithmetic of one evaluation."""
-    from moecalc.costs import costs, count_graph, read_architecture
-    from moecalc.neighbors import SkinNeighborList
-    from moecalc.package import read_metadata
-
-    metadata = read_metadata(package)
-    types = np.array([metadata.elements.index(s) for s in atoms.symbols])
-    pairs, positions = SkinNeighborList(metadata.cutoff, 0.0).pairs(atoms)
-    edge_vec = pairs.vectors(positions, atoms.cell.array[None])
-    architecture = read_architecture(package)
-    sizes = count_graph(
-        architecture, types, pairs.edge_index, edge_vec, metadata.cutoff, metadata.angle_cutoff
-    )
-    parts = {name: vars(cost) for name, cost in costs(architecture, sizes).items()}
-    return {"graph": vars(sizes), "cost": parts}
+    sizes, parts = evaluation_costs(package, atoms)
+    return {"graph": vars(sizes), "cost": {name: vars(cost) for name, cost in parts.items()}}
 
 
 def deviations(results: dict[str, dict[str, Any]]) -> None:
@@ -305,10 +266,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Convert the models, time all forms in turn, print the table, write JSON and docs; 1 if a form failed."""
+    """Convert the models, time all forms, print the table, write JSON and docs; 1 if a form failed."""
     options = parse()
-    from moecalc.bench import machine
-
     checkpoints = {"dynamic": options.checkpoint, "static": options.static_checkpoint}
     peer = Peer(options.peer_venv.absolute(), options.threads)
     results: dict[str, dict[str, Any]] = {}
@@ -345,10 +304,10 @@ def main() -> int:
         package = prepare(FORMS[0], any_checkpoint.absolute(), folder, peer)
         elements = read_metadata(package).elements
         write_structure(atoms, elements, scratch)
-        ceilings: list[dict[str, float]] = []
+        ceilings: list[Ceilings] = []
         started = time.time()
         for turn in range(options.rounds):
-            ceilings.append(gemm_ceiling(options.threads))
+            ceilings.append(isolated_ceilings("float32", options.threads, environment(options.threads)))
             for form in FORMS:
                 if form.key not in models or "error" in results[form.key]:
                     continue
@@ -374,8 +333,8 @@ def main() -> int:
             "rounds": options.rounds,
             "steps": options.steps,
             "structure": options.structure.name,
-            "gemm": [c["gemm"] for c in ceilings],
-            "stream": [c["stream"] for c in ceilings],
+            "gemm": [c.gemm for c in ceilings],
+            "stream": [c.stream for c in ceilings],
             **count(package, atoms),
             "forms": results,
         }

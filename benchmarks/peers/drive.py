@@ -1,6 +1,9 @@
-"""One timing of one form, in a process of its own. Run by compare.py with the Python of the environment that has the code.
+"""One timing of one form, in a process of its own.
 
-Reads a JSON object from the first argument, prints one as its last line. Needs nothing but that environment: no moecalc for the peer.
+compare.py runs this with the Python of the environment that has the code.
+
+Reads a JSON object from the first argument, prints one as its last line. Needs nothing but that environment
+and files of this checkout: no moecalc for the peer.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import runpy
 import statistics
 import sys
 import time
@@ -15,18 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
-def memory(field: str) -> float:
-    """`VmRSS` or `VmHWM` in MB of 1e6 bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {field}: this needs Linux")
-
-
-def reset_peak() -> None:
-    """Forget the peak memory so far."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+_MEMORY = runpy.run_path(str(Path(__file__).parents[2] / "moecalc" / "benchmark" / "process_memory.py"))
+memory = _MEMORY["memory"]
+reset_peak = _MEMORY["reset_peak"]
 
 
 def preload_mpi() -> None:
@@ -87,7 +82,7 @@ def run_lammps(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_python(spec: dict[str, Any]) -> dict[str, Any]:
-    """Energy, forces and virial call by call, atoms moved a little before each; the time is the median call."""
+    """Energy, forces and virial, atoms moved a little before each call; the time is the median call."""
     import numpy as np
 
     structure = np.load(spec["arrays"])

@@ -1,9 +1,9 @@
-"""Writes a checkpoint of a published shape with random weights, as `dp --pt train` of DeePMD-kit 3.2.0 saves it.
+"""Writes a checkpoint of a published shape with random weights, as `dp --pt train` of 3.2.0 saves it.
 
     python make_models.py 3.1-3M|3.2-5M|3.3-1M CHECKPOINT      (in an environment with deepmd-kit)
 
-Residuals are about 0.1, so that the noise of float32 stays small in deep models. Heads share their weights but for the
-energy shifts, the case embedding and the embedding of charge and spin.
+Residuals are about 0.1, so that the noise of float32 stays small in deep models. Heads share their weights
+but for the energy shifts, the case embedding and the embedding of charge and spin.
 """
 
 from __future__ import annotations

@@ -25,30 +25,48 @@ Evaluation empty_result(int64_t n_node, int64_t n_local, int64_t n_systems, cons
   return result;
 }
 
+Evaluation empty_result(const PreparedGraph& graph, const Request& request) {
+  Evaluation result = empty_result(graph.n_node, graph.n_local, graph.n_systems, request);
+  result.n_edge = graph.n_edge;
+  result.n_angle = graph.n_angle;
+  result.max_neighbors = graph.max_neighbors;
+  result.max_angle_neighbors = graph.max_angle_neighbors;
+  return result;
+}
+
+void put_energies(const PreparedGraph& graph, const Array& energies, Evaluation& result) {
+  result.energies = energies.select(graph.model_row);
+  const auto* of_atom = result.energies.data<double>();
+  auto* of_system = result.energy.data<double>();
+  for (size_t i = 0; i < graph.model_row.size(); ++i) {
+    of_system[graph.system[static_cast<size_t>(graph.model_row[i])]] += of_atom[i];
+  }
+}
+
 void scatter_gradients(const PreparedGraph& graph, const double* gradient, const Request& request,
                        Evaluation& result) {
   double* forces = request.forces ? result.forces.data<double>() : nullptr;
   double* virial = request.virial ? result.virial.data<double>() : nullptr;
   double* atom_virial = request.atom_virial ? result.atom_virial.data<double>() : nullptr;
-  for (int64_t e = 0; e < graph.n_edge; ++e) {
-    const auto at = static_cast<size_t>(e);
+  for (int64_t edge = 0; edge < graph.n_edge; ++edge) {
+    const auto at = static_cast<size_t>(edge);
     const int64_t centre = graph.centre[at];
     const int64_t i = graph.engine_row[static_cast<size_t>(centre)];
     const int64_t j = graph.engine_row[static_cast<size_t>(graph.neighbor[at])];
     const int64_t system = graph.system[static_cast<size_t>(centre)];
-    const double* g = gradient + 3 * e;
-    const double* vec = graph.edge_vec.data() + 3 * e;
+    const double* d_vector = gradient + 3 * edge;
+    const double* vector = graph.edge_vec.data() + 3 * edge;
     if (forces != nullptr) {
-      for (int a = 0; a < 3; ++a) {
-        forces[3 * i + a] += g[a];
-        forces[3 * j + a] -= g[a];
+      for (int c = 0; c < 3; ++c) {
+        forces[3 * i + c] += d_vector[c];
+        forces[3 * j + c] -= d_vector[c];
       }
     }
-    for (int a = 0; a < 3; ++a) {
-      for (int b = 0; b < 3; ++b) {
-        const double share = vec[a] * g[b];
-        if (virial != nullptr) virial[9 * system + 3 * a + b] -= share;
-        if (atom_virial != nullptr) atom_virial[9 * j + 3 * a + b] -= share;
+    for (int row = 0; row < 3; ++row) {
+      for (int column = 0; column < 3; ++column) {
+        const double share = vector[row] * d_vector[column];
+        if (virial != nullptr) virial[9 * system + 3 * row + column] -= share;
+        if (atom_virial != nullptr) atom_virial[9 * j + 3 * row + column] -= share;
       }
     }
   }
@@ -56,30 +74,34 @@ void scatter_gradients(const PreparedGraph& graph, const double* gradient, const
 
 namespace {
 
-/// Copies row `from[k]` to row `to[k]`, k < n, where one of them is null for k itself.
-void copy_rows(const Array& source, const int64_t* from, const Array& target, const int64_t* to, int64_t n) {
-  if (n == 0) return;
+/// Copies row `from[k]` to row `to[k]`, k < count, where one of them is null for k itself.
+void copy_rows(const Array& source, const int64_t* from, const Array& target, const int64_t* to,
+               int64_t count) {
+  if (count == 0) return;
   const size_t row = source.bytes() / static_cast<size_t>(source.size(0));
   const auto* in = static_cast<const char*>(source.bytes_data());
   auto* out = static_cast<char*>(target.bytes_data());
-  for (int64_t k = 0; k < n; ++k) {
-    std::memcpy(out + static_cast<size_t>(to == nullptr ? k : to[k]) * row,
-                in + static_cast<size_t>(from == nullptr ? k : from[k]) * row, row);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t source_row = from == nullptr ? k : from[k];
+    const int64_t target_row = to == nullptr ? k : to[k];
+    std::memcpy(out + static_cast<size_t>(target_row) * row, in + static_cast<size_t>(source_row) * row, row);
   }
 }
 
 }  // namespace
 
-Array with_ghosts(const PreparedGraph& graph, const Array& v, GhostExchange* exchange) {
-  if (exchange == nullptr) return v;
-  const Array buffer = Array::zeros({graph.n_node, v.size(1)}, v.dtype());
-  copy_rows(v, nullptr, buffer, graph.engine_row.data(), graph.n_local);
+Array with_ghosts(const PreparedGraph& graph, const Array& rows, GhostExchange* exchange) {
+  if (exchange == nullptr) return rows;
+  const int64_t width = rows.size(1);
+  const Array buffer = Array::zeros({graph.n_node, width}, rows.dtype());
+  copy_rows(rows, nullptr, buffer, graph.engine_row.data(), graph.n_local);
   exchange->forward(buffer);
   const int64_t n_ghost = graph.n_node - graph.n_local;
-  if (n_ghost == 0) return v;
-  const Array all = Array::empty({graph.n_node, v.size(1)}, v.dtype());
-  copy_rows(v, nullptr, all, nullptr, graph.n_local);
-  copy_rows(buffer.rows(graph.n_local, n_ghost), nullptr, all.rows(graph.n_local, n_ghost), nullptr, n_ghost);
+  if (n_ghost == 0) return rows;
+  const Array all = Array::empty({graph.n_node, width}, rows.dtype());
+  const Array ghosts = buffer.rows(graph.n_local, n_ghost);
+  copy_rows(rows, nullptr, all, nullptr, graph.n_local);
+  copy_rows(ghosts, nullptr, all.rows(graph.n_local, n_ghost), nullptr, n_ghost);
   return all;
 }
 
@@ -97,7 +119,7 @@ Array composition_of(const PreparedGraph& graph, int64_t n_types, GhostExchange*
   const Array composition = Array::of(graph.composition, {graph.n_systems, n_types});
   if (exchange != nullptr) exchange->sum(composition);
   auto* count = composition.data<double>();
-  for (int64_t s = 0; s < graph.n_systems; ++s, count += n_types) {
+  for (int64_t system = 0; system < graph.n_systems; ++system, count += n_types) {
     double total = 0.0;
     for (int64_t t = 0; t < n_types; ++t) total += count[t];
     // a structure without atoms has no composition; its rows are never used
@@ -112,10 +134,21 @@ Array features_of(const PreparedGraph& graph, const Architecture& model, const T
   Array shift;
   if (model.conditions.routed) {
     std::vector<int64_t> condition;
-    for (int64_t s = 0; s < graph.n_systems; ++s) condition.push_back(tables.rules.condition(s));
+    for (int64_t system = 0; system < graph.n_systems; ++system) {
+      condition.push_back(tables.rules.condition(system));
+    }
     shift = tables.shift.select(condition);
   }
   return group_features(model.embedding, composition_of(graph, model.n_types(), exchange), shift);
+}
+
+std::string place_of_library(const std::string& file) {
+  Dl_info info;
+  const auto* in_this_library = reinterpret_cast<const void*>(&place_of_library);
+  if (::dladdr(in_this_library, &info) == 0 || info.dli_fname == nullptr) return file;
+  const std::string here = info.dli_fname;
+  const size_t slash = here.rfind('/');
+  return slash == std::string::npos ? file : here.substr(0, slash + 1) + file;
 }
 
 void* open_library(const std::string& file, std::string& reason) {
@@ -124,13 +157,7 @@ void* open_library(const std::string& file, std::string& reason) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = opened.find(file);
   if (found != opened.end()) return found->second;
-  std::string path;
-  Dl_info info;
-  if (::dladdr(reinterpret_cast<const void*>(&open_library), &info) != 0 && info.dli_fname != nullptr) {
-    path = info.dli_fname;
-    path.resize(path.rfind('/') == std::string::npos ? 0 : path.rfind('/') + 1);
-  }
-  path += file;
+  const std::string path = place_of_library(file);
   void* handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {  // tried again the next time: what it needs may have been loaded by then
     const char* message = ::dlerror();

@@ -66,14 +66,20 @@ std::unique_ptr<Backend> make_torchscript_backend(const BackendInputs& inputs);
 MOECALC_API Evaluation empty_result(int64_t n_node, int64_t n_local, int64_t n_systems,
                                     const Request& request);
 
+/// The same for a graph, with its counts.
+MOECALC_API Evaluation empty_result(const PreparedGraph& graph, const Request& request);
+
+/// `energies` (n_local,) float64 in model order -> energies of atoms and structures, in engine order.
+MOECALC_API void put_energies(const PreparedGraph& graph, const Array& energies, Evaluation& result);
+
 /// g = dE/d(edge_vec), (n_edge * 3) of a graph: f_i += g, f_j -= g, virial -= edge_vec (x) g.
 MOECALC_API void scatter_gradients(const PreparedGraph& graph, const double* gradient, const Request& request,
                                    Evaluation& result);
 
 /// Row order between the engine's atoms and the graph's, and the exchange of ghosts in between.
-/// v (n_local, width) in model order -> (n_node, width): ghosts get the features of their owners. As it is
-/// without `exchange`.
-MOECALC_API Array with_ghosts(const PreparedGraph& graph, const Array& v, GhostExchange* exchange);
+/// `rows` (n_local, width) in model order -> (n_node, width): ghosts get the features of their owners. As it
+/// is without `exchange`.
+MOECALC_API Array with_ghosts(const PreparedGraph& graph, const Array& rows, GhostExchange* exchange);
 /// Gradient of (n_node, width) rows -> (n_local, width) of the owned ones, with what other ranks' ghosts
 /// contribute.
 MOECALC_API Array without_ghosts(const PreparedGraph& graph, const Array& gradient, GhostExchange* exchange);
@@ -84,7 +90,9 @@ MOECALC_API Array composition_of(const PreparedGraph& graph, int64_t n_types, Gh
 MOECALC_API Array features_of(const PreparedGraph& graph, const Architecture& model, const TypeTables& tables,
                               GhostExchange* exchange);
 
-/// The library `file` (libmoecalc_cuda.so, ...) beside this one, opened once. Null, with `reason`, if it is
+/// Where the library `file` (libmoecalc_cuda.so, ...) has to be: beside this one.
+std::string place_of_library(const std::string& file);
+/// That library, opened once. Null, with `reason`, if it is
 /// not there or does not load.
 void* open_library(const std::string& file, std::string& reason);
 

@@ -205,7 +205,8 @@ class JsonReader {
   }
 
   std::string_view text_;
-  size_t at_ = 0, n_values_ = 0;
+  size_t at_ = 0;
+  size_t n_values_ = 0;
 };
 
 Json Json::parse(std::string_view text) { return JsonReader(text).run(); }

@@ -38,7 +38,8 @@ class Json {
   Kind kind_ = Kind::null;
   bool boolean_ = false;
   double number_ = 0.0;
-  std::string text_, place_;
+  std::string text_;
+  std::string place_;
   std::vector<Json> list_;
   std::map<std::string, Json> object_;
 };

@@ -36,7 +36,8 @@ int64_t available_memory() {
     for (std::string group = line.substr(line.find('/'));; group.resize(group.rfind('/'))) {
       std::ifstream limits(root + group + (first ? "/memory.limit_in_bytes" : "/memory.max"));
       std::ifstream use(root + group + (first ? "/memory.usage_in_bytes" : "/memory.current"));
-      int64_t limit = 0, used = 0;
+      int64_t limit = 0;
+      int64_t used = 0;
       if (limits >> limit && use >> used) {  // no number where there is no limit
         available = std::min(available, std::max<int64_t>(0, limit - used));
       }

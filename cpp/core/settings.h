@@ -10,10 +10,12 @@
 namespace moecalc {
 
 struct Settings {
-  std::string backend;                                            // MOECALC_BACKEND
-  std::string instruction_set;                                    // MOECALC_CPU
-  std::optional<int64_t> keep_bytes, weight_bytes, device_bytes;  // MOECALC_KEEP, _WEIGHTS, _DEVICE_MEMORY
-  bool emulation_reversed = false;                                // MOECALC_EMULATION_REVERSED
+  std::string backend;                  // MOECALC_BACKEND
+  std::string instruction_set;          // MOECALC_CPU
+  std::optional<int64_t> keep_bytes;    // MOECALC_KEEP
+  std::optional<int64_t> weight_bytes;  // MOECALC_WEIGHTS
+  std::optional<int64_t> device_bytes;  // MOECALC_DEVICE_MEMORY
+  bool emulation_reversed = false;      // MOECALC_EMULATION_REVERSED
 };
 
 /// Throws Error for a value that is not understood.

@@ -62,7 +62,8 @@ int physical_cores() {
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &mask)) continue;
     const std::string folder = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-    int package = 0, core = 0;
+    int package = 0;
+    int core = 0;
     if (!(std::ifstream(folder + "physical_package_id") >> package)) return usable_cores();
     if (!(std::ifstream(folder + "core_id") >> core)) return usable_cores();
     cores.emplace(package, core);
@@ -129,7 +130,8 @@ class ThreadPool::Team {
  public:
   explicit Team(int n_threads) : spins_(n_threads <= usable_cores() ? 2000 : 0) {
     // Signals are for the program's own threads. Faults of our own code must not be blocked.
-    sigset_t all, before;
+    sigset_t all;
+    sigset_t before;
     sigfillset(&all);
     for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT}) sigdelset(&all, fault);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -150,12 +152,12 @@ class ThreadPool::Team {
 
   pid_t process() const { return process_; }
 
-  void run(int n, const std::function<void(int)>& f) {
-    task_ = &f;
+  void run(int n_thread, const std::function<void(int)>& task) {
+    task_ = &task;
     floating_point_.take();
-    running_.store(n - 1, std::memory_order_relaxed);
-    announce(n);
-    attempt(0, f);
+    running_.store(n_thread - 1, std::memory_order_relaxed);
+    announce(n_thread);
+    attempt(0, task);
     wait([this] { return running_.load() == 0; }, caller_sleeps_, done_);
     if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
@@ -163,19 +165,19 @@ class ThreadPool::Team {
  private:
   static constexpr int kBits = 16;  // of the number of threads in the word below
 
-  /// A new region of `n` threads; 0: all shall end. Number of the region and threads are one word, so that a
-  /// thread which comes late, because it has no part in it, reads both of the same region.
-  void announce(int n) {
+  /// A new region of `n_thread` threads; 0: all shall end. Number of the region and threads are one word, so
+  /// that a thread which comes late, because it has no part in it, reads both of the same region.
+  void announce(int n_thread) {
     region_.store((((region_.load(std::memory_order_relaxed) >> kBits) + 1) << kBits) |
-                  static_cast<uint64_t>(n));
+                  static_cast<uint64_t>(n_thread));
     // sequentially consistent: either the sleeper sees the new region, or we see that it sleeps
     if (sleepers_.load() == 0) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
 
-  template <class F>
-  void wait(const F& over, std::atomic<int>& sleepers, std::condition_variable& signal) {
+  template <class Condition>
+  void wait(const Condition& over, std::atomic<int>& sleepers, std::condition_variable& signal) {
     for (int k = 0; k < spins_; ++k) {
       if (over()) return;
       pause();
@@ -186,9 +188,9 @@ class ThreadPool::Team {
     --sleepers;
   }
 
-  void attempt(int thread, const std::function<void(int)>& f) {
+  void attempt(int thread, const std::function<void(int)>& task) {
     try {
-      f(thread);
+      task(thread);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (failure_ == nullptr) failure_ = std::current_exception();
@@ -200,9 +202,9 @@ class ThreadPool::Team {
     while (true) {
       wait([this, seen] { return region_.load() != seen; }, sleepers_, wake_);
       seen = region_.load();
-      const int n = static_cast<int>(seen & ((1 << kBits) - 1));
-      if (n == 0) return;
-      if (thread >= n) continue;
+      const int n_thread = static_cast<int>(seen & ((1 << kBits) - 1));
+      if (n_thread == 0) return;
+      if (thread >= n_thread) continue;
       floating_point_.give();
       attempt(thread, *task_);
       if (--running_ == 0 && caller_sleeps_.load() != 0) {
@@ -226,7 +228,8 @@ class ThreadPool::Team {
   const std::function<void(int)>* task_ = nullptr;
   FloatingPoint floating_point_;
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
   std::exception_ptr failure_;
   std::vector<std::thread> workers_;  // last: they use the others
 };
@@ -249,14 +252,14 @@ void ThreadPool::resize(int n_threads) {
   n_threads_ = n_threads;
 }
 
-void ThreadPool::run(int n, const std::function<void(int)>& f) {
-  if (n <= 1) {
-    if (n == 1) f(0);
+void ThreadPool::run(int n_thread, const std::function<void(int)>& work) {
+  if (n_thread <= 1) {
+    if (n_thread == 1) work(0);
     return;
   }
   if (team_ != nullptr && team_->process() != getpid()) leave();
   if (team_ == nullptr) team_ = std::make_unique<Team>(n_threads_);
-  team_->run(n, f);
+  team_->run(n_thread, work);
 }
 
 }  // namespace moecalc

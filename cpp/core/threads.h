@@ -35,9 +35,9 @@ class MOECALC_API ThreadPool {
   void resize(int n_threads);
   int size() const { return n_threads_; }
 
-  /// f(0), ..., f(n - 1), n <= size(), each on a thread of its own, f(0) on the caller's. Rethrows what one
-  /// of them throws, after all have ended.
-  void run(int n, const std::function<void(int)>& f);
+  /// work(0), ..., work(n_thread - 1), n_thread <= size(), each on a thread of its own, work(0) on the
+  /// caller's. Rethrows what one of them throws, after all have ended.
+  void run(int n_thread, const std::function<void(int)>& work);
 
  private:
   class Team;

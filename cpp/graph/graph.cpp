@@ -37,7 +37,8 @@ constexpr int64_t max_systems = 1 << 24;
 
 /// Checks the values of `types` and `system_index`, whose type and shape are checked already.
 void check_atoms(const NeighborList& list, int64_t n_types) {
-  const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
+  const int64_t n_node = list.types.size(0);
+  const int64_t n_local = list.system_index.size(0);
   if (n_local > n_node) {
     throw Error("expected `system_index` no longer than `types` (" + std::to_string(n_node) + "), got " +
                 std::to_string(n_local));
@@ -59,9 +60,9 @@ void check_edge(int64_t e, int64_t i, int64_t j, int64_t n_local, int64_t n_node
   if (j < 0 || j >= n_node) out_of_range("edge_index[1, " + std::to_string(e) + "] (a neighbour)", j, n_node);
 }
 
-std::string triple(const double* x) {
-  return "(" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) +
-         ") Angstrom";
+std::string triple(const double* vector) {
+  return "(" + std::to_string(vector[0]) + ", " + std::to_string(vector[1]) + ", " +
+         std::to_string(vector[2]) + ") Angstrom";
 }
 
 std::string pair_of_atoms(int64_t i, int64_t j) {
@@ -87,14 +88,16 @@ NeighborList checked_list(const NeighborList& list, const GraphRules& rules) {
   check_array(out.edge_to, "edge_to", Dtype::int64, {n_edge});
   if (list.edge_shift.defined()) check_array(list.edge_shift, "edge_shift", Dtype::int64, {n_edge, 3});
   check_atoms(list, rules.n_types);
-  const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
+  const int64_t n_node = list.types.size(0);
+  const int64_t n_local = list.system_index.size(0);
   const auto* centre = list.edge_index.data<int64_t>();
   const int64_t* neighbor = centre + n_edge;
   const auto* from = out.edge_from.data<int64_t>();
   const auto* to = out.edge_to.data<int64_t>();
   const auto* system = list.system_index.data<int64_t>();
   for (int64_t e = 0; e < n_edge; ++e) {
-    const int64_t i = centre[e], j = neighbor[e];
+    const int64_t i = centre[e];
+    const int64_t j = neighbor[e];
     check_edge(e, i, j, n_local, n_node);
     if (j < n_local && system[i] != system[j]) {
       throw Error("expected edges within one structure, got an edge between " + pair_of_atoms(i, j) +
@@ -125,10 +128,10 @@ void check_positions(const NeighborList& list, int64_t n_rows, const Array& posi
                 " or more rows, which the list names, got " + std::to_string(n_position) +
                 ": set the list anew");
   }
-  const auto* x = positions.data<double>();
   for (int64_t i = 0; i < n_position; ++i) {
-    if (!std::isfinite(x[3 * i] + x[3 * i + 1] + x[3 * i + 2])) {
-      throw Error("expected finite `positions`, got " + triple(x + 3 * i) + " in row " + std::to_string(i));
+    const double* row = positions.data<double>() + 3 * i;
+    if (!std::isfinite(row[0] + row[1] + row[2])) {
+      throw Error("expected finite `positions`, got " + triple(row) + " in row " + std::to_string(i));
     }
   }
   if (!list.edge_shift.defined()) return;
@@ -147,7 +150,8 @@ AngleIndex angle_index(const PreparedGraph& graph) {
   index.first.reserve(static_cast<size_t>(graph.n_angle));
   index.second.reserve(static_cast<size_t>(graph.n_angle));
   for (size_t i = 0; i < static_cast<size_t>(graph.n_local); ++i) {
-    const int64_t begin = graph.edge_offset[i], end = begin + graph.close_count[i];
+    const int64_t begin = graph.edge_offset[i];
+    const int64_t end = begin + graph.close_count[i];
     for (int64_t j = begin; j < end; ++j) {
       for (int64_t k = begin; k < end; ++k) {
         index.first.push_back(j);
@@ -166,17 +170,16 @@ void GraphBuilder::set_list(const NeighborList& list, const GraphRules& rules) {
   AtomOrder atoms = order_atoms(list, rules);
   EdgeOrder order = order_edges(list, rules, atoms);
 
-  PreparedGraph& g = graph_;
-  g.n_node = list.types.size(0);
-  g.n_local = list.system_index.size(0);
-  g.n_systems = list.n_systems;
+  graph_.n_node = list.types.size(0);
+  graph_.n_local = list.system_index.size(0);
+  graph_.n_systems = list.n_systems;
   const auto* system = list.system_index.data<int64_t>();
-  g.system.resize(static_cast<size_t>(g.n_local));
-  g.composition.assign(static_cast<size_t>(list.n_systems * rules.n_types), 0.0);
+  graph_.system.resize(static_cast<size_t>(graph_.n_local));
+  graph_.composition.assign(static_cast<size_t>(list.n_systems * rules.n_types), 0.0);
   const auto* type = list.types.data<int64_t>();
-  for (int64_t i = 0; i < g.n_local; ++i) {
-    g.system[static_cast<size_t>(atoms.model_row[static_cast<size_t>(i)])] = system[i];
-    g.composition[static_cast<size_t>(system[i] * rules.n_types + type[i])] += 1.0;
+  for (int64_t i = 0; i < graph_.n_local; ++i) {
+    graph_.system[static_cast<size_t>(atoms.model_row[static_cast<size_t>(i)])] = system[i];
+    graph_.composition[static_cast<size_t>(system[i] * rules.n_types + type[i])] += 1.0;
   }
 
   const int64_t n_listed = list.edge_index.size(1);
@@ -187,98 +190,110 @@ void GraphBuilder::set_list(const NeighborList& list, const GraphRules& rules) {
   edges_.clear();
   edges_.reserve(order.edges.size());
   for (const int64_t e : order.edges) {
-    const int64_t j = neighbor[e];
-    Edge edge{
-        from[e], to[e], j < g.n_local ? atoms.model_row[static_cast<size_t>(j)] : j, e, {0.0, 0.0, 0.0}};
+    const bool is_local = neighbor[e] < graph_.n_local;
+    const int64_t row = is_local ? atoms.model_row[static_cast<size_t>(neighbor[e])] : neighbor[e];
+    Edge edge{from[e], to[e], row, e, {0.0, 0.0, 0.0}};
     if (shifted_) std::copy_n(shift + 3 * e, 3, edge.shift);  // whole numbers, as they are multiplied
     edges_.push_back(edge);
   }
   edge_begin_ = std::move(order.begin);
-  g.types = std::move(atoms.types);
-  g.engine_row = std::move(atoms.engine_row);
-  g.model_row = std::move(atoms.model_row);
-  g.node_splits = std::move(atoms.node_splits);
+  graph_.types = std::move(atoms.types);
+  graph_.engine_row = std::move(atoms.engine_row);
+  graph_.model_row = std::move(atoms.model_row);
+  graph_.node_splits = std::move(atoms.node_splits);
   has_list_ = true;
 }
 
-const PreparedGraph& GraphBuilder::prepare(const Array& positions, const Array& cells) {
-  PreparedGraph& g = graph_;
-  const auto* x = positions.data<double>();
-  const double* cell = shifted_ ? cells.data<double>() : nullptr;
-  const double cutoff = cutoff_, angle_cutoff = angle_cutoff_;
-  g.max_neighbors = g.max_angle_neighbors = 0;
-  g.centre.resize(edges_.size());
-  g.neighbor.resize(edges_.size());
-  g.list_edge.resize(edges_.size());
-  g.edge_vec.resize(3 * edges_.size());
-  g.edge_offset.assign(1, 0);
-  g.angle_offset.assign(1, 0);
-  g.close_count.clear();
-  int64_t place = 0;
-  const auto put = [&](int64_t row, int64_t neighbor, int64_t id, const double* vec) {
-    const auto at = static_cast<size_t>(place++);
-    g.centre[at] = row;
-    g.neighbor[at] = neighbor;
-    g.list_edge[at] = id;
-    std::copy_n(vec, 3, g.edge_vec.data() + 3 * at);
-  };
-  for (int64_t row = 0; row < g.n_local; ++row) {
-    const double* h = shifted_ ? cell + 9 * g.system[static_cast<size_t>(row)] : nullptr;
-    far_.clear();
-    const int64_t begin = place;
-    for (auto k = static_cast<size_t>(edge_begin_[static_cast<size_t>(row)]);
-         k < static_cast<size_t>(edge_begin_[static_cast<size_t>(row) + 1]); ++k) {
-      const Edge& edge = edges_[k];
-      double vec[3];
-      for (int a = 0; a < 3; ++a) {
-        vec[a] = x[3 * edge.to + a] - x[3 * edge.from + a];
-        if (h != nullptr) {
-          vec[a] += edge.shift[0] * h[a] + edge.shift[1] * h[3 + a] + edge.shift[2] * h[6 + a];
-        }
-      }
-      const double r = std::sqrt(vec[0] * vec[0] + vec[1] * vec[1] + vec[2] * vec[2]);
-      if (r > cutoff) {
-        if (std::isfinite(r)) continue;
-      } else if (r > 0.0) {
-        if (r < angle_cutoff) {
-          put(row, edge.neighbor, edge.id, vec);
-        } else {
-          far_.push_back({edge.neighbor, edge.id, {vec[0], vec[1], vec[2]}});
-        }
-        continue;
-      }
-      const int64_t i = g.engine_row[static_cast<size_t>(row)];
-      const int64_t j = g.engine_row[static_cast<size_t>(edge.neighbor)];
-      if (r == 0.0) {
-        throw OverlapError("expected distinct positions, got distance 0 between " + pair_of_atoms(i, j) +
-                               ": remove the duplicate atom",
-                           i, j);
-      }
-      throw NotFiniteError("expected finite edge vectors, got " + triple(vec) + " between " +
-                               pair_of_atoms(i, j) + ": check the positions and the cell",
-                           i);
+/// Of positions, and of the cells that lie between them.
+void GraphBuilder::measure(const Edge& edge, const double* positions, const double* cell,
+                           double* vector) const {
+  for (int c = 0; c < 3; ++c) {
+    vector[c] = positions[3 * edge.to + c] - positions[3 * edge.from + c];
+    if (cell != nullptr) {
+      vector[c] += edge.shift[0] * cell[c] + edge.shift[1] * cell[3 + c] + edge.shift[2] * cell[6 + c];
     }
-    const int64_t close = place - begin;
-    for (const Far& far : far_) put(row, far.neighbor, far.id, far.vec);
-    g.edge_offset.push_back(place);
-    g.close_count.push_back(close);
-    g.angle_offset.push_back(g.angle_offset.back() + close * close);
-    g.max_neighbors = std::max(g.max_neighbors, place - begin);
-    g.max_angle_neighbors = std::max(g.max_angle_neighbors, close);
   }
-  g.n_edge = place;
-  g.n_angle = g.angle_offset.back();
-  g.centre.resize(static_cast<size_t>(place));
-  g.neighbor.resize(static_cast<size_t>(place));
-  g.list_edge.resize(static_cast<size_t>(place));
-  g.edge_vec.resize(3 * static_cast<size_t>(place));
-  g.edge_splits.clear();
-  g.angle_splits.clear();
-  for (const int64_t node : g.node_splits) {
-    g.edge_splits.push_back(g.edge_offset[static_cast<size_t>(node)]);
-    g.angle_splits.push_back(g.angle_offset[static_cast<size_t>(node)]);
+}
+
+void GraphBuilder::put(int64_t centre, const Placed& edge) {
+  const auto at = static_cast<size_t>(n_placed_++);
+  graph_.centre[at] = centre;
+  graph_.neighbor[at] = edge.neighbor;
+  graph_.list_edge[at] = edge.id;
+  std::copy_n(edge.vector, 3, graph_.edge_vec.data() + 3 * at);
+}
+
+void GraphBuilder::refuse_edge(int64_t centre, const Placed& edge, double distance) const {
+  const int64_t i = graph_.engine_row[static_cast<size_t>(centre)];
+  const int64_t j = graph_.engine_row[static_cast<size_t>(edge.neighbor)];
+  if (distance == 0.0) {
+    throw OverlapError("expected distinct positions, got distance 0 between " + pair_of_atoms(i, j) +
+                           ": remove the duplicate atom",
+                       i, j);
   }
-  return g;
+  throw NotFiniteError("expected finite edge vectors, got " + triple(edge.vector) + " between " +
+                           pair_of_atoms(i, j) + ": check the positions and the cell",
+                       i);
+}
+
+/// The edges of a centre, close ones first.
+void GraphBuilder::place_edges(int64_t centre, const double* positions, const double* cell) {
+  const auto row = static_cast<size_t>(centre);
+  const int64_t begin = n_placed_;
+  far_.clear();
+  const auto end = static_cast<size_t>(edge_begin_[row + 1]);
+  for (auto k = static_cast<size_t>(edge_begin_[row]); k < end; ++k) {
+    Placed edge{edges_[k].neighbor, edges_[k].id, {0.0, 0.0, 0.0}};
+    measure(edges_[k], positions, cell, edge.vector);
+    const double* vector = edge.vector;
+    const double distance = std::sqrt(vector[0] * vector[0] + vector[1] * vector[1] + vector[2] * vector[2]);
+    if (distance > cutoff_ && std::isfinite(distance)) continue;
+    if (!(distance <= cutoff_ && distance > 0.0)) refuse_edge(centre, edge, distance);
+    if (distance < angle_cutoff_) {
+      put(centre, edge);
+    } else {
+      far_.push_back(edge);
+    }
+  }
+  const int64_t n_close = n_placed_ - begin;
+  for (const Placed& edge : far_) put(centre, edge);
+  graph_.edge_offset.push_back(n_placed_);
+  graph_.close_count.push_back(n_close);
+  graph_.angle_offset.push_back(graph_.angle_offset.back() + n_close * n_close);
+  graph_.max_neighbors = std::max(graph_.max_neighbors, n_placed_ - begin);
+  graph_.max_angle_neighbors = std::max(graph_.max_angle_neighbors, n_close);
+}
+
+void GraphBuilder::resize_edges(size_t n_edge) {
+  graph_.centre.resize(n_edge);
+  graph_.neighbor.resize(n_edge);
+  graph_.list_edge.resize(n_edge);
+  graph_.edge_vec.resize(3 * n_edge);
+}
+
+const PreparedGraph& GraphBuilder::prepare(const Array& positions, const Array& cells) {
+  const double* cell = shifted_ ? cells.data<double>() : nullptr;
+  graph_.max_neighbors = 0;
+  graph_.max_angle_neighbors = 0;
+  resize_edges(edges_.size());
+  graph_.edge_offset.assign(1, 0);
+  graph_.angle_offset.assign(1, 0);
+  graph_.close_count.clear();
+  n_placed_ = 0;
+  for (int64_t centre = 0; centre < graph_.n_local; ++centre) {
+    const int64_t system = graph_.system[static_cast<size_t>(centre)];
+    place_edges(centre, positions.data<double>(), shifted_ ? cell + 9 * system : nullptr);
+  }
+  graph_.n_edge = n_placed_;
+  graph_.n_angle = graph_.angle_offset.back();
+  resize_edges(static_cast<size_t>(n_placed_));
+  graph_.edge_splits.clear();
+  graph_.angle_splits.clear();
+  for (const int64_t node : graph_.node_splits) {
+    graph_.edge_splits.push_back(graph_.edge_offset[static_cast<size_t>(node)]);
+    graph_.angle_splits.push_back(graph_.angle_offset[static_cast<size_t>(node)]);
+  }
+  return graph_;
 }
 
 ListedEdges list_of_edges(const Array& types, const Array& edge_index, const Array& edge_vec,

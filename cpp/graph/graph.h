@@ -14,7 +14,7 @@ struct GraphRules {
   int64_t n_types = 0;
   double cutoff = 0.0;        // edges: r <= cutoff, in Angstrom
   double angle_cutoff = 0.0;  // angles: both r < angle_cutoff; 0 = no angles
-  /// (n_types * n_types) row: centre type, column: neighbour type; 0 = that pair makes no edge.
+  /// (n_types * n_types) row: centre type, column: neighbor type; 0 = that pair makes no edge.
   std::vector<uint8_t> pair_mask;
   /// Atoms are grouped by type, or (if true) by structure.
   bool group_by_system = false;
@@ -36,10 +36,15 @@ struct GraphRules {
 /// A graph in model order.
 ///
 /// Local atoms are sorted by group, ghosts keep their engine rows; edges are sorted by centre, angle
-/// neighbours first, and angles by edge. All sorts are stable, so equal input gives bitwise equal output.
+/// neighbors first, and angles by edge. All sorts are stable, so equal input gives bitwise equal output.
 struct PreparedGraph {
-  int64_t n_node = 0, n_local = 0, n_edge = 0, n_angle = 0, n_systems = 1;
-  int64_t max_neighbors = 0, max_angle_neighbors = 0;
+  int64_t n_node = 0;
+  int64_t n_local = 0;
+  int64_t n_edge = 0;
+  int64_t n_angle = 0;
+  int64_t n_systems = 1;
+  int64_t max_neighbors = 0;
+  int64_t max_angle_neighbors = 0;
   std::vector<int64_t> types;       // (n_node) condition * n_types + element
   std::vector<int64_t> centre;      // (n_edge)
   std::vector<int64_t> neighbor;    // (n_edge)
@@ -51,16 +56,21 @@ struct PreparedGraph {
   std::vector<double> composition;  // (n_systems * n_types) atom counts of this rank
   /// Edges of centre i: edge_offset[i]..edge_offset[i + 1], the first close_count[i] of them within the angle
   /// cutoff; its angles (j, k): angle_offset[i] + j * close_count[i] + k.
-  std::vector<int64_t> edge_offset, angle_offset, close_count;
+  std::vector<int64_t> edge_offset;
+  std::vector<int64_t> angle_offset;
+  std::vector<int64_t> close_count;
   /// Rows splits[g]:splits[g+1] belong to group g.
-  std::vector<int64_t> node_splits, edge_splits, angle_splits;
+  std::vector<int64_t> node_splits;
+  std::vector<int64_t> edge_splits;
+  std::vector<int64_t> angle_splits;
 
   int64_t n_group() const { return static_cast<int64_t>(node_splits.size()) - 1; }
 };
 
 /// Edge ids (ij) and (ik) of all angles, each (n_angle).
 struct AngleIndex {
-  std::vector<int64_t> first, second;
+  std::vector<int64_t> first;
+  std::vector<int64_t> second;
 };
 MOECALC_API AngleIndex angle_index(const PreparedGraph& graph);
 
@@ -77,23 +87,36 @@ class MOECALC_API GraphBuilder {
   const PreparedGraph& prepare(const Array& positions, const Array& cells);
 
  private:
-  bool has_list_ = false, shifted_ = false;
-  double cutoff_ = 0.0, angle_cutoff_ = 0.0;
-  PreparedGraph graph_;
-  /// The list's edges that the pair mask allows, sorted by centre, otherwise as listed.
+  /// One of the list's edges.
   struct Edge {
-    int64_t from, to;  // rows of positions
+    int64_t from;  // row of positions
+    int64_t to;
     int64_t neighbor;  // model row
     int64_t id;        // in the list
     double shift[3];   // cells
   };
-  std::vector<Edge> edges_;
-  std::vector<int64_t> edge_begin_;  // (n_local + 1) into them
-  struct Far {
-    int64_t neighbor, id;
-    double vec[3];
+  /// An edge within the cutoff.
+  struct Placed {
+    int64_t neighbor;
+    int64_t id;
+    double vector[3];
   };
-  std::vector<Far> far_;  // of one centre
+
+  void measure(const Edge& edge, const double* positions, const double* cell, double* vector) const;
+  void place_edges(int64_t centre, const double* positions, const double* cell);
+  void put(int64_t centre, const Placed& edge);
+  void resize_edges(size_t n_edge);
+  [[noreturn]] void refuse_edge(int64_t centre, const Placed& edge, double distance) const;
+
+  bool has_list_ = false;
+  bool shifted_ = false;
+  double cutoff_ = 0.0;
+  double angle_cutoff_ = 0.0;
+  PreparedGraph graph_;
+  std::vector<Edge> edges_;          // that the pair mask allows, sorted by centre, otherwise as listed
+  std::vector<int64_t> edge_begin_;  // (n_local + 1) into them
+  std::vector<Placed> far_;          // of one centre
+  int64_t n_placed_ = 0;             // edges of the graph so far
 };
 
 /// Checks types, shapes and indices, and returns the list, complete (edge_from, edge_to). Throws Error.

@@ -20,7 +20,8 @@ void counts_to_offsets(std::vector<int64_t>& counts) {
 }  // namespace
 
 AtomOrder order_atoms(const NeighborList& list, const GraphRules& rules) {
-  const int64_t n_node = list.types.size(0), n_local = list.system_index.size(0);
+  const int64_t n_node = list.types.size(0);
+  const int64_t n_local = list.system_index.size(0);
   const auto* type = list.types.data<int64_t>();
   const auto* system = list.system_index.data<int64_t>();
   // ghosts have the one condition that there is then

@@ -24,11 +24,11 @@ struct EdgeOrder {
 };
 EdgeOrder order_edges(const NeighborList& list, const GraphRules& rules, const AtomOrder& atoms);
 
-/// A slot is a (routing group of the centre, neighbour) pair that occurs. Slots of a group are contiguous, in
+/// A slot is a (routing group of the centre, neighbor) pair that occurs. Slots of a group are contiguous, in
 /// the order in which the edges name them.
 struct Slots {
   std::vector<int64_t> of_edge;  // (n_edge)
-  std::vector<int64_t> node;     // (n_slot) the neighbour
+  std::vector<int64_t> node;     // (n_slot) the neighbor
   std::vector<int64_t> splits;   // (n_group + 1): slots of a group
   std::vector<int64_t> first;    // (n_slot + 1) into `edges`
   std::vector<int64_t> edges;    // (n_edge) edges of every slot, ascending

@@ -1,6 +1,6 @@
 // The words of TorchScript that packages are made of (code_check.h says what a word is), sorted: all others
-// are refused. tests/package/test_package_safety.py compares them with the code of packages of every kind and prints
-// the list where it differs.
+// are refused. tests/package/test_package_safety.py compares them with the code of packages of every kind and
+// prints the list where it differs.
 #pragma once
 
 #include <string_view>

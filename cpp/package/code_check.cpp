@@ -134,7 +134,8 @@ class Scanner {
   char after() const { return at_ + 1 < tokens_.size() ? tokens_[at_ + 1].kind : '\n'; }
 
   void check_depth() const {
-    size_t brackets = 0, length = 0;
+    size_t brackets = 0;
+    size_t length = 0;
     for (const Token& token : tokens_) {
       if (token.kind == '(' || token.kind == '[' || token.kind == '{') ++brackets;
       if (token.kind == ')' || token.kind == ']' || token.kind == '}') brackets -= brackets > 0 ? 1 : 0;

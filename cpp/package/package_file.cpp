@@ -113,18 +113,19 @@ uint32_t crc32(uint32_t crc, const unsigned char* data, size_t size) {
 }
 
 /// Product of polynomials over GF(2) modulo that of the checksum; the highest bit is the coefficient of 1.
-constexpr uint32_t crc_product(uint32_t a, uint32_t b) {
+constexpr uint32_t crc_product(uint32_t left, uint32_t right) {
   uint32_t product = 0;
   for (uint32_t bit = 1U << 31; bit != 0; bit >>= 1) {
-    if ((a & bit) != 0) product ^= b;
-    b = (b >> 1) ^ ((b & 1U) != 0 ? 0xEDB88320U : 0U);
+    if ((left & bit) != 0) product ^= right;
+    right = (right >> 1) ^ ((right & 1U) != 0 ? 0xEDB88320U : 0U);
   }
   return product;
 }
 
 /// Checksum of two parts in turn; `size`: bytes of the second.
 uint32_t crc_of_both(uint32_t first, uint32_t second, uint64_t size) {
-  uint32_t power = 1U << 23, shift = 1U << 31;  // x^8, for one byte more; 1
+  uint32_t power = 1U << 23;  // x^8, for one byte more
+  uint32_t shift = 1U << 31;  // 1
   for (; size != 0; size >>= 1) {
     if ((size & 1U) != 0) shift = crc_product(power, shift);
     power = crc_product(power, power);
@@ -275,7 +276,9 @@ void PackageFile::read(uint64_t position, void* to, size_t n) const {
     if (got <= 0) {
       throw Error(path_ + ": cannot be read: " + (got < 0 ? std::strerror(errno) : "it ends too early"));
     }
-    at += got, position += static_cast<uint64_t>(got), n -= static_cast<size_t>(got);
+    at += got;
+    position += static_cast<uint64_t>(got);
+    n -= static_cast<size_t>(got);
   }
 }
 
@@ -304,7 +307,8 @@ uint32_t PackageFile::checksum(uint64_t covered) {
   }
   pieces.push_back({covered, nullptr});
 
-  uint32_t total = 0, state = 0xFFFFFFFFU;
+  uint32_t total = 0;
+  uint32_t state = 0xFFFFFFFFU;
   uint64_t begin = 0;
   auto piece = pieces.begin();
   const auto finish = [&](uint64_t position) {
@@ -384,7 +388,8 @@ void PackageFile::check_checksum() {
 
 void PackageFile::check_format() const {
   const std::string text = record("extra/format_version");
-  int format = 0, used = 0;
+  int format = 0;
+  int used = 0;
   // a line end is forgiven
   if (text.size() > 6 || std::sscanf(text.c_str(), "%d %n", &format, &used) != 1 || format < 1 ||
       used != static_cast<int>(text.size())) {

@@ -6,15 +6,14 @@
 #include <set>
 #include <utility>
 
+#include "core/transpose.h"
 #include "moecalc/error.h"
 
 namespace moecalc {
 
-using namespace ops;
+using namespace kernels;
 
 namespace {
-
-constexpr int64_t kOwnKind = 16;  // kinds of blocks from here on: those of a group alone
 
 Activation activation_of(const ActivationSource& phi) {
   const std::optional<Activation> known = kernel_activation(phi);
@@ -22,161 +21,122 @@ Activation activation_of(const ActivationSource& phi) {
   return *known;
 }
 
-template <class T>
-std::vector<T> padded_row(const double* values, int64_t n, int64_t width) {
-  std::vector<T> row(static_cast<size_t>(width), T(0));
-  for (int64_t d = 0; d < n; ++d) row[static_cast<size_t>(d)] = static_cast<T>(values[d]);
+template <class Real>
+std::vector<Real> padded_row(const double* values, int64_t count, int64_t width) {
+  std::vector<Real> row(static_cast<size_t>(width), Real(0));
+  for (int64_t d = 0; d < count; ++d) row[static_cast<size_t>(d)] = static_cast<Real>(values[d]);
   return row;
 }
 
 /// (rows, inner) times (inner, columns), float64.
-Array product(const Array& a, const Array& b) {
-  const int64_t rows = a.size(0), inner = a.size(1), columns = b.size(1);
+Array product(const Array& left, const Array& right) {
+  const int64_t rows = left.size(0);
+  const int64_t inner = left.size(1);
+  const int64_t columns = right.size(1);
   const Array out = Array::zeros({rows, columns}, Dtype::float64);
-  const auto* x = a.data<double>();
-  const auto* y = b.data<double>();
+  const auto* factors = left.data<double>();
+  const auto* summands = right.data<double>();
   auto* to = out.data<double>();
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < inner; ++k) {
-      const double factor = x[r * inner + k];
-      for (int64_t c = 0; c < columns; ++c) to[r * columns + c] += factor * y[k * columns + c];
+      const double factor = factors[r * inner + k];
+      for (int64_t c = 0; c < columns; ++c) to[r * columns + c] += factor * summands[k * columns + c];
     }
   }
   return out;
 }
 
-/// Copies (rows, heads * width) into the matrix `to` of `columns` columns at `row` and `column`, each head
-/// padded to `stride` columns.
-template <class T>
-void put(T* to, int64_t columns, int64_t row, int64_t column, const Array& from, int64_t heads, int64_t width,
-         int64_t stride) {
-  const T* source = from.data<T>();
-  for (int64_t r = 0; r < from.size(0); ++r) {
-    for (int64_t h = 0; h < heads; ++h) {
-      std::copy_n(source + (r * heads + h) * width, width, to + (row + r) * columns + column + h * stride);
-    }
-  }
-}
-
-/// (rows, columns) -> (columns, rows), in tiles that stay in cache.
-template <class T>
-void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
-  constexpr int64_t tile = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += tile) {
-    for (int64_t c0 = 0; c0 < columns; c0 += tile) {
-      const int64_t r1 = std::min(r0 + tile, rows), c1 = std::min(c0 + tile, columns);
-      for (int64_t c = c0; c < c1; ++c) {
-        for (int64_t r = r0; r < r1; ++r) to[c * rows + r] = from[r * columns + c];
-      }
-    }
-  }
-}
-
 }  // namespace
 
-template <class T>
-void sum_products(const T* start, std::initializer_list<std::pair<const std::vector<T>*, const T*>> products,
-                  int64_t columns, T* out) {
+template <class Real>
+void sum_products(const Real* start,
+                  std::initializer_list<std::pair<const std::vector<Real>*, const Real*>> products,
+                  int64_t columns, Real* out) {
   std::vector<double> sums(static_cast<size_t>(columns), 0.0);
   if (start != nullptr) sums.assign(start, start + columns);
   for (const auto& [row, matrix] : products) {
     for (size_t k = 0; k < row->size(); ++k) {
-      for (size_t c = 0; c < sums.size(); ++c)
+      for (size_t c = 0; c < sums.size(); ++c) {
         sums[c] += double((*row)[k]) * double(matrix[k * sums.size() + c]);
+      }
     }
   }
-  std::transform(sums.begin(), sums.end(), out, [](double sum) { return T(sum); });
+  std::transform(sums.begin(), sums.end(), out, [](double sum) { return Real(sum); });
 }
 
 // --- reading the package ---
 
-template <class T>
-PackedWeights<T>::PackedWeights(const Architecture& model, const Kernels<T>& kernels,
-                                std::optional<int64_t> kept_bytes, std::function<int64_t()> memory_left)
+template <class Real>
+PackedWeights<Real>::PackedWeights(const Architecture& model, const Kernels<Real>& kernels,
+                                   std::optional<int64_t> kept_bytes, std::function<int64_t()> memory_left)
     : model_(model), kernels_(kernels), kept_bytes_(kept_bytes), memory_left_(std::move(memory_left)) {
   for (const LayerSource& layer : model.layers) {
     if (layer.sequential) throw Unsupported{"sequential_update"};
     LayerShape shape = layer.shape;
-    shape.np = padded<T>(shape.n);
-    shape.ep = padded<T>(shape.e);
-    shape.ap = padded<T>(shape.a);
-    shape.phi = activation_of(layer.phi);
+    shape.n_padded = padded<Real>(shape.n);
+    shape.e_padded = padded<Real>(shape.e);
+    shape.a_padded = padded<Real>(shape.a);
+    shape.activation = activation_of(layer.phi);
     weights_.shapes.push_back(shape);
   }
   read_embedding();
   pack_updates();
 }
 
-template <class T>
-void PackedWeights<T>::read_embedding() {
+/// Edges: x W_e + b_e. Angles: a = cos W_a / sqrt(pi).
+template <class Real>
+void PackedWeights<Real>::read_embedding() {
   const EmbeddingSource& source = model_.embedding;
-  const LayerShape& s = weights_.shapes[0];
+  const LayerShape& shape = weights_.shapes[0];
   weights_.use_dist = source.use_dist;
   weights_.phi = activation_of(source.phi);
-  weights_.edge_matrix = padded_row<T>(source.edge_matrix.data<double>(), s.e, s.ep);
-  weights_.edge_bias = padded_row<T>(source.edge_bias.data<double>(), s.e, s.ep);
-  if (!s.with_angles) return;
+  weights_.edge_matrix = padded_row<Real>(source.edge_matrix.data<double>(), shape.e, shape.e_padded);
+  weights_.edge_bias = padded_row<Real>(source.edge_bias.data<double>(), shape.e, shape.e_padded);
+  if (!shape.with_angles) return;
   const double root_pi = std::sqrt(3.14159265358979323846);
   std::vector<double> direction;
-  for (int64_t d = 0; d < s.a; ++d) direction.push_back(source.angle_matrix.data<double>()[d] / root_pi);
-  weights_.angle_direction = padded_row<T>(direction.data(), s.a, s.ap);
+  for (int64_t d = 0; d < shape.a; ++d) direction.push_back(source.angle_matrix.data<double>()[d] / root_pi);
+  weights_.angle_direction = padded_row<Real>(direction.data(), shape.a, shape.a_padded);
 }
 
-template <class T>
-void PackedWeights<T>::set_tables(const TypeTables& tables) {
-  const LayerShape& s = weights_.shapes[0];
+template <class Real>
+void PackedWeights<Real>::set_tables(const TypeTables& tables) {
+  const LayerShape& shape = weights_.shapes[0];
   weights_.node_table.clear();
   for (int64_t t = 0; t < tables.nodes.size(0); ++t) {
-    std::vector<T> row = padded_row<T>(tables.nodes.data<double>() + t * s.n, s.n, s.np);
-    kernels_.activate(weights_.phi, row.data(), s.np);
+    std::vector<Real> row =
+        padded_row<Real>(tables.nodes.data<double>() + t * shape.n, shape.n, shape.n_padded);
+    kernels_.activate(weights_.phi, row.data(), shape.n_padded);
     weights_.node_table.insert(weights_.node_table.end(), row.begin(), row.end());
   }
 }
 
-template <class T>
-void PackedWeights<T>::pack_updates() {
-  const auto padded_rows = [&](const Array& rows, int64_t width) -> const T* {
-    const int64_t n = rows.size(0), columns = rows.size(1);
-    std::vector<T> values(static_cast<size_t>(n * width), T(0));
-    for (int64_t r = 0; r < n; ++r) {
+template <class Real>
+void PackedWeights<Real>::pack_updates() {
+  const auto padded_rows = [&](const Array& rows, int64_t width) -> const Real* {
+    const int64_t n_row = rows.size(0);
+    const int64_t columns = rows.size(1);
+    std::vector<Real> values(static_cast<size_t>(n_row * width), Real(0));
+    for (int64_t r = 0; r < n_row; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
-        values[static_cast<size_t>(r * width + c)] = static_cast<T>(rows.data<double>()[r * columns + c]);
+        values[static_cast<size_t>(r * width + c)] = static_cast<Real>(rows.data<double>()[r * columns + c]);
       }
     }
     update_memory_.push_back(std::move(values));
     return update_memory_.back().data();
   };
-  for (size_t l = 0; l < model_.layers.size(); ++l) {
-    const LayerSource& source = model_.layers[l];
-    const LayerShape& s = weights_.shapes[l];
-    UpdateVectors<T> update;
-    update.n = padded_rows(source.update_n, s.np);
-    if (s.live_edge) update.e = padded_rows(source.update_e, s.ep);
-    if (s.live_angle) update.a = padded_rows(source.update_a, s.ap);
+  for (size_t layer = 0; layer < model_.layers.size(); ++layer) {
+    const LayerSource& source = model_.layers[layer];
+    const LayerShape& shape = weights_.shapes[layer];
+    UpdateVectors<Real> update;
+    update.node = padded_rows(source.update_node, shape.n_padded);
+    if (shape.live_edge) update.edge = padded_rows(source.update_edge, shape.e_padded);
+    if (shape.live_angle) update.angle = padded_rows(source.update_angle, shape.a_padded);
     weights_.updates.push_back(update);
   }
 }
 
 // --- weights per routing group ---
-
-template <class T>
-auto PackedWeights<T>::active(size_t layer, const char* name, int64_t group) const -> Active {
-  Active x;
-  x.position = model_.layers[layer].find(name);
-  if (!x.position->routed) {
-    x.experts = {0};
-    x.p = {1.0};
-    return x;
-  }
-  const Routes& routes = routes_[layer].at(x.position->router);
-  x.experts = routes.experts[static_cast<size_t>(group)];
-  // as the network has them
-  for (const double p : routes.weights[static_cast<size_t>(group)]) x.p.push_back(static_cast<T>(p));
-  if (x.position->merge) {
-    x.mixed = std::exchange(x.p, {1.0});
-  }
-  return x;
-}
 
 namespace {
 
@@ -185,59 +145,113 @@ Array mixed_rows(const Array& values, const std::vector<double>& weights) {
   Shape shape = values.shape();
   shape[0] = 1;
   const Array out = Array::zeros(shape, Dtype::float64);
-  const int64_t n = out.numel();
+  const int64_t size = out.numel();
   for (size_t k = 0; k < weights.size(); ++k) {
-    const auto* from = values.data<double>() + static_cast<int64_t>(k) * n;
+    const auto* from = values.data<double>() + static_cast<int64_t>(k) * size;
     auto* to = out.data<double>();
-    for (int64_t d = 0; d < n; ++d) to[d] += from[d] * weights[k];
+    for (int64_t d = 0; d < size; ++d) to[d] += from[d] * weights[k];
   }
   return out;
 }
 
 }  // namespace
 
-template <class T>
-Array PackedWeights<T>::biases_of(const Active& x) {
-  const Array bias = x.position->bias.select(x.experts);
-  return x.mixed.empty() ? bias : mixed_rows(bias, x.mixed);
+template <class Real>
+Array PackedWeights<Real>::biases_of(const Active& active) {
+  const Array bias = active.position->bias.select(active.experts);
+  return active.merged.empty() ? bias : mixed_rows(bias, active.merged);
 }
 
-template <class T>
-auto PackedWeights<T>::weights_of(const Active& x) -> Weights {
-  if (x.mixed.empty()) return {x.position->matrix.select(x.experts, dtype_of<T>), biases_of(x)};
-  const Array all = x.position->matrix.select(x.experts, Dtype::float64);
-  return {mixed_rows(all, x.mixed).to(dtype_of<T>), biases_of(x)};
+template <class Real>
+auto PackedWeights<Real>::weights_of(const Active& active) -> Weights {
+  const StoredArray& matrix = active.position->matrix;
+  if (active.merged.empty()) return {matrix.select(active.experts, dtype_of<Real>), biases_of(active)};
+  const Array all = matrix.select(active.experts, Dtype::float64);
+  return {mixed_rows(all, active.merged).to(dtype_of<Real>), biases_of(active)};
 }
+
+// --- blocks of weights ---
+
+/// Blocks of a layer; those from `own` on are of one group alone.
+enum class BlockKind : int64_t { node = 0, sym = 1, edge = 2, angle = 3, message_map = 4, own = 16 };
 
 /// Shapes of the parts of a block.
-template <class T>
-struct PackedWeights<T>::Layout {
+template <class Real>
+struct PackedWeights<Real>::Layout {
   std::vector<typename Block::Part> parts;
 
-  Layout& matrix(int64_t rows, int64_t columns) {  // and its transpose
+  /// Index of a matrix; its transpose is the part behind it.
+  size_t matrix(int64_t rows, int64_t columns) {
     parts.push_back({0, rows, columns, true});
     parts.push_back({0, columns, rows, true});
-    return *this;
+    return parts.size() - 2;
   }
-  Layout& row(int64_t columns) {
+  size_t row(int64_t columns) {
     parts.push_back({0, 1, columns, false});
-    return *this;
+    return parts.size() - 1;
   }
 };
 
-template <class T>
-auto PackedWeights<T>::block(std::vector<std::shared_ptr<Block>>& blocks, size_t layer, int64_t kind,
-                             std::initializer_list<const Active*> experts, const Layout& layout,
-                             const std::function<void(const Block&)>& fill) -> const Block& {
-  std::vector<int64_t> key{static_cast<int64_t>(layer), kind};
-  for (const Active* x : experts) {
+/// A map of a block: every expert has heads of `width` outputs, padded to `stride` columns.
+template <class Real>
+struct PackedWeights<Real>::MapColumns {
+  Active active;
+  int64_t first;  // column of the block
+  int64_t heads;
+  int64_t width;
+  int64_t stride;
+};
+
+/// The weights of one group in one layer, while they are laid out.
+template <class Real>
+struct PackedWeights<Real>::Target {
+  size_t layer;
+  int64_t group;
+  std::vector<std::shared_ptr<Block>>& blocks;
+  GroupWeights<Real>& weights;
+  // What is this group's alone: routing weights, and what follows from them.
+  Layout own;
+  std::vector<std::pair<const Real**, std::vector<Real>>> own_rows;
+
+  void keep_row(const Real*& to, const std::vector<double>& values) {
+    own.row(static_cast<int64_t>(values.size()));
+    own_rows.emplace_back(&to, std::vector<Real>(values.begin(), values.end()));
+  }
+};
+
+template <class Real>
+auto PackedWeights<Real>::active(const Target& target, const char* name) const -> Active {
+  Active active;
+  active.position = model_.layers[target.layer].find(name);
+  if (!active.position->routed) {
+    active.experts = {0};
+    active.routing = {1.0};
+    return active;
+  }
+  const Routes& routes = routes_[target.layer].at(active.position->router);
+  active.experts = routes.experts[static_cast<size_t>(target.group)];
+  // as the network has them
+  for (const double weight : routes.weights[static_cast<size_t>(target.group)]) {
+    active.routing.push_back(static_cast<Real>(weight));
+  }
+  if (active.position->merge) active.merged = std::exchange(active.routing, {1.0});
+  return active;
+}
+
+/// The block of these maps' experts, laid out if it is not there: `fill` writes its memory.
+template <class Real>
+auto PackedWeights<Real>::block(Target& target, BlockKind kind, const Maps& maps, const Layout& layout,
+                                const std::function<void(const Block&)>& fill) -> const Block& {
+  std::vector<int64_t> key{static_cast<int64_t>(target.layer), static_cast<int64_t>(kind)};
+  if (kind == BlockKind::own) key.back() += target.group;  // routing weights of other groups differ
+  for (const MapColumns& map : maps) {
     key.push_back(-1);
-    key.insert(key.end(), x->experts.begin(), x->experts.end());
-    for (const double weight : x->mixed) key.push_back(std::bit_cast<int64_t>(weight));
+    key.insert(key.end(), map.active.experts.begin(), map.active.experts.end());
+    for (const double weight : map.active.merged) key.push_back(std::bit_cast<int64_t>(weight));
   }
   const auto found = blocks_.find(key);
   if (found != blocks_.end()) {
-    blocks.push_back(found->second);
+    target.blocks.push_back(found->second);
     return *found->second;
   }
   auto made = std::make_shared<Block>();
@@ -245,213 +259,319 @@ auto PackedWeights<T>::block(std::vector<std::shared_ptr<Block>>& blocks, size_t
   int64_t size = 0;
   for (typename Block::Part part : layout.parts) {
     part.first = size;
-    size += padded<T>(part.rows * part.columns);
+    size += padded<Real>(part.rows * part.columns);
     made->parts.push_back(part);
   }
-  made->memory = Pages(static_cast<size_t>(size) * sizeof(T));
+  made->memory = Pages(static_cast<size_t>(size) * sizeof(Real));
   fill(*made);
-  for (size_t x = 0; x + 1 < made->parts.size(); ++x) {
-    if (!made->parts[x].matrix) continue;
-    transpose(made->part(x), made->parts[x].rows, made->parts[x].columns, made->part(x + 1));
-    ++x;
+  for (size_t index = 0; index + 1 < made->parts.size(); ++index) {
+    const typename Block::Part& part = made->parts[index];
+    if (!part.matrix) continue;
+    transpose(made->part(index), part.rows, part.columns, made->part(index + 1));
+    ++index;
   }
   blocks_.emplace(std::move(key), made);
-  blocks.push_back(std::move(made));
-  return *blocks.back();
+  target.blocks.push_back(std::move(made));
+  return *target.blocks.back();
 }
 
-template <class T>
-void PackedWeights<T>::pack_layer(size_t layer, int64_t group, std::vector<std::shared_ptr<Block>>& blocks,
-                                  GroupWeights<T>& w) {
-  const LayerSource& source = model_.layers[layer];
-  const LayerShape& s = weights_.shapes[layer];
-  const bool first = layer == 0;
-  const auto of = [&](const char* name) { return active(layer, name, group); };
-  const auto matrix_of = [](const Weights& x, int64_t k) {
-    return x.matrix.rows(k, 1).reshape({x.matrix.size(1), x.matrix.size(2)});
-  };
-  /// Biases of all experts, each head padded.
-  const auto put_bias = [](T* to, const Array& bias, int64_t heads, int64_t width, int64_t stride) {
-    for (int64_t k = 0; k < bias.size(0); ++k) {
-      put(to, 0, 0, k * heads * stride, bias.rows(k, 1).to(dtype_of<T>), heads, width, stride);
+/// Copies (rows, heads * width) into the matrix `to` of `columns` columns at `row` and `column`.
+template <class Real>
+void PackedWeights<Real>::put(Real* to, int64_t columns, int64_t row, int64_t column, const Array& from,
+                              const MapColumns& map) {
+  const Real* source = from.data<Real>();
+  for (int64_t r = 0; r < from.size(0); ++r) {
+    for (int64_t head = 0; head < map.heads; ++head) {
+      std::copy_n(source + (r * map.heads + head) * map.width, map.width,
+                  to + (row + r) * columns + column + head * map.stride);
     }
-  };
-  Layout own;  // what is this group's alone: routing weights
-  std::vector<std::pair<const T**, std::vector<T>>> rows;
-  const auto keep_row = [&](const T*& to, const std::vector<double>& values) {
-    own.row(static_cast<int64_t>(values.size()));
-    rows.emplace_back(&to, std::vector<T>(values.begin(), values.end()));
-  };
+  }
+}
 
-  {  // node_self_mlp
-    const Active x = of("node_self_mlp");
-    const int64_t columns = s.k_node * s.np;
-    const Block& b =
-        block(blocks, layer, 0, {&x}, Layout().matrix(s.np, columns).row(columns), [&](const Block& to) {
-          const Weights from = weights_of(x);
-          for (int64_t k = 0; k < s.k_node; ++k)
-            put(to.part(0), columns, 0, k * s.np, matrix_of(from, k), 1, s.n, s.np);
-          put_bias(to.part(2), from.bias, 1, s.n, s.np);
-        });
-    w.node = b.part(0), w.node_t = b.part(1), w.node_b = b.part(2);
-    keep_row(w.p_node, x.p);
+/// Biases of all experts of a map.
+template <class Real>
+void PackedWeights<Real>::put_bias(Real* to, const Array& bias, const MapColumns& map) {
+  for (int64_t k = 0; k < bias.size(0); ++k) {
+    put(to, 0, 0, map.first + k * map.heads * map.stride, bias.rows(k, 1).to(dtype_of<Real>), map);
   }
-  {  // node_sym_linear: rows [edge block, neighbour block], each axis * width
-    const Active x = of("node_sym_linear");
-    const int64_t columns = s.k_sym * s.np;
-    const Block& b = block(
-        blocks, layer, 1, {&x}, Layout().matrix(s.sym_in(), columns).row(columns), [&](const Block& to) {
-          const Weights from = weights_of(x);
-          for (int64_t k = 0; k < s.k_sym; ++k) {
-            const Array matrix = matrix_of(from, k);
-            for (int64_t m = 0; m < s.axis; ++m) {
-              put(to.part(0), columns, m * s.ep, k * s.np, matrix.rows(m * s.e, s.e), 1, s.n, s.np);
-              put(to.part(0), columns, s.axis * s.ep + m * s.np, k * s.np,
-                  matrix.rows(s.axis * s.e + m * s.n, s.n), 1, s.n, s.np);
-            }
-          }
-          put_bias(to.part(2), from.bias, 1, s.n, s.np);
-        });
-    w.sym = b.part(0), w.sym_t = b.part(1), w.sym_b = b.part(2);
-    keep_row(w.p_sym, x.p);
-  }
-  {  // node_edge_linear and edge_self_linear share their input [v_i, v_j, e_ij]
-    const Active x = of("node_edge_linear");
-    const Active y = s.live_edge ? of("edge_self_linear") : Active{};
-    const int64_t columns = s.edge_columns(), width = s.heads * s.np;
-    Layout layout;
-    layout.matrix(s.np, columns).matrix(s.np, columns).matrix(s.ep, columns).row(columns);
-    if (first) layout.row(columns).row(columns);
-    const Block& b = block(blocks, layer, 2, {&x, &y}, layout, [&](const Block& to) {
-      const auto add = [&](const Array& matrix, int64_t at, int64_t heads, int64_t out, int64_t outp) {
-        put(to.part(0), columns, 0, at, matrix.rows(0, s.n), heads, out, outp);
-        put(to.part(2), columns, 0, at, matrix.rows(s.n, s.n), heads, out, outp);
-        put(to.part(4), columns, 0, at, matrix.rows(2 * s.n, s.e), heads, out, outp);
-      };
-      const Weights message = weights_of(x);
-      for (int64_t k = 0; k < s.k_message; ++k) add(matrix_of(message, k), k * width, s.heads, s.n, s.np);
-      put_bias(to.part(6), message.bias, s.heads, s.n, s.np);
-      if (s.live_edge) {
-        const Weights self = weights_of(y);
-        for (int64_t k = 0; k < s.k_edge; ++k) add(matrix_of(self, k), s.message() + k * s.ep, 1, s.e, s.ep);
-        put_bias(to.part(6) + s.message(), self.bias, 1, s.e, s.ep);
-      }
-      if (!first) return;
-      sum_products<T>(nullptr, {{&weights_.edge_matrix, to.part(4)}}, columns, to.part(7));
-      sum_products<T>(to.part(6), {{&weights_.edge_bias, to.part(4)}}, columns, to.part(8));
-    });
-    w.edge_c = b.part(0), w.edge_c_t = b.part(1), w.edge_n = b.part(2), w.edge_n_t = b.part(3);
-    w.edge_e = b.part(4), w.edge_e_t = b.part(5), w.edge_b = b.part(6);
-    if (first) w.edge_r = b.part(7), w.edge_r_b = b.part(8);
-    keep_row(w.p_message, x.p);
-    if (s.live_edge) keep_row(w.p_edge, y.p);
-  }
-  if (s.with_angles) {  // edge_angle_linear1 and angle_self_linear share [a, vc_i, ec_ik, ec_ij]
-    const Active x = of("edge_angle_linear1");
-    const Active y = s.live_angle ? of("angle_self_linear") : Active{};
-    const int64_t columns = s.angle_columns();
-    Layout layout;
-    layout.matrix(s.ap, columns)
-        .matrix(s.np, columns)
-        .matrix(s.ep, columns)
-        .matrix(s.ep, columns)
-        .row(columns);
-    if (first) layout.row(columns).row(columns).row(columns).row(columns);
-    const Block& b = block(blocks, layer, 3, {&x, &y}, layout, [&](const Block& to) {
-      const auto add = [&](const Array& matrix, int64_t at, int64_t out, int64_t outp) {
-        int64_t row = 0;
-        const auto part = [&](int64_t width) {
-          row += width;
-          return matrix.rows(row - width, width);
-        };
-        // linear compression is folded into the map: (v W_c) W = v (W_c W)
-        const auto folded = [&](const Array& compress, int64_t width) {
-          const Array plain = part(width);
-          return compress.defined() ? product(compress, plain.to(Dtype::float64)).to(dtype_of<T>) : plain;
-        };
-        put(to.part(0), columns, 0, at, part(s.a), 1, out, outp);
-        put(to.part(2), columns, 0, at, folded(source.compress_n, source.vc_dim), 1, out, outp);
-        put(to.part(6), columns, 0, at, folded(source.compress_e, source.ec_dim), 1, out, outp);
-        put(to.part(4), columns, 0, at, folded(source.compress_e, source.ec_dim), 1, out, outp);
-      };
-      const Weights message = weights_of(x);
-      for (int64_t k = 0; k < s.k_angle1; ++k) add(matrix_of(message, k), k * s.ep, s.e, s.ep);
-      put_bias(to.part(8), message.bias, 1, s.e, s.ep);
-      if (s.live_angle) {
-        const Weights self = weights_of(y);
-        for (int64_t k = 0; k < s.k_angle; ++k) add(matrix_of(self, k), s.angle1() + k * s.ap, s.a, s.ap);
-        put_bias(to.part(8) + s.angle1(), self.bias, 1, s.a, s.ap);
-      }
-      if (!first) return;
-      sum_products<T>(nullptr, {{&weights_.edge_matrix, to.part(4)}}, columns, to.part(9));
-      sum_products<T>(nullptr, {{&weights_.edge_matrix, to.part(6)}}, columns, to.part(10));
-      sum_products<T>(nullptr, {{&weights_.angle_direction, to.part(0)}}, columns, to.part(11));
-      sum_products<T>(to.part(8), {{&weights_.edge_bias, to.part(4)}, {&weights_.edge_bias, to.part(6)}},
-                      columns, to.part(12));
-    });
-    w.angle_a = b.part(0), w.angle_a_t = b.part(1), w.angle_c = b.part(2), w.angle_c_t = b.part(3);
-    w.angle_j = b.part(4), w.angle_j_t = b.part(5), w.angle_k = b.part(6), w.angle_k_t = b.part(7);
-    w.angle_b = b.part(8);
-    if (first) {
-      w.angle_j_r = b.part(9), w.angle_k_r = b.part(10), w.angle_cos = b.part(11), w.angle_r_b = b.part(12);
-    }
-    keep_row(w.p_angle1, x.p);
-    if (s.live_angle) keep_row(w.p_angle, y.p);
-  }
-  if (s.with_angles) {
-    const Active z = of("edge_angle_linear2");
-    const int64_t columns = s.k_angle2 * s.ep;
-    const Block& b =
-        block(blocks, layer, 4, {&z}, Layout().matrix(s.ep, columns).row(columns), [&](const Block& to) {
-          const Weights from = weights_of(z);
-          for (int64_t k = 0; k < s.k_angle2; ++k)
-            put(to.part(0), columns, 0, k * s.ep, matrix_of(from, k), 1, s.e, s.ep);
-          put_bias(to.part(2), from.bias, 1, s.e, s.ep);
-        });
-    w.angle2 = b.part(0), w.angle2_t = b.part(1), w.angle2_b = b.part(2);
-    keep_row(w.p_angle2, z.p);
-    // what an edge without a message gets: sum_k p_k phi(b_k)
-    std::vector<T> far(static_cast<size_t>(columns), T(0));
-    put_bias(far.data(), biases_of(z), 1, s.e, s.ep);
-    kernels_.activate(s.phi, far.data(), columns);
-    std::vector<double> sum(static_cast<size_t>(s.ep), 0.0);
-    for (size_t k = 0; k < z.p.size(); ++k) {
-      for (size_t d = 0; d < sum.size(); ++d) {
-        sum[d] += static_cast<double>(far[k * sum.size() + d]) * z.p[k];
-      }
-    }
-    keep_row(w.angle2_far, sum);
-  }
+}
 
-  // keyed by the group: p of other groups differ
-  const Block& b = block(blocks, layer, kOwnKind + group, {}, own, [&](const Block& to) {
-    for (size_t x = 0; x < rows.size(); ++x)
-      std::copy(rows[x].second.begin(), rows[x].second.end(), to.part(x));
+/// The maps side by side: `put_inputs(matrix, map, column)` spreads the matrix of one expert over the parts
+/// of its inputs.
+template <class Real>
+template <class Function>
+void PackedWeights<Real>::put_maps(const Maps& maps, Real* bias, const Function& put_inputs) {
+  for (const MapColumns& map : maps) {
+    if (map.active.position == nullptr) continue;
+    const Weights from = weights_of(map.active);
+    const int64_t n_in = from.matrix.size(1);
+    const int64_t n_out = from.matrix.size(2);
+    for (int64_t k = 0; k < from.matrix.size(0); ++k) {
+      const Array matrix = from.matrix.rows(k, 1).reshape({n_in, n_out});
+      put_inputs(matrix, map, map.first + k * map.heads * map.stride);
+    }
+    put_bias(bias, from.bias, map);
+  }
+}
+
+/// node_self_mlp or edge_angle_linear2, of one input and an output as wide.
+template <class Real>
+void PackedWeights<Real>::pack_square_map(Target& target, BlockKind kind, const MapColumns& map,
+                                          const SquareMap& to) {
+  const int64_t columns = static_cast<int64_t>(map.active.routing.size()) * map.stride;
+  Layout layout;
+  const size_t matrix = layout.matrix(map.stride, columns);
+  const size_t bias = layout.row(columns);
+  const Block& packed = block(target, kind, {map}, layout, [&](const Block& block) {
+    put_maps({map}, block.part(bias), [&](const Array& from, const MapColumns& of_map, int64_t column) {
+      put(block.part(matrix), columns, 0, column, from, of_map);
+    });
   });
-  for (size_t x = 0; x < rows.size(); ++x) *rows[x].first = b.part(x);
+  to.matrix = packed.part(matrix);
+  to.transposed = packed.part(matrix + 1);
+  to.bias = packed.part(bias);
+  target.keep_row(to.routing, map.active.routing);
 }
 
-template <class T>
-void PackedWeights<T>::pack_group(int64_t group) {
+/// node_sym_linear: rows [edge block, neighbor block], each axis * width.
+template <class Real>
+void PackedWeights<Real>::pack_sym(Target& target) {
+  const LayerShape& shape = weights_.shapes[target.layer];
+  const int64_t columns = shape.experts_sym * shape.n_padded;
+  const Active sym = active(target, "node_sym_linear");
+  const MapColumns map{sym, 0, 1, shape.n, shape.n_padded};
+  Layout layout;
+  const size_t matrix = layout.matrix(shape.sym_inputs(), columns);
+  const size_t bias = layout.row(columns);
+  const auto put_inputs = [&](const Block& block, const Array& from, int64_t column) {
+    for (int64_t m = 0; m < shape.axis; ++m) {
+      const int64_t neighbor_row = shape.axis * shape.e_padded + m * shape.n_padded;
+      const Array of_edge = from.rows(m * shape.e, shape.e);
+      const Array of_neighbor = from.rows(shape.axis * shape.e + m * shape.n, shape.n);
+      put(block.part(matrix), columns, m * shape.e_padded, column, of_edge, map);
+      put(block.part(matrix), columns, neighbor_row, column, of_neighbor, map);
+    }
+  };
+  const Block& packed = block(target, BlockKind::sym, {map}, layout, [&](const Block& block) {
+    put_maps({map}, block.part(bias),
+             [&](const Array& from, const MapColumns&, int64_t column) { put_inputs(block, from, column); });
+  });
+  GroupWeights<Real>& weights = target.weights;
+  weights.sym = packed.part(matrix);
+  weights.sym_transposed = packed.part(matrix + 1);
+  weights.sym_bias = packed.part(bias);
+  target.keep_row(weights.routing_sym, sym.routing);
+}
+
+/// node_edge_linear and edge_self_linear, which share their input [v_i, v_j, e_ij].
+template <class Real>
+void PackedWeights<Real>::pack_edge(Target& target) {
+  const LayerShape& shape = weights_.shapes[target.layer];
+  const bool first_layer = target.layer == 0;
+  const int64_t columns = shape.edge_columns();
+  const Active message = active(target, "node_edge_linear");
+  const Active edge_map = shape.live_edge ? active(target, "edge_self_linear") : Active{};
+  const Maps maps{{message, 0, shape.heads, shape.n, shape.n_padded},
+                  {edge_map, shape.message_columns(), 1, shape.e, shape.e_padded}};
+  Layout layout;
+  const size_t centre = layout.matrix(shape.n_padded, columns);
+  const size_t neighbor = layout.matrix(shape.n_padded, columns);
+  const size_t edge = layout.matrix(shape.e_padded, columns);
+  const size_t bias = layout.row(columns);
+  const size_t of_distance = first_layer ? layout.row(columns) : 0;
+  const size_t distance_bias = first_layer ? layout.row(columns) : 0;
+  const Block& packed = block(target, BlockKind::edge, maps, layout, [&](const Block& block) {
+    put_maps(maps, block.part(bias), [&](const Array& from, const MapColumns& map, int64_t column) {
+      put(block.part(centre), columns, 0, column, from.rows(0, shape.n), map);
+      put(block.part(neighbor), columns, 0, column, from.rows(shape.n, shape.n), map);
+      put(block.part(edge), columns, 0, column, from.rows(2 * shape.n, shape.e), map);
+    });
+    if (!first_layer) return;
+    const std::vector<Real>* slope = &weights_.edge_matrix;
+    const std::vector<Real>* offset = &weights_.edge_bias;
+    const Real* matrix = block.part(edge);
+    sum_products<Real>(nullptr, {{slope, matrix}}, columns, block.part(of_distance));
+    sum_products<Real>(block.part(bias), {{offset, matrix}}, columns, block.part(distance_bias));
+  });
+  GroupWeights<Real>& weights = target.weights;
+  weights.edge_centre = packed.part(centre);
+  weights.edge_centre_transposed = packed.part(centre + 1);
+  weights.edge_neighbor = packed.part(neighbor);
+  weights.edge_neighbor_transposed = packed.part(neighbor + 1);
+  weights.edge_edge = packed.part(edge);
+  weights.edge_edge_transposed = packed.part(edge + 1);
+  weights.edge_bias = packed.part(bias);
+  if (first_layer) {
+    weights.edge_of_distance = packed.part(of_distance);
+    weights.edge_distance_bias = packed.part(distance_bias);
+  }
+  target.keep_row(weights.routing_message, message.routing);
+  if (shape.live_edge) target.keep_row(weights.routing_edge, edge_map.routing);
+}
+
+/// Parts of the angle block.
+struct AngleParts {
+  size_t angle = 0;
+  size_t centre = 0;
+  size_t first = 0;
+  size_t second = 0;
+  size_t bias = 0;
+  // of the first layer
+  size_t first_of_distance = 0;
+  size_t second_of_distance = 0;
+  size_t of_cos = 0;
+  size_t distance_bias = 0;
+};
+
+/// edge_angle_linear1 and angle_self_linear, which share their input [a_ijk, vc_i, ec_ik, ec_ij]: k before j.
+template <class Real>
+void PackedWeights<Real>::pack_angle(Target& target) {
+  const LayerShape& shape = weights_.shapes[target.layer];
+  const bool first_layer = target.layer == 0;
+  const int64_t columns = shape.angle_columns();
+  const Active message = active(target, "edge_angle_linear1");
+  const Active angle_map = shape.live_angle ? active(target, "angle_self_linear") : Active{};
+  const Maps maps{{message, 0, 1, shape.e, shape.e_padded},
+                  {angle_map, shape.angle_message_columns(), 1, shape.a, shape.a_padded}};
+  Layout layout;
+  AngleParts parts;
+  parts.angle = layout.matrix(shape.a_padded, columns);
+  parts.centre = layout.matrix(shape.n_padded, columns);
+  parts.first = layout.matrix(shape.e_padded, columns);
+  parts.second = layout.matrix(shape.e_padded, columns);
+  parts.bias = layout.row(columns);
+  if (first_layer) {
+    parts.first_of_distance = layout.row(columns);
+    parts.second_of_distance = layout.row(columns);
+    parts.of_cos = layout.row(columns);
+    parts.distance_bias = layout.row(columns);
+  }
+  const Block& packed = block(target, BlockKind::angle, maps, layout, [&](const Block& block) {
+    fill_angle_block(target.layer, maps, parts, block);
+  });
+  GroupWeights<Real>& weights = target.weights;
+  weights.angle_angle = packed.part(parts.angle);
+  weights.angle_angle_transposed = packed.part(parts.angle + 1);
+  weights.angle_centre = packed.part(parts.centre);
+  weights.angle_centre_transposed = packed.part(parts.centre + 1);
+  weights.angle_first = packed.part(parts.first);
+  weights.angle_first_transposed = packed.part(parts.first + 1);
+  weights.angle_second = packed.part(parts.second);
+  weights.angle_second_transposed = packed.part(parts.second + 1);
+  weights.angle_bias = packed.part(parts.bias);
+  if (first_layer) {
+    weights.angle_first_of_distance = packed.part(parts.first_of_distance);
+    weights.angle_second_of_distance = packed.part(parts.second_of_distance);
+    weights.angle_of_cos = packed.part(parts.of_cos);
+    weights.angle_distance_bias = packed.part(parts.distance_bias);
+  }
+  target.keep_row(weights.routing_angle_message, message.routing);
+  if (shape.live_angle) target.keep_row(weights.routing_angle, angle_map.routing);
+}
+
+template <class Real>
+void PackedWeights<Real>::fill_angle_block(size_t layer, const Maps& maps, const AngleParts& parts,
+                                           const Block& block) {
+  const LayerSource& source = model_.layers[layer];
+  const LayerShape& shape = weights_.shapes[layer];
+  const int64_t columns = shape.angle_columns();
+  // linear compression is folded into the map: (v W_c) W = v (W_c W)
+  const auto folded = [](const Array& compress, const Array& rows) {
+    return compress.defined() ? product(compress, rows.to(Dtype::float64)).to(dtype_of<Real>) : rows;
+  };
+  const int64_t centre_row = shape.a;
+  const int64_t second_row = centre_row + source.vc_dim;
+  const int64_t first_row = second_row + source.ec_dim;
+  put_maps(maps, block.part(parts.bias), [&](const Array& from, const MapColumns& map, int64_t column) {
+    const Array of_centre = folded(source.compress_n, from.rows(centre_row, source.vc_dim));
+    const Array of_second = folded(source.compress_e, from.rows(second_row, source.ec_dim));
+    const Array of_first = folded(source.compress_e, from.rows(first_row, source.ec_dim));
+    put(block.part(parts.angle), columns, 0, column, from.rows(0, shape.a), map);
+    put(block.part(parts.centre), columns, 0, column, of_centre, map);
+    put(block.part(parts.second), columns, 0, column, of_second, map);
+    put(block.part(parts.first), columns, 0, column, of_first, map);
+  });
+  if (layer > 0) return;
+  const std::vector<Real>* slope = &weights_.edge_matrix;
+  const std::vector<Real>* offset = &weights_.edge_bias;
+  const std::vector<Real>* direction = &weights_.angle_direction;
+  const Real* first = block.part(parts.first);
+  const Real* second = block.part(parts.second);
+  sum_products<Real>(nullptr, {{slope, first}}, columns, block.part(parts.first_of_distance));
+  sum_products<Real>(nullptr, {{slope, second}}, columns, block.part(parts.second_of_distance));
+  sum_products<Real>(nullptr, {{direction, block.part(parts.angle)}}, columns, block.part(parts.of_cos));
+  sum_products<Real>(block.part(parts.bias), {{offset, first}, {offset, second}}, columns,
+                     block.part(parts.distance_bias));
+}
+
+/// What the message map gives an edge without a message: sum_k p_k phi(b_k).
+template <class Real>
+std::vector<double> PackedWeights<Real>::far_edges(const LayerShape& shape, const MapColumns& map) const {
+  const Active& active = map.active;
+  std::vector<Real> outputs(static_cast<size_t>(shape.experts_message_map * shape.e_padded), Real(0));
+  put_bias(outputs.data(), biases_of(active), map);
+  kernels_.activate(shape.activation, outputs.data(), static_cast<int64_t>(outputs.size()));
+  std::vector<double> sum(static_cast<size_t>(shape.e_padded), 0.0);
+  for (size_t k = 0; k < active.routing.size(); ++k) {
+    for (size_t d = 0; d < sum.size(); ++d) {
+      sum[d] += static_cast<double>(outputs[k * sum.size() + d]) * active.routing[k];
+    }
+  }
+  return sum;
+}
+
+template <class Real>
+void PackedWeights<Real>::pack_layer(Target& target) {
+  const LayerShape& shape = weights_.shapes[target.layer];
+  GroupWeights<Real>& weights = target.weights;
+  const MapColumns node{active(target, "node_self_mlp"), 0, 1, shape.n, shape.n_padded};
+  pack_square_map(target, BlockKind::node, node,
+                  {weights.node, weights.node_transposed, weights.node_bias, weights.routing_node});
+  pack_sym(target);
+  pack_edge(target);
+  if (shape.with_angles) {
+    pack_angle(target);
+    const MapColumns message{active(target, "edge_angle_linear2"), 0, 1, shape.e, shape.e_padded};
+    pack_square_map(target, BlockKind::message_map, message,
+                    {weights.message_map, weights.message_map_transposed, weights.message_map_bias,
+                     weights.routing_message_map});
+    target.keep_row(weights.message_map_far, far_edges(shape, message));
+  }
+  const Block& own = block(target, BlockKind::own, {}, target.own, [&](const Block& block) {
+    for (size_t k = 0; k < target.own_rows.size(); ++k) {
+      const std::vector<Real>& row = target.own_rows[k].second;
+      std::copy(row.begin(), row.end(), block.part(k));
+    }
+  });
+  for (size_t k = 0; k < target.own_rows.size(); ++k) *target.own_rows[k].first = own.part(k);
+}
+
+template <class Real>
+void PackedWeights<Real>::pack_group(int64_t group) {
   std::vector<std::shared_ptr<Block>> blocks;
   const size_t n_layer = model_.layers.size();
-  std::vector<GroupWeights<T>> of_layers(n_layer);
-  for (size_t l = 0; l < n_layer; ++l) pack_layer(l, group, blocks, of_layers[l]);
-  const auto g = static_cast<size_t>(group);
-  for (size_t l = 0; l < n_layer; ++l) weights_.groups[l][g] = of_layers[l];
-  groups_[g].blocks = std::move(blocks);
+  std::vector<GroupWeights<Real>> of_layers(n_layer);
+  for (size_t layer = 0; layer < n_layer; ++layer) {
+    Target target{layer, group, blocks, of_layers[layer], {}, {}};
+    pack_layer(target);
+  }
+  const auto index = static_cast<size_t>(group);
+  for (size_t layer = 0; layer < n_layer; ++layer) weights_.groups[layer][index] = of_layers[layer];
+  groups_[index].blocks = std::move(blocks);
 }
 
 /// Routes all groups; what is laid out stays where groups were only added.
-template <class T>
-void PackedWeights<T>::route_groups(const Array& features) {
+template <class Real>
+void PackedWeights<Real>::route_groups(const Array& features) {
   const bool grown = features_.defined() && features.size(0) > features_.size(0) &&
                      features.rows(0, features_.size(0)).equals(features_);
   if (!grown) release_groups();
   const size_t n_layer = model_.layers.size();
   routes_.assign(n_layer, {});
-  for (size_t l = 0; l < n_layer; ++l) {
-    for (const auto& [name, router] : model_.layers[l].routers) routes_[l][name] = route(router, features);
+  for (size_t layer = 0; layer < n_layer; ++layer) {
+    for (const auto& [name, router] : model_.layers[layer].routers) {
+      routes_[layer][name] = route(router, features);
+    }
   }
   features_ = features.clone();
   const auto n_group = static_cast<size_t>(features.size(0));
@@ -460,8 +580,8 @@ void PackedWeights<T>::route_groups(const Array& features) {
   for (auto& of_layer : weights_.groups) of_layer.resize(n_group);
 }
 
-template <class T>
-bool PackedWeights<T>::set_groups(const Array& features, const std::vector<int64_t>& used) {
+template <class Real>
+bool PackedWeights<Real>::set_groups(const Array& features, const std::vector<int64_t>& used) {
   bool changed = false;
   if (!features_.equals(features)) {
     route_groups(features);
@@ -483,8 +603,8 @@ bool PackedWeights<T>::set_groups(const Array& features, const std::vector<int64
 
 /// Releases groups without atoms, those first that had none for longest, until what the others keep is small
 /// against the memory that is left. Returns whether there were such.
-template <class T>
-bool PackedWeights<T>::evict(const std::vector<int64_t>& used) {
+template <class Real>
+bool PackedWeights<Real>::evict(const std::vector<int64_t>& used) {
   std::vector<size_t> absent;
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (!groups_[g].blocks.empty() && groups_[g].last_use != clock_) absent.push_back(g);
@@ -510,33 +630,33 @@ bool PackedWeights<T>::evict(const std::vector<int64_t>& used) {
   return dropped;
 }
 
-template <class T>
-void PackedWeights<T>::release(size_t group) {
+template <class Real>
+void PackedWeights<Real>::release(size_t group) {
   groups_[group].blocks.clear();
   for (auto& of_layer : weights_.groups) of_layer[group] = {};
 }
 
-template <class T>
-void PackedWeights<T>::release_groups(const std::vector<int64_t>& in_use) {
+template <class Real>
+void PackedWeights<Real>::release_groups(const std::vector<int64_t>& in_use) {
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (std::find(in_use.begin(), in_use.end(), static_cast<int64_t>(g)) == in_use.end()) release(g);
   }
   drop_unused_blocks();
 }
 
-template <class T>
-void PackedWeights<T>::drop_unused_blocks() {
+template <class Real>
+void PackedWeights<Real>::drop_unused_blocks() {
   std::erase_if(blocks_, [](const auto& entry) { return entry.second.use_count() <= 1; });
 }
 
-template <class T>
-int64_t PackedWeights<T>::n_packed_groups() const {
+template <class Real>
+int64_t PackedWeights<Real>::n_packed_groups() const {
   return std::count_if(groups_.begin(), groups_.end(),
                        [](const Group& group) { return !group.blocks.empty(); });
 }
 
-template <class T>
-int64_t PackedWeights<T>::packed_bytes() const {
+template <class Real>
+int64_t PackedWeights<Real>::packed_bytes() const {
   int64_t total = 0;
   for (const auto& [key, held] : blocks_) total += static_cast<int64_t>(held->memory.size());
   return total;

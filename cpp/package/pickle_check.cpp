@@ -167,7 +167,8 @@ class Reader {
   void step(unsigned char opcode) {
     switch (opcode) {
       case 'c': {
-        const std::string_view module = line(), name = line();
+        const std::string_view module = line();
+        const std::string_view name = line();
         return read_global(module, name);
       }
       case 'q':
@@ -224,7 +225,8 @@ class Reader {
       case 'e':
         return append(pop_to_mark());
       case 's': {
-        Pointer value = pop(), key = pop();
+        Pointer value = pop();
+        Pointer key = pop();
         return set_items({std::move(key), std::move(value)});
       }
       case 'u':
@@ -305,17 +307,18 @@ class Reader {
         items[3]->kind != Kind::text || items[3]->text != "cpu" || items[4]->kind != Kind::integer) {
       refuse("a bad storage");
     }
-    const int64_t size = item_size(items[1]->text), n = items[4]->number;
+    const int64_t size = item_size(items[1]->text);
+    const int64_t n_number = items[4]->number;
     const std::string record = folder_ + "/" + std::string(items[2]->text);
     const auto found = records_.find(record);
-    if (size == 0 || n < 0) refuse("a bad storage");
+    if (size == 0 || n_number < 0) refuse("a bad storage");
     if (found == records_.end()) refuse("no record `" + printable(record, 80) + "`, which it names");
     const auto available = static_cast<int64_t>(found->second.size);
-    if (available % size != 0 || available / size != n) {
-      refuse("expected " + std::to_string(n) + " numbers of " + std::to_string(size) + " bytes in `" +
+    if (available % size != 0 || available / size != n_number) {
+      refuse("expected " + std::to_string(n_number) + " numbers of " + std::to_string(size) + " bytes in `" +
              record + "`, got " + std::to_string(available) + " bytes");
     }
-    push(Kind::storage, n);
+    push(Kind::storage, n_number);
   }
 
   std::vector<int64_t> integers(const Value& tuple) const {
@@ -335,24 +338,29 @@ class Reader {
         items[1]->number < 0 || items[4]->kind != Kind::boolean || items[5]->kind != Kind::dict) {
       refuse("a bad tensor");
     }
-    const int64_t n = items[0]->number;
-    const std::vector<int64_t> size = integers(*items[2]), stride = integers(*items[3]);
+    const int64_t n_number = items[0]->number;
+    const std::vector<int64_t> size = integers(*items[2]);
+    const std::vector<int64_t> stride = integers(*items[3]);
     if (size.size() != stride.size()) refuse("a bad tensor");
-    int64_t last = items[1]->number, count = 1;
+    int64_t last = items[1]->number;
+    int64_t count = 1;
     for (size_t d = 0; d < size.size(); ++d) {
       int64_t span = 0;
-      if (__builtin_mul_overflow(count, size[d], &count) || count > n) refuse("a tensor beyond its storage");
+      if (__builtin_mul_overflow(count, size[d], &count) || count > n_number)
+        refuse("a tensor beyond its storage");
       if (size[d] > 0 && (__builtin_mul_overflow(size[d] - 1, stride[d], &span) ||
                           __builtin_add_overflow(last, span, &last))) {
         refuse("a tensor beyond its storage");
       }
     }
-    if (count > n || (count > 0 && last >= n) || items[1]->number > n) refuse("a tensor beyond its storage");
+    if (count > n_number || (count > 0 && last >= n_number) || items[1]->number > n_number)
+      refuse("a tensor beyond its storage");
     push(Kind::tensor);
   }
 
   void make_object() {
-    const Pointer arguments = pop(), type = pop();
+    const Pointer arguments = pop();
+    const Pointer type = pop();
     if (type->kind != Kind::global || type->text.substr(0, 9) != "__torch__" ||
         arguments->kind != Kind::tuple || !arguments->items.empty()) {
       refuse("a bad module");
@@ -361,7 +369,8 @@ class Reader {
   }
 
   void reduce() {
-    const Pointer arguments = pop(), function = pop();
+    const Pointer arguments = pop();
+    const Pointer function = pop();
     if (function->kind != Kind::global || arguments->kind != Kind::tuple) refuse("a bad call");
     if (function->text == "torch._utils _rebuild_tensor_v2") return make_tensor(*arguments);
     const auto& items = arguments->items;
@@ -382,10 +391,14 @@ class Reader {
   }
 
   const Records& records_;
-  std::string name_, folder_, content_;
+  std::string name_;
+  std::string folder_;
+  std::string content_;
   std::string_view bytes_;  // content_
-  size_t position_ = 0, n_values_ = 0;
-  std::vector<Pointer> stack_, memo_;
+  size_t position_ = 0;
+  size_t n_values_ = 0;
+  std::vector<Pointer> stack_;
+  std::vector<Pointer> memo_;
   std::set<std::string> names_;  // of globals; nodes keep their place
 };
 

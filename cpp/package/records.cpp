@@ -108,8 +108,12 @@ std::string folded(std::string_view name) {
 
 struct Entry {
   std::string name;
-  uint64_t size = 0, compressed = 0, offset = 0;
-  uint64_t flags = 0, method = 0, checksum = 0;
+  uint64_t size = 0;
+  uint64_t compressed = 0;
+  uint64_t offset = 0;
+  uint64_t flags = 0;
+  uint64_t method = 0;
+  uint64_t checksum = 0;
   uint64_t next = 0;  // position of the entry that follows
 };
 
@@ -138,7 +142,8 @@ Entry read_entry(const Bytes& bytes, uint64_t position) {
   entry.compressed = bytes.number(position + 20, 4);
   entry.size = bytes.number(position + 24, 4);
   entry.offset = bytes.number(position + 42, 4);
-  const size_t name_size = bytes.number(position + 28, 2), extra_size = bytes.number(position + 30, 2);
+  const size_t name_size = bytes.number(position + 28, 2);
+  const size_t extra_size = bytes.number(position + 30, 2);
   const uint64_t extra = position + central_size + name_size;
   entry.name = bytes.part(position + central_size, name_size);
   entry.next = extra + extra_size + bytes.number(position + 32, 2);

@@ -24,18 +24,22 @@ constexpr double max_steps = 1e9;  // distances that are looked at in a frame: s
 
 using Vector = std::array<double, 3>;
 
-Vector cross(const double* a, const double* b) {
-  return {a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]};
+Vector cross(const double* left, const double* right) {
+  return {left[1] * right[2] - left[2] * right[1], left[2] * right[0] - left[0] * right[2],
+          left[0] * right[1] - left[1] * right[0]};
 }
 
-double dot(const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
+double dot(const double* left, const double* right) {
+  return left[0] * right[0] + left[1] * right[1] + left[2] * right[2];
+}
 
 ReferenceFrame read_frame(const Json& json, const std::vector<std::string>& elements) {
   ReferenceFrame frame;
   const auto& symbols = json.at("symbols").list();
-  const size_t n = symbols.size();
-  if (n == 0 || n > max_atoms) {
-    throw Error("expected 1 to " + std::to_string(max_atoms) + " atoms in a frame, got " + std::to_string(n));
+  const size_t n_atom = symbols.size();
+  if (n_atom == 0 || n_atom > max_atoms) {
+    throw Error("expected 1 to " + std::to_string(max_atoms) + " atoms in a frame, got " +
+                std::to_string(n_atom));
   }
   for (const Json& symbol : symbols) {
     const auto found = std::find(elements.begin(), elements.end(), symbol.text());
@@ -57,11 +61,11 @@ ReferenceFrame read_frame(const Json& json, const std::vector<std::string>& elem
     }
     return values;
   };
-  frame.positions = rows("positions", n);
-  frame.forces = rows("forces", n);
+  frame.positions = rows("positions", n_atom);
+  frame.forces = rows("forces", n_atom);
   frame.cell = rows("cell", 3);
   frame.virial = rows("virial", 3);
-  json.at("energies").numbers(n);
+  json.at("energies").numbers(n_atom);
   frame.energy = json.at("energy").number();
   const auto& pbc = json.at("pbc").list();
   if (pbc.size() != 3) throw Error("expected 3 entries of `pbc`, got " + std::to_string(pbc.size()));
@@ -82,40 +86,48 @@ ReferenceFrame read_frame(const Json& json, const std::vector<std::string>& elem
   return frame;
 }
 
-/// Images to either side that are within reach along each vector of the cell, for atoms within `spread` of
-/// one another.
+/// Distance of the cell's faces along vector `axis`, and a `normal` to them. An axis that is
+/// not periodic may have no vector: what matters is the height above the periodic ones.
+double height_of_cell(const ReferenceFrame& frame, size_t axis, Vector& normal) {
+  std::vector<const double*> others;
+  for (size_t k = 0; k < 3; ++k) {
+    if (k != axis && frame.pbc[k]) others.push_back(&frame.cell[3 * k]);
+  }
+  const double* vector = &frame.cell[3 * axis];
+  normal = {vector[0], vector[1], vector[2]};
+  if (others.size() == 2) {
+    normal = cross(others[0], others[1]);
+  } else if (others.size() == 1) {
+    const double along = dot(vector, others[0]) / dot(others[0], others[0]);
+    for (size_t k = 0; k < 3; ++k) normal[k] -= along * others[0][k];
+  }
+  const double length = std::sqrt(dot(normal.data(), normal.data()));
+  return std::abs(dot(vector, normal.data())) / length;
+}
+
+/// Images to either side that are within reach along each vector of the cell, for the spread of
+/// the atoms.
 std::array<int64_t, 3> images_of(const ReferenceFrame& frame, double cutoff) {
   std::array<int64_t, 3> count{};
   double total = 1.0;
-  for (size_t d = 0; d < 3; ++d) {
-    if (!frame.pbc[d]) continue;
-    // an axis that is not periodic may have no vector: what matters is the height above the periodic ones
-    std::vector<const double*> others;
-    for (size_t k = 0; k < 3; ++k) {
-      if (k != d && frame.pbc[k]) others.push_back(&frame.cell[3 * k]);
-    }
-    const double* a = &frame.cell[3 * d];
-    double height = std::sqrt(dot(a, a));
-    Vector normal{a[0], a[1], a[2]};
-    if (others.size() == 2) {
-      normal = cross(others[0], others[1]);
-    } else if (others.size() == 1) {
-      const double along = dot(a, others[0]) / dot(others[0], others[0]);
-      for (size_t k = 0; k < 3; ++k) normal[k] -= along * others[0][k];
-    }
+  for (size_t axis = 0; axis < 3; ++axis) {
+    if (!frame.pbc[axis]) continue;
+    Vector normal{};
+    const double height = height_of_cell(frame, axis, normal);
     const double length = std::sqrt(dot(normal.data(), normal.data()));
-    height = std::abs(dot(a, normal.data())) / length;
-    double low = INFINITY, high = -INFINITY;
+    double low = INFINITY;
+    double high = -INFINITY;
     for (size_t i = 0; i < frame.types.size(); ++i) {
-      const double x = dot(&frame.positions[3 * i], normal.data()) / length;
-      low = std::min(low, x), high = std::max(high, x);
+      const double along = dot(&frame.positions[3 * i], normal.data()) / length;
+      low = std::min(low, along);
+      high = std::max(high, along);
     }
     const double reach = (cutoff + high - low) / height;
     total *= 2.0 * std::ceil(reach) + 1.0;
     if (!(total <= static_cast<double>(max_images))) {
       throw Error("expected a cell of the usual size in a frame, got one that is too flat");
     }
-    count[d] = static_cast<int64_t>(std::ceil(reach));
+    count[axis] = static_cast<int64_t>(std::ceil(reach));
   }
   return count;
 }
@@ -144,9 +156,10 @@ std::vector<ReferenceFrame> read_reference(const std::string& text,
 }
 
 std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, std::vector<bool> wanted) {
-  std::vector<size_t> order(frames.size()), chosen;
+  std::vector<size_t> order(frames.size());
+  std::vector<size_t> chosen;
   std::iota(order.begin(), order.end(), size_t{0});
-  // an atom of a crystal has more neighbours and angles than one of a cluster: a change shows more
+  // an atom of a crystal has more neighbors and angles than one of a cluster: a change shows more
   const auto rank = [&](size_t k) {
     const ReferenceFrame& frame = frames[k];
     return std::pair(frame.pbc[0] && frame.pbc[1] && frame.pbc[2], frame.types.size());
@@ -185,89 +198,139 @@ std::pair<Array, Array> conditions_of_frames(const std::vector<const ReferenceFr
     pairs.insert(pairs.end(), frame->charge_spin.begin(), frame->charge_spin.end());
     numbers.insert(numbers.end(), frame->fparam.begin(), frame->fparam.end());
   }
-  const auto n = static_cast<int64_t>(frames.size());
+  const auto n_frame = static_cast<int64_t>(frames.size());
+  const auto n_number = static_cast<int64_t>(numbers.size());
   std::pair<Array, Array> given;
-  if (!pairs.empty()) given.first = Array::of(pairs, {n, 2});
-  if (!numbers.empty()) given.second = Array::of(numbers, {n, static_cast<int64_t>(numbers.size()) / n});
+  if (!pairs.empty()) given.first = Array::of(pairs, {n_frame, 2});
+  if (!numbers.empty()) given.second = Array::of(numbers, {n_frame, n_number / n_frame});
   return given;
 }
 
-ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, const GraphRules& rules) {
-  const double cutoff = rules.cutoff, angle_cutoff = rules.angle_cutoff;
-  size_t n_angle = 0;
-  std::vector<int64_t> types, system, centre, neighbor;
-  std::vector<double> vectors;
-  for (size_t s = 0; s < frames.size(); ++s) {
-    const ReferenceFrame& frame = *frames[s];
-    const auto first = static_cast<int64_t>(types.size());
-    const auto n = static_cast<int64_t>(frame.types.size());
-    types.insert(types.end(), frame.types.begin(), frame.types.end());
-    system.insert(system.end(), frame.types.size(), static_cast<int64_t>(s));
-    const auto [n0, n1, n2] = images_of(frame, cutoff);
-    const double steps = static_cast<double>(n * n) * static_cast<double>(2 * n0 + 1) *
-                         static_cast<double>(2 * n1 + 1) * static_cast<double>(2 * n2 + 1);
+namespace {
+
+/// The edges of frames, one frame behind the other.
+class EdgeCollector {
+ public:
+  explicit EdgeCollector(const GraphRules& rules)
+      : cutoff_(rules.cutoff), angle_cutoff_(rules.angle_cutoff) {}
+
+  void add(const ReferenceFrame& frame, int64_t system) {
+    const auto first = static_cast<int64_t>(types_.size());
+    const auto n_atom = static_cast<int64_t>(frame.types.size());
+    types_.insert(types_.end(), frame.types.begin(), frame.types.end());
+    system_.insert(system_.end(), frame.types.size(), system);
+    const std::array<int64_t, 3> images = images_of(frame, cutoff_);
+    double steps = static_cast<double>(n_atom * n_atom);
+    for (const int64_t count : images) steps *= static_cast<double>(2 * count + 1);
     if (steps > max_steps) throw Error("expected frames of the usual size, got one with too many images");
-    for (int64_t i = 0; i < n; ++i) {
-      size_t n_close = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        for (int64_t x = -n0; x <= n0; ++x) {
-          for (int64_t y = -n1; y <= n1; ++y) {
-            for (int64_t z = -n2; z <= n2; ++z) {
-              if (i == j && x == 0 && y == 0 && z == 0) continue;
-              Vector r{};
-              for (size_t d = 0; d < 3; ++d) {
-                r[d] = frame.positions[3 * static_cast<size_t>(j) + d] -
-                       frame.positions[3 * static_cast<size_t>(i) + d] +
-                       static_cast<double>(x) * frame.cell[d] + static_cast<double>(y) * frame.cell[3 + d] +
-                       static_cast<double>(z) * frame.cell[6 + d];
-              }
-              const double r2 = dot(r.data(), r.data());
-              if (!(r2 <= cutoff * cutoff)) continue;
-              n_close += r2 < angle_cutoff * angle_cutoff ? 1 : 0;
-              centre.push_back(first + i);
-              neighbor.push_back(first + j);
-              vectors.insert(vectors.end(), r.begin(), r.end());
-              if (centre.size() > max_edges)
-                throw Error("expected frames of the usual density, got a denser one");
-            }
-          }
-        }
-      }
-      n_angle += n_close * n_close;
-      if (n_angle > max_angles) throw Error("expected frames of the usual density, got a denser one");
+    for (int64_t i = 0; i < n_atom; ++i) {
+      n_close_ = 0;
+      for (int64_t j = 0; j < n_atom; ++j) add_pair(frame, images, first, i, j);
+      n_angle_ += n_close_ * n_close_;
+      if (n_angle_ > max_angles) throw Error("expected frames of the usual density, got a denser one");
     }
   }
-  const auto n_edge = static_cast<int64_t>(centre.size());
-  centre.insert(centre.end(), neighbor.begin(), neighbor.end());
-  return list_of_edges(Array::of(types), Array::of(centre, {2, n_edge}), Array::of(vectors, {n_edge, 3}),
-                       Array::of(system), static_cast<int64_t>(frames.size()));
+
+  ListedEdges list(int64_t n_systems) {
+    const auto n_edge = static_cast<int64_t>(centre_.size());
+    centre_.insert(centre_.end(), neighbor_.begin(), neighbor_.end());
+    return list_of_edges(Array::of(types_), Array::of(centre_, {2, n_edge}), Array::of(vectors_, {n_edge, 3}),
+                         Array::of(system_), n_systems);
+  }
+
+ private:
+  /// All images of atom j around atom i.
+  void add_pair(const ReferenceFrame& frame, const std::array<int64_t, 3>& images, int64_t first, int64_t i,
+                int64_t j) {
+    std::array<int64_t, 3> image{};
+    for (image[0] = -images[0]; image[0] <= images[0]; ++image[0]) {
+      for (image[1] = -images[1]; image[1] <= images[1]; ++image[1]) {
+        for (image[2] = -images[2]; image[2] <= images[2]; ++image[2]) {
+          if (i == j && image == std::array<int64_t, 3>{}) continue;
+          add_edge(frame, image, first, i, j);
+        }
+      }
+    }
+  }
+
+  void add_edge(const ReferenceFrame& frame, const std::array<int64_t, 3>& image, int64_t first, int64_t i,
+                int64_t j) {
+    Vector vector{};
+    for (size_t c = 0; c < 3; ++c) {
+      vector[c] =
+          frame.positions[3 * static_cast<size_t>(j) + c] - frame.positions[3 * static_cast<size_t>(i) + c] +
+          static_cast<double>(image[0]) * frame.cell[c] + static_cast<double>(image[1]) * frame.cell[3 + c] +
+          static_cast<double>(image[2]) * frame.cell[6 + c];
+    }
+    const double square = dot(vector.data(), vector.data());
+    if (!(square <= cutoff_ * cutoff_)) return;
+    n_close_ += square < angle_cutoff_ * angle_cutoff_ ? 1 : 0;
+    centre_.push_back(first + i);
+    neighbor_.push_back(first + j);
+    vectors_.insert(vectors_.end(), vector.begin(), vector.end());
+    if (centre_.size() > max_edges) throw Error("expected frames of the usual density, got a denser one");
+  }
+
+  const double cutoff_;
+  const double angle_cutoff_;
+  size_t n_angle_ = 0;
+  size_t n_close_ = 0;  // of one centre
+  std::vector<int64_t> types_;
+  std::vector<int64_t> system_;
+  std::vector<int64_t> centre_;
+  std::vector<int64_t> neighbor_;
+  std::vector<double> vectors_;
+};
+
+}  // namespace
+
+ListedEdges reference_list(const std::vector<const ReferenceFrame*>& frames, const GraphRules& rules) {
+  EdgeCollector edges(rules);
+  for (size_t index = 0; index < frames.size(); ++index) {
+    edges.add(*frames[index], static_cast<int64_t>(index));
+  }
+  return edges.list(static_cast<int64_t>(frames.size()));
 }
 
-void compare_with_reference(const std::vector<const ReferenceFrame*>& frames, const Evaluation& result,
-                            double tolerance, const std::string& where) {
-  const auto check = [&](const char* name, const char* unit, const double* got, const double* want, size_t n,
-                         double per) {
-    double deviation = 0.0, scale = 1.0;
-    for (size_t k = 0; k < n; ++k) {
-      const double d = std::abs(got[k] - want[k]) / per;
+namespace {
+
+/// Throws Error unless `count` numbers agree, each divided by `per`.
+struct Comparison {
+  double tolerance;
+  const std::string& where;
+
+  void check(const char* name, const char* unit, const double* got, const double* want, size_t count,
+             double per) const {
+    double deviation = 0.0;
+    double scale = 1.0;
+    for (size_t k = 0; k < count; ++k) {
+      const double difference = std::abs(got[k] - want[k]) / per;
       // written so that NaN stays
-      if (!(d <= deviation)) deviation = std::isnan(deviation) ? deviation : d;
+      if (!(difference <= deviation)) deviation = std::isnan(deviation) ? deviation : difference;
       scale = std::max(scale, std::abs(want[k]) / per);
     }
     if (deviation <= tolerance * scale) return;
     throw Error(std::string(name) + " of the stored reference frame deviates by " + number(deviation) + " " +
                 unit + " (allowed " + number(tolerance * scale) + ") " + where);
-  };
+  }
+};
+
+}  // namespace
+
+void compare_with_reference(const std::vector<const ReferenceFrame*>& frames, const Evaluation& result,
+                            double tolerance, const std::string& where) {
+  const Comparison comparison{tolerance, where};
   const auto* energy = result.energy.data<double>();
   const auto* forces = result.forces.data<double>();
   const auto* virial = result.virial.data<double>();
-  for (size_t s = 0; s < frames.size(); ++s) {
-    const ReferenceFrame& frame = *frames[s];
-    const size_t n = frame.types.size();
-    check("energy", "eV/atom", energy + s, &frame.energy, 1, static_cast<double>(n));
-    check("forces", "eV/A", forces, frame.forces.data(), 3 * n, 1.0);
-    check("virial", "eV", virial + 9 * s, frame.virial.data(), 9, 1.0);
-    forces += 3 * n;
+  for (const ReferenceFrame* frame : frames) {
+    const size_t n_atom = frame->types.size();
+    comparison.check("energy", "eV/atom", energy, &frame->energy, 1, static_cast<double>(n_atom));
+    comparison.check("forces", "eV/A", forces, frame->forces.data(), 3 * n_atom, 1.0);
+    comparison.check("virial", "eV", virial, frame->virial.data(), 9, 1.0);
+    energy += 1;
+    forces += 3 * n_atom;
+    virial += 9;
   }
 }
 

@@ -13,7 +13,10 @@ namespace moecalc {
 /// A stored structure and the answer that the package must give (eV, Angstrom).
 struct ReferenceFrame {
   std::vector<int64_t> types;
-  std::vector<double> positions, cell, forces, virial;  // n x 3, 3 x 3 (rows are vectors), n x 3, 3 x 3
+  std::vector<double> positions;  // n_atom x 3
+  std::vector<double> cell;       // 3 x 3, rows are vectors
+  std::vector<double> forces;     // n_atom x 3
+  std::vector<double> virial;     // 3 x 3
   bool pbc[3] = {false, false, false};
   double energy = 0.0;
   std::vector<int64_t> charge_spin;  // charge and multiplicity; empty: the model was given none
@@ -31,7 +34,7 @@ std::vector<ReferenceFrame> read_reference(const std::string& text, const std::v
 /// holds.
 std::vector<size_t> covering_frames(const std::vector<ReferenceFrame>& frames, std::vector<bool> wanted);
 
-/// The frame of fewest elements among those that have neighbours, or any frame.
+/// The frame of fewest elements among those that have neighbors, or any frame.
 size_t cheapest_frame(const std::vector<ReferenceFrame>& frames);
 
 /// All frames as the systems of one list; the edges come from all images. Throws Error for

@@ -31,7 +31,8 @@ std::string shown(const std::vector<double>& values) {
 }
 
 // of a package whose values are fixed, as CHARGE_RANGE and SPIN_RANGE of moecalc/conditions.py
-const std::vector<double> charge_range{-100.0, 99.0}, spin_range{0.0, 99.0};
+const std::vector<double> charge_range{-100.0, 99.0};
+const std::vector<double> spin_range{0.0, 99.0};
 
 /// `conditions` of the metadata; a package that does not say takes nothing.
 class Taken {
@@ -203,7 +204,8 @@ class Resolver {
 
   const Taken& taken_;
   GivenConditions given_;
-  const Json *charge_spin_, *fparam_;
+  const Json* charge_spin_;
+  const Json* fparam_;
   bool shared_;
   int64_t pair_[2] = {0, 0};
   ResolvedConditions out_;

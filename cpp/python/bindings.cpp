@@ -105,7 +105,8 @@ void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::a
 
 /// None where the model takes none.
 void set_conditions(moecalc::Evaluator& evaluator, const py::object& charge_spin, const py::object& fparam) {
-  Array pairs, numbers;
+  Array pairs;
+  Array numbers;
   if (!charge_spin.is_none()) {
     pairs = view(integers(charge_spin.cast<py::array>(), "charge_spin")).clone();
   }
@@ -125,14 +126,14 @@ std::pair<std::string, std::string> give_conditions(moecalc::Evaluator& evaluato
 py::dict evaluate(moecalc::Evaluator& evaluator, const Doubles& positions,
                   const std::optional<Doubles>& cells, bool forces, bool virial, bool atom_virial,
                   const py::object& exchange) {
-  const Array x = view(positions);
-  const Array h = cells ? view(*cells) : Array();
+  const Array atoms_at = view(positions);
+  const Array cell_vectors = cells ? view(*cells) : Array();
   moecalc::Evaluation result;
   PythonExchange python_exchange(exchange);
   {
     // other Python threads may go on meanwhile
     const py::gil_scoped_release release;
-    result = evaluator.evaluate(x, h, {forces, virial, atom_virial},
+    result = evaluator.evaluate(atoms_at, cell_vectors, {forces, virial, atom_virial},
                                 exchange.is_none() ? nullptr : &python_exchange);
   }
   return to_dict(result);
@@ -149,7 +150,8 @@ std::unique_ptr<moecalc::Evaluator> open_evaluator(const std::string& path, cons
 std::vector<py::array> run_layer(moecalc::LayerRunner& runner, const py::array& types_in,
                                  const py::array& edge_index_in, const Doubles& edge_vec, int64_t layer,
                                  const std::vector<Doubles>& inputs, const std::vector<Doubles>& gradients) {
-  const auto types = integers(types_in, "types"), edge_index = integers(edge_index_in, "edge_index");
+  const auto types = integers(types_in, "types");
+  const auto edge_index = integers(edge_index_in, "edge_index");
   const auto views = [](const std::vector<Doubles>& arrays) {
     std::vector<Array> out;
     for (const Doubles& array : arrays) out.push_back(view(array));
@@ -175,7 +177,8 @@ py::handle new_error(py::module_& module, const char* name, const py::handle& ba
 void bind_errors(py::module_& module) {
   const py::handle error = py::register_exception<moecalc::Error>(module, "Error", PyExc_RuntimeError);
   py::register_exception<moecalc::OutOfMemoryError>(module, "OutOfMemoryError", error);
-  static py::handle not_finite, overlap;
+  static py::handle not_finite;
+  static py::handle overlap;
   not_finite = new_error(module, "NotFiniteError", error);
   overlap = new_error(module, "OverlapError", error);
   py::register_exception_translator([](std::exception_ptr pointer) {
@@ -229,16 +232,12 @@ void bind_package_files(py::module_& module) {
       "Bytes of one record of a package file, for example 'extra/metadata.json'.");
 }
 
-void bind_evaluator(py::module_& module) {
+using EvaluatorClass = py::class_<moecalc::Evaluator>;
+
+/// What the opened model is.
+void bind_properties(EvaluatorClass& evaluator) {
   using moecalc::Evaluator;
-  py::class_<Evaluator>(module, "Evaluator", "A model loaded from a package file. Use one per thread.")
-      .def(
-          py::init(&open_evaluator), py::arg("path"), py::arg("device") = "cpu", py::arg("dtype") = "",
-          py::arg("precision") = "fp32", py::arg("backend") = "",
-          "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own); "
-          "precision: 'fp32', 'tf32' or 'bf16x3' (products on a GPU); backend: 'fused', 'plain', "
-          "'torchscript', 'cuda-emulation' or '' (the kernels of the device where they cover the model).")
-      .def_property_readonly("elements", &Evaluator::elements)
+  evaluator.def_property_readonly("elements", &Evaluator::elements)
       .def_property_readonly("cutoff", &Evaluator::cutoff)
       .def_property_readonly("angle_cutoff", &Evaluator::angle_cutoff)
       .def_property_readonly("dtype", &Evaluator::dtype)
@@ -256,7 +255,18 @@ void bind_evaluator(py::module_& module) {
       .def_property_readonly(
           "facts", [](const Evaluator& evaluator) { return to_dict(evaluator.facts()); },
           "What the package says of its model that engines tell their users: see Facts in evaluator.h.")
-      .def_property_readonly("n_packed_groups", &Evaluator::n_packed_groups)
+      .def_property_readonly("n_packed_groups", &Evaluator::n_packed_groups);
+}
+
+/// What it tells, checks and gives back.
+void bind_services(EvaluatorClass& evaluator) {
+  using moecalc::Evaluator;
+  evaluator
+      .def("model_warnings", &Evaluator::model_warnings,
+           "Sentences for a user of the model: that something slower than the kernels evaluates it.")
+      .def("structure_warnings", &Evaluator::structure_warnings, py::arg("max_neighbors"),
+           py::arg("max_angle_neighbors"),
+           "Sentences for a user of a structure with these numbers: that it is denser than any in training.")
       .def("release_weights", &Evaluator::release_weights,
            "Give back the weights that are laid out; those of atoms are laid out again.")
       .def(
@@ -271,7 +281,12 @@ void bind_evaluator(py::module_& module) {
       .def("check_reference", &Evaluator::check_reference, py::arg("elements") = std::vector<std::string>{},
            py::call_guard<py::gil_scoped_release>(),
            "Raise Error unless stored reference frames that hold these elements (default: all) come out as "
-           "stored. The list is lost.")
+           "stored. The list is lost.");
+}
+
+/// Evaluations.
+void bind_evaluations(EvaluatorClass& evaluator) {
+  evaluator
       .def("set_conditions", &set_conditions, py::arg("charge_spin") = py::none(),
            py::arg("fparam") = py::none(),
            "Charge and multiplicity (K, 2) and frame parameters (K, n) of the structures to come; K is their "
@@ -283,7 +298,7 @@ void bind_evaluator(py::module_& module) {
       .def("set_list", &set_list, py::arg("types"), py::arg("edge_index"), py::arg("edge_shift").none(true),
            py::arg("system_index"), py::arg("n_systems") = 1, py::arg("edge_from") = py::none(),
            py::arg("edge_to") = py::none(),
-           "The list of the evaluations to come. edge_index (2, n_edge): centres and neighbours; edge_shift "
+           "The list of the evaluations to come. edge_index (2, n_edge): centres and neighbors; edge_shift "
            "(n_edge, 3) counts cells, None: no images; edge_from and edge_to (n_edge,): rows of positions, "
            "None: those of the nodes.")
       .def("evaluate", &evaluate, py::arg("positions"), py::arg("cells") = py::none(), py::kw_only(),
@@ -292,6 +307,20 @@ void bind_evaluator(py::module_& module) {
            "Energies (eV), forces (eV/Angstrom) and virials (eV) of the list that was set, as a dict of "
            "float64 arrays in the order of its atoms, for positions (n_position, 3) and cells (n_systems, 3, "
            "3).");
+}
+
+void bind_evaluator(py::module_& module) {
+  module.attr("MIN_DISTANCE") = moecalc::min_distance;
+  EvaluatorClass evaluator(module, "Evaluator", "A model loaded from a package file. Use one per thread.");
+  evaluator.def(
+      py::init(&open_evaluator), py::arg("path"), py::arg("device") = "cpu", py::arg("dtype") = "",
+      py::arg("precision") = "fp32", py::arg("backend") = "",
+      "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own); "
+      "precision: 'fp32', 'tf32' or 'bf16x3' (products on a GPU); backend: 'fused', 'plain', "
+      "'torchscript', 'cuda-emulation' or '' (the kernels of the device where they cover the model).");
+  bind_properties(evaluator);
+  bind_services(evaluator);
+  bind_evaluations(evaluator);
 }
 
 void bind_layers(py::module_& module) {

@@ -48,9 +48,9 @@ TrainingWeights weights_from(const std::vector<py::array>& embedding, const std:
   for (const auto& [updates, groups] : layers) {
     expect_arrays(updates, 3, "update arrays");
     TrainingWeights::Layer layer;
-    layer.update_n = copied(updates[0]);
-    layer.update_e = copied(updates[1]);
-    layer.update_a = copied(updates[2]);
+    layer.update_node = copied(updates[0]);
+    layer.update_edge = copied(updates[1]);
+    layer.update_angle = copied(updates[2]);
     for (const Group& group : groups) layer.groups.push_back(group_from(group));
     weights.layers.push_back(std::move(layer));
   }
@@ -69,20 +69,20 @@ std::pair<std::vector<py::array>, std::vector<Layer>> to_python(const TrainingWe
   for (const TrainingWeights::Layer& layer : weights.layers) {
     std::vector<Group> groups;
     for (const NamedArrays& group : layer.groups) groups.push_back(to_python(group));
-    layers.emplace_back(
-        std::vector<py::array>{to_numpy(layer.update_n), to_numpy(layer.update_e), to_numpy(layer.update_a)},
-        std::move(groups));
+    layers.emplace_back(std::vector<py::array>{to_numpy(layer.update_node), to_numpy(layer.update_edge),
+                                               to_numpy(layer.update_angle)},
+                        std::move(groups));
   }
   return {{to_numpy(weights.edge_matrix), to_numpy(weights.edge_bias), to_numpy(weights.direction),
            to_numpy(weights.node_table)},
           std::move(layers)};
 }
 
-/// f() while other Python threads may run.
-template <class F>
-auto without_gil(const F& f) {
+/// work() while other Python threads may run.
+template <class Function>
+auto without_gil(const Function& work) {
   const py::gil_scoped_release release;
-  return f();
+  return work();
 }
 
 }  // namespace

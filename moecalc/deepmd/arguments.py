@@ -5,11 +5,9 @@ from __future__ import annotations
 from dargs import Argument
 from deepmd.utils.argcheck import descrpt_args_plugin, descrpt_dpa3_args
 
-from moecalc.deepmd.options import DESCRIPTOR, GROUPS, MOE_DEFAULTS
 from moecalc.keys import POSITIONS
 from moecalc.nn.config import whole_charge_spin
-
-_PRECISIONS = ("default", "float64", "double", "float32", "single")
+from moecalc.nn.deepmd_input import DESCRIPTOR, GROUPS, MOE_DEFAULTS, PRECISIONS
 
 
 def _count(value: int) -> bool:
@@ -57,7 +55,8 @@ def moe_arguments() -> list[Argument]:
             default=MOE_DEFAULTS["positions"],
             extra_check=lambda value: all(entry in GROUPS or entry in POSITIONS for entry in value),
             extra_check_errmsg=f"expected a list of {one_of(GROUPS)} or of single maps: {one_of(POSITIONS)}",
-            doc="Which linear maps of every layer are mixtures of experts: groups of them (node, edge, angle) or single maps by "
+            doc="Which linear maps of every layer are mixtures of experts: groups of them (node, edge, "
+            "angle) or single maps by "
             "name. The maps of a group share one gate; a map that is named alone has its own.",
         ),
         Argument(
@@ -67,7 +66,8 @@ def moe_arguments() -> list[Argument]:
             default=MOE_DEFAULTS["kind"],
             extra_check=lambda value: value in {"mlp", "linear"},
             extra_check_errmsg="expected mlp or linear",
-            doc="mlp: the activation is inside every expert. linear: one activation after the weighted sum (MoLE); a package "
+            doc="mlp: the activation is inside every expert. linear: one activation after the weighted sum "
+            "(MoLE); a package "
             "merges such experts into one matrix per element, which costs as much as a dense model.",
         ),
         Argument(
@@ -77,7 +77,8 @@ def moe_arguments() -> list[Argument]:
             default=MOE_DEFAULTS["gate"],
             extra_check=lambda value: value in {"topk_softmax", "softmax_topk"},
             extra_check_errmsg="expected topk_softmax or softmax_topk",
-            doc="topk_softmax: softmax over the chosen logits, weights sum to 1. softmax_topk: softmax over all of them, of which "
+            doc="topk_softmax: softmax over the chosen logits, weights sum to 1. softmax_topk: softmax over "
+            "all of them, of which "
             "the top k are kept, not normalised again.",
         ),
         Argument(
@@ -87,7 +88,8 @@ def moe_arguments() -> list[Argument]:
             default=MOE_DEFAULTS["routing"],
             extra_check=lambda value: value in {"element", "configuration"},
             extra_check_errmsg="expected element or configuration",
-            doc="element: an atom's experts depend on its element. configuration: on the composition of the structure; unstable "
+            doc="element: an atom's experts depend on its element. configuration: on the composition of the "
+            "structure; unstable "
             "in training with experts of kind mlp (arXiv 2603.07977).",
         ),
     ]
@@ -102,10 +104,13 @@ def descriptor_arguments() -> list[Argument]:
     for argument in arguments:
         if argument.name == "default_chg_spin":
             argument.extra_check = _is_charge_spin
-            argument.extra_check_errmsg = "expected a whole charge from -100 to 99 and a whole multiplicity from 0 to 99, for example [0, 1]"
+            argument.extra_check_errmsg = (
+                "expected a whole charge from -100 to 99 and a whole multiplicity from 0 to 99, "
+                "for example [0, 1]"
+            )
         elif argument.name == "precision":
-            argument.extra_check = lambda value: value in _PRECISIONS
-            argument.extra_check_errmsg = f"expected one of {', '.join(_PRECISIONS)}"
+            argument.extra_check = lambda value: value in PRECISIONS
+            argument.extra_check_errmsg = f"expected one of {', '.join(PRECISIONS)}"
     moe = Argument(
         "moe",
         dict,

@@ -1,7 +1,8 @@
-"""The DPA3-MoE descriptor for DeePMD-kit's PyTorch backend: `moecalc.nn` behind DeePMD-kit's descriptor interface.
+"""The DPA3-MoE descriptor: `moecalc.nn` behind DeePMD-kit's interface of a PyTorch descriptor.
 
-The physics (geometry, embedding, layers, graph preparation) is that of `moecalc.nn`. What is here turns DeePMD-kit's padded neighbour
-list into a graph, and answers the questions that its trainer asks of a descriptor.
+The physics (geometry, embedding, layers, graph preparation) is that of `moecalc.nn`. What is here turns
+DeePMD-kit's padded neighbor list into a graph, and answers the questions that its trainer asks of a
+descriptor.
 """
 
 import logging
@@ -25,9 +26,10 @@ from deepmd.utils.version import check_version_compatibility
 from torch import Tensor
 
 from moecalc.deepmd import restart
-from moecalc.deepmd.kernels import accelerate
-from moecalc.deepmd.options import DESCRIPTOR, TRAINING_OPTIONS, descriptor_config, moe_config
+from moecalc.deepmd.compiled import accelerate
 from moecalc.nn.conditions import ConditionEmbedding
+from moecalc.nn.config import DescriptorConfig
+from moecalc.nn.deepmd_input import DESCRIPTOR, TRAINING_OPTIONS, OptionError, read_descriptor, read_moe
 from moecalc.nn.descriptor import Embedding, Geometry, TypeEmbedding
 from moecalc.nn.model import prepare_graph
 from moecalc.nn.moe import MoERouter
@@ -36,13 +38,13 @@ from moecalc.nn.repflow import RepFlowLayer
 # below DeePMD-kit's logger, which has the handlers
 log = logging.getLogger("deepmd.moecalc")
 
-# DeePMD-kit keeps at most `get_sel()` neighbours. e_sel and a_sel are normalisers here and nothing may be cut off, so the list gets
-# room for more than e_sel, and a full one is an error.
+# DeePMD-kit keeps at most `get_sel()` neighbors. e_sel and a_sel are normalisers here and nothing may be cut
+# off, so the list gets room for more than e_sel, and a full one is an error.
 _LIST_ROOM = 2
 
 
 class _StatisticsView:
-    """What DeePMD-kit's environment statistics ask of a descriptor, with lists of e_sel neighbours as DPA3 has them.
+    """What DeePMD-kit's environment statistics ask of a descriptor, with DPA3's lists of e_sel neighbors.
 
     The statistics count the padding of the list, so its length changes them.
     """
@@ -76,6 +78,25 @@ class _StatisticsView:
         return self._descriptor.get_env_protection()
 
 
+def _trainable_config(section: dict[str, Any]) -> DescriptorConfig:
+    """Architecture of a descriptor section, which DPA3 itself must be able to train.
+
+    Raises:
+        OptionError: options that are unknown or inconsistent, or that DPA3 refuses too.
+    """
+    try:
+        config = read_descriptor(section)
+    except OptionError as error:
+        raise OptionError(f"descriptor: {error}") from None
+    if config.use_dynamic_sel and not config.smooth_edge_update:
+        raise OptionError(
+            "repflow.smooth_edge_update = false with use_dynamic_sel, expected true (as for dpa3)"
+        )
+    if config.a_sel > config.e_sel:
+        raise OptionError(f"repflow.a_sel = {config.a_sel}, expected at most e_sel = {config.e_sel}")
+    return config
+
+
 @BaseDescriptor.register(DESCRIPTOR)
 class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
     """DPA3 with element-wise mixture of experts.
@@ -83,7 +104,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
     Args:
         ntypes: number of elements.
         repflow: DPA3's `repflow` section.
-        moe: the `moe` section (`moecalc.deepmd.options.moe_config`); None makes a dense model.
+        moe: the `moe` section (`moecalc.nn.deepmd_input.read_moe`); None makes a dense model.
         type_map: element symbols.
         trainable, seed, use_loc_mapping: as for dpa3; the last changes nothing here.
         add_chg_spin_ebd: whether charge and spin of a frame (`charge_spin`) enter the node features.
@@ -133,19 +154,8 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             "default_chg_spin": default_chg_spin,
         }
         self.exclude_types = [(int(i), int(j)) for i, j in exclude_types or []]
-        self.config = descriptor_config(
-            repflow,
-            concat_output_tebd=concat_output_tebd,
-            activation_function=activation_function,
-            precision=precision,
-            exclude_types=self.exclude_types,
-            env_protection=env_protection,
-            use_econf_tebd=use_econf_tebd,
-            use_tebd_bias=use_tebd_bias,
-            add_chg_spin_ebd=add_chg_spin_ebd,
-            default_chg_spin=default_chg_spin if add_chg_spin_ebd else None,
-        )
-        self.moe = moe_config(moe)
+        self.config = _trainable_config({**self._arguments, "exclude_types": self.exclude_types})
+        self.moe = read_moe(moe)
         # DeePMD-kit's atomic model looks for this name
         self.add_chg_spin_ebd = add_chg_spin_ebd
         default = self.config.default_chg_spin
@@ -199,7 +209,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         return table
 
     def _initialize(self, seed: int | list[int] | None, residual: float, residual_init: str) -> None:
-        """Draw the weights as DPA3 does: matrices N(0, 1/(n_in + n_out)), biases N(0, 1); every expert is a draw of its own."""
+        """Draw the weights as DPA3 does: matrices N(0, 1/(n_in + n_out)), biases N(0, 1), experts apart."""
         if residual_init not in {"const", "norm"}:
             raise ValueError(f"repflow.update_residual_init = {residual_init!r}, expected const or norm")
         generator = get_generator(child_seed(seed, 0))
@@ -234,7 +244,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         return self.rcut_smth
 
     def get_sel(self) -> list[int]:
-        """Length of the neighbour list: more than e_sel, which is a normaliser here."""
+        """Length of the neighbor list: more than e_sel, which is a normaliser here."""
         return self.sel
 
     def get_ntypes(self) -> int:
@@ -264,15 +274,15 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         return self.get_dim_emb()
 
     def mixed_types(self) -> bool:
-        """The neighbour list need not be sorted by element."""
+        """The neighbor list need not be sorted by element."""
         return True
 
     def has_message_passing(self) -> bool:
-        """Neighbours' features depend on their neighbours."""
+        """Neighbours' features depend on their neighbors."""
         return True
 
     def need_sorted_nlist_for_lower(self) -> bool:
-        """The order of the neighbours does not matter: nothing is cut off by rank."""
+        """The order of the neighbors does not matter: nothing is cut off by rank."""
         return False
 
     def get_env_protection(self) -> float:
@@ -302,7 +312,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
     def compute_input_stats(
         self, merged: Callable[[], list[dict[str, Any]]] | list[dict[str, Any]], path: DPPath | None = None
     ) -> None:
-        """Mean 0 and `fix_stat_std`, or, where that is 0, the standard deviation per element from the data."""
+        """Mean 0 and `fix_stat_std`; where that is 0, the standard deviation per element of the data."""
         if self.fix_stat_std:
             return
         statistics = EnvMatStatSe(_StatisticsView(self))
@@ -329,7 +339,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
     def update_sel(
         cls, train_data: DeepmdDataSystem, type_map: list[str] | None, local_jdata: dict[str, Any]
     ) -> tuple[dict[str, Any], float | None]:
-        """Neighbour statistics: fills in e_sel and a_sel where they are `auto`, and says where dpa3 would cut off neighbours."""
+        """Fill in e_sel and a_sel where they are `auto`; warn where dpa3 would cut off neighbors."""
         jdata = {**local_jdata, "repflow": dict(local_jdata["repflow"])}
         repflow = jdata["repflow"]
         search = UpdateSel()
@@ -344,28 +354,32 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
                 repflow[key] = search.wrap_up_4(most * search.parse_auto_sel_ratio(asked))
             elif most > asked:
                 log.warning(
-                    "repflow.%s = %d, but an atom of the training data has %d neighbours within %s A: dpa3_moe keeps them all "
+                    "repflow.%s = %d, but an atom of the training data has %d neighbors within %s A: "
+                    "dpa3_moe keeps them all "
                     "(dpa3 would drop the farthest), but the sums over them are scaled for fewer",
                     key, asked, most, cutoff,
                 )  # fmt: skip
         if most_edges > _LIST_ROOM * repflow["e_sel"]:
             raise ValueError(
-                f"repflow.e_sel = {repflow['e_sel']}, but an atom of the training data has {most_edges} neighbours within e_rcut: "
-                f"set e_sel to at least {most_edges // _LIST_ROOM + 1}, or use_dynamic_sel with e_sel = 1200 and a_sel = 300"
+                f"repflow.e_sel = {repflow['e_sel']}, but an atom of the training data has {most_edges} "
+                "neighbors within e_rcut: "
+                f"set e_sel to at least {most_edges // _LIST_ROOM + 1}, or use_dynamic_sel with e_sel = 1200 "
+                "and a_sel = 300"
             )
         return jdata, min_nbor_dist
 
     # --- sharing and changing ---
 
     def share_params(self, base_class: "DescrptDPA3MoE", shared_level: int, resume: bool = False) -> None:
-        """Use the parameters of another head's descriptor: all of them (level 0), or the type embedding (level 1).
+        """Use parameters of another head's descriptor: all (level 0), or the type embedding (level 1).
 
         Raises:
             ValueError: another class or level.
         """
         if self.__class__ is not base_class.__class__ or shared_level not in {0, 1}:
             raise ValueError(
-                f"cannot share level {shared_level} of {type(base_class).__name__} with {type(self).__name__}, "
+                f"cannot share level {shared_level} of {type(base_class).__name__} with "
+                f"{type(self).__name__}, "
                 "expected level 0 or 1 and descriptors of one type"
             )
         if shared_level == 1:
@@ -383,10 +397,13 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             setattr(self, name, getattr(base_class, name))
 
     def change_type_map(self, type_map: list[str], model_with_new_type_stat: Any | None = None) -> None:
-        """Reorder, drop or add elements. New ones get a random embedding and statistics from `model_with_new_type_stat`.
+        """Reorder, drop or add elements.
+
+        New ones get a random embedding, and statistics from `model_with_new_type_stat`.
 
         Raises:
-            ValueError: where the width of the type embedding makes its table depend on the number of elements.
+            ValueError: where the width of the type embedding makes its table depend on the number of
+                elements.
         """
         index, has_new = get_index_between_two_maps(self.type_map, type_map)
         config = self.config
@@ -399,8 +416,10 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             else:
                 if config.n_dim in {n * m for n in (self.ntypes, len(type_map)) for m in (1, 2)}:
                     raise ValueError(
-                        f"n_dim = {config.n_dim} is once or twice the number of elements ({self.ntypes} before, {len(type_map)} now), "
-                        "where the type embedding has a residual connection: the elements of such a model cannot be changed"
+                        f"n_dim = {config.n_dim} is once or twice the number of elements ({self.ntypes} "
+                        f"before, {len(type_map)} now), "
+                        "where the type embedding has a residual connection: the elements of such a model "
+                        "cannot be changed"
                     )
                 rows: list[Tensor] = [old_table.matrix, table.matrix] if has_new else [old_table.matrix]
                 table.matrix.copy_(torch.cat(rows)[index])
@@ -467,7 +486,7 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
 
     @torch.jit.unused
     def _count(self, types: Tensor) -> None:
-        """Remember which elements (n_local,) training has seen, for the report of the load; prepare the first step."""
+        """Remember which elements (n_local,) training has seen, for `report_load`; prepare the first step."""
         if self.training:
             if not self._accelerated:  # not earlier: evaluation alone is not worth a compilation
                 accelerate(self)
@@ -475,16 +494,19 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
             self._seen += torch.bincount(types, minlength=self.ntypes)
 
     def train(self, mode: bool = True) -> "DescrptDPA3MoE":
-        """Switch between training and evaluation. The trainer does so before it displays losses: then the load is reported."""
+        """Switch between training and evaluation.
+
+        The trainer does so before it displays losses: then the load is reported.
+        """
         if self.training and not mode:
             self.report_load()
         return super().train(mode)
 
     def report_load(self) -> None:
-        """Log, per layer and router, which share of the weights each routed expert had for the atoms since the last report.
+        """Log the share of the weights that each routed expert had for the atoms since the last report.
 
-        The entropy is that of these shares over its largest value: 1 for a balanced load, 0 where one expert does all.
-        With routing by configuration, the shares are those of the mean composition.
+        The entropy is that of these shares over its largest value: 1 for a balanced load, 0 where one expert
+        does all. With routing by configuration, the shares are those of the mean composition.
         """
         atoms = self._seen.to(torch.float64)
         total = float(atoms.sum())
@@ -536,7 +558,8 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         """Charge and multiplicity (frames, 2) as int64."""
         if charge_spin is None:
             raise RuntimeError(
-                "dpa3_moe with add_chg_spin_ebd needs charge_spin (charge and multiplicity of every frame): give it, or set "
+                "dpa3_moe with add_chg_spin_ebd needs charge_spin (charge and multiplicity of every frame): "
+                "give it, or set "
                 "default_chg_spin"
             )
         given = charge_spin.reshape(n_frames, 2)
@@ -546,7 +569,8 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         low = bool((whole[:, 0] < -100).any()) or bool((whole[:, 1] < 0).any())
         if low or bool((whole > 99).any()):
             raise RuntimeError(
-                "charge_spin is out of range, expected charges from -100 to 99 and multiplicities from 0 to 99"
+                "charge_spin is out of range, expected charges from -100 to 99 and multiplicities from 0 to "
+                "99"
             )
         return whole.to(torch.int64)
 
@@ -565,27 +589,29 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         Args:
             extended_coord: (frames, n_all * 3) positions of atoms and their images, Angstrom.
             extended_atype: (frames, n_all) elements.
-            nlist: (frames, n_local, width) neighbours, -1 where there is none.
+            nlist: (frames, n_local, width) neighbors, -1 where there is none.
             mapping: (frames, n_all) the atom that each entry is an image of.
             comm_dict, fparam: not read; an MPI exchange is not supported.
             charge_spin: (frames, 2) charge and multiplicity, where the model takes them.
 
         Returns:
-            Features (frames, n_local, dim_out); the four others are None (rotation matrix, edge features, ...): the energy does
-            not need them.
+            Features (frames, n_local, dim_out); the four others are None (rotation matrix, edge features,
+            ...): the energy does not need them.
 
         Raises:
-            RuntimeError: a full neighbour list, missing mapping, MPI exchange, or charge and spin that are missing, not whole or
-                out of range.
+            RuntimeError: a full neighbor list, missing mapping, MPI exchange, or charge and spin that are
+                missing, not whole or out of range.
         """
         if comm_dict is not None or mapping is None:
             raise RuntimeError(
-                "dpa3_moe runs in LAMMPS as a package only: moecalc package model.ckpt.pt, then pair_style moe"
+                "dpa3_moe runs in LAMMPS as a package only: moecalc package model.ckpt.pt, then pair_style "
+                "moe"
             )
         n_frames, n_local, width = nlist.shape
         if width > 0 and bool((nlist[:, :, -1] >= 0).any()):
             raise RuntimeError(
-                "an atom has more neighbours within e_rcut than the list has room for (twice e_sel), so that some would be lost: "
+                "an atom has more neighbors within e_rcut than the list has room for (twice e_sel), so that "
+                "some would be lost: "
                 "raise e_sel, or set use_dynamic_sel with e_sel = 1200 and a_sel = 300"
             )
         types = extended_atype[:, :n_local].reshape(-1)
@@ -610,27 +636,41 @@ class DescrptDPA3MoE(BaseDescriptor, torch.nn.Module):
         order, edge_order, types, edges, angles, node_splits, edge_splits, angle_splits = prepare_graph(
             types, edge_index, edge_vec, group, n_group, self.rcut, self.angle_cutoff, self.pair_mask
         )
-        edge_input, sw, h, cos, asw = self.geometry(
+        edge_input, switch_edge, directions, cosine, switch_angle = self.geometry(
             edge_vec.index_select(0, edge_order), types, edges, angles
         )
-        sw, h, asw = sw.to(dtype), h.to(dtype), asw.to(dtype)
+        switch_edge = switch_edge.to(dtype)
+        directions = directions.to(dtype)
+        switch_angle = switch_angle.to(dtype)
         if condition is not None:
             condition = condition.index_select(0, order)
-        v, e, a = self.embedding(types, edge_input.to(dtype), cos.to(dtype), shift, condition)
+        node, edge, angle = self.embedding(types, edge_input.to(dtype), cosine.to(dtype), shift, condition)
         features = self.embedding.group_features(composition)
-        n = types.size(0)
+        n_atom = types.size(0)
         for layer in self.layers:
-            v, e, a = layer(
-                v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
+            node, edge, angle = layer(
+                node,
+                edge,
+                angle,
+                switch_edge,
+                directions,
+                switch_angle,
+                edges,
+                angles,
+                n_atom,
+                node_splits,
+                edge_splits,
+                angle_splits,
+                features,
             )
         if self.concat_table:
             rows = self.embedding.table().index_select(0, types)
             if shift is not None and condition is not None:
                 rows = rows + shift.index_select(0, condition)
-            v = torch.cat([v, rows], dim=1)
-        v = torch.zeros_like(v).index_copy(0, order, v)
+            node = torch.cat([node, rows], dim=1)
+        node = torch.zeros_like(node).index_copy(0, order, node)
         return (
-            v.reshape(n_frames, n_local, self.dim_descriptor).to(env.GLOBAL_PT_FLOAT_PRECISION),
+            node.reshape(n_frames, n_local, self.dim_descriptor).to(env.GLOBAL_PT_FLOAT_PRECISION),
             None,
             None,
             None,

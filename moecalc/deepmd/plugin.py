@@ -1,4 +1,7 @@
-"""Entry point of group `deepmd.pt`: DeePMD-kit imports this with its PyTorch backend, which registers the descriptor `dpa3_moe`."""
+"""Entry point of group `deepmd.pt`: DeePMD-kit's PyTorch backend imports it.
+
+That registers the descriptor `dpa3_moe`.
+"""
 
 import logging
 from importlib.metadata import version

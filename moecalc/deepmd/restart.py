@@ -1,8 +1,9 @@
 """`dp --pt train --restart` that continues as if it had never stopped.
 
-DeePMD-kit 3.2.0 repeats the last finished step when it restarts, and draws its data from the beginning of the random sequence again.
-For models with the descriptor `dpa3_moe` the trainer is prepared here before it runs: random numbers start from the seed at the first
-step, and a restart skips the steps that are done, with the batches that they used. What remains to ask for is `training.seed`.
+DeePMD-kit 3.2.0 repeats the last finished step when it restarts, and draws its data from the beginning of the
+random sequence again. For models with the descriptor `dpa3_moe` the trainer is prepared here before it runs:
+random numbers start from the seed at the first step, and a restart skips the steps that are done, with the
+batches that they used. What remains to ask for is `training.seed`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _TRAINER_MODULE = "deepmd.pt.train.training"
 
 
 def install() -> None:
-    """Prepare every trainer of this process before it runs. Does nothing where DeePMD-kit's trainer is not in use."""
+    """Prepare every trainer of this process before it runs.
+
+    Does nothing where DeePMD-kit's trainer is not in use.
+    """
     trainer = getattr(sys.modules.get(_TRAINER_MODULE), "Trainer", None)
     if trainer is None or hasattr(trainer.run, "prepared_by_moecalc"):
         return
@@ -48,7 +52,8 @@ def _applies(trainer: Any) -> bool:
     exact = ours and isinstance(trainer.training_dataloader, DataLoader) and hasattr(trainer, "scheduler")
     if trainer.restart_training and not exact:
         log.warning(
-            "this restart repeats the last step and begins a new order of the data, as DeePMD-kit does by itself"
+            "this restart repeats the last step and begins a new order of the data, as DeePMD-kit does by "
+            "itself"
         )
     return exact
 
@@ -61,7 +66,7 @@ def _cycle(loader: Any) -> Iterator[Any]:
 
 
 def prepare(trainer: Any) -> None:
-    """Begin the random sequence of the data anew, and on a restart go to the step after the last finished one."""
+    """Begin the random sequence of the data anew; on a restart go to the step after the last finished one."""
     torch.manual_seed(torch.initial_seed())
     for name in ("training", "validation"):
         loader = getattr(trainer, f"{name}_dataloader")

@@ -87,14 +87,17 @@ class ConditionInputs(nn.Module):
 
     @torch.jit.export
     def shift(self, charge_spin: Tensor) -> Tensor:
-        """Charge and multiplicity (S, 2) int64 -> what every row of the type table gains, (S, n_dim); zeros if not taken."""
+        """Charge and multiplicity (S, 2) int64 -> what every row of the type table gains, (S, n_dim).
+
+        Zeros where the model takes none.
+        """
         if self.takes_charge_spin:
             return self.embedding(charge_spin)
         return torch.zeros((charge_spin.size(0), self.n_dim), dtype=torch.float64, device=charge_spin.device)
 
     @torch.jit.export
     def fitting_input(self, fparam: Tensor) -> Tensor:
-        """Frame parameters (S, n_fparam) -> the constant inputs of the fitting net, (S, n_fparam + n_case)."""
+        """Frame parameters (S, n_fparam) -> constant inputs of the fitting net, (S, n_fparam + n_case)."""
         if self.takes_fparam:
             parts = (fparam.to(self.fparam_avg.dtype) - self.fparam_avg) * self.fparam_inv_std
         else:

@@ -57,7 +57,8 @@ class RouterConfig(_Strict):
 class PositionConfig(_Strict):
     """A mixture of experts at one position: the router that serves it and the kind of experts.
 
-    `mlp`: the activation is inside every expert (MoE); `linear`: one activation after the weighted sum (MoLE).
+    `mlp`: the activation is inside every expert (MoE); `linear`: one activation after the weighted sum
+    (MoLE).
     """
 
     router: str
@@ -68,8 +69,8 @@ class MoEConfig(_Strict):
     """Mixture of experts of every layer. Positions that share a router name share one gate.
 
     `routing`: `element` (router input is the type embedding of the centre atom) or `configuration` (its mean
-    over all atoms of the structure). `route_on_charge_spin`: that input is taken after the charge and spin embedding
-    is added to it (branch `0415_moe_pack`), not before (branch `moe`).
+    over all atoms of the structure). `route_on_charge_spin`: that input is taken after the charge and spin
+    embedding is added to it (branch `0415_moe_pack`), not before (branch `moe`).
     """
 
     routing: Literal["element", "configuration"] = "element"
@@ -93,8 +94,8 @@ class MoEConfig(_Strict):
 class DescriptorConfig(_Strict):
     """DPA3 descriptor; names and defaults as in the `repflow` section of a DeePMD-kit input.
 
-    Lengths in Angstrom. `e_sel`/`a_sel` enter through the normalisers only (no truncation). `default_chg_spin` is charge
-    and multiplicity where a structure gives none; without it they are mandatory.
+    Lengths in Angstrom. `e_sel`/`a_sel` enter through the normalisers only (no truncation).
+    `default_chg_spin` is charge and multiplicity where a structure gives none; without it they are mandatory.
     """
 
     n_dim: int = Field(gt=0)
@@ -159,7 +160,8 @@ class DescriptorConfig(_Strict):
         if self.a_compress_rate:
             if self.compressed_node_dim > self.n_dim or self.compressed_edge_dim > self.e_dim:
                 raise ValueError(
-                    f"a_compress_rate = {self.a_compress_rate}: compressed widths {self.compressed_node_dim}, "
+                    f"a_compress_rate = {self.a_compress_rate}: compressed widths "
+                    f"{self.compressed_node_dim}, "
                     f"{self.compressed_edge_dim} exceed n_dim = {self.n_dim}, e_dim = {self.e_dim}"
                 )
             if self.compressed_node_dim == 0 or self.compressed_edge_dim == 0:
@@ -187,26 +189,40 @@ class DescriptorConfig(_Strict):
 
     @property
     def edge_normalizer(self) -> float:
-        """N_e: expected number of neighbours, divides edge sums."""
+        """N_e: expected number of neighbors, divides edge sums."""
         return self.e_sel / self.sel_reduce_factor if self.use_dynamic_sel else float(self.e_sel)
 
     @property
     def angle_normalizer(self) -> float:
-        """N_a: expected number of angle neighbours, divides angle sums."""
+        """N_a: expected number of angle neighbors, divides angle sums."""
         return self.a_sel / self.sel_reduce_factor if self.use_dynamic_sel else float(self.a_sel)
 
+    def live_positions(self, layer: int) -> tuple[str, ...]:
+        """Maps of `layer` whose output can reach the energy; the others are dead work and are never built.
+
+        All updates read the layer's input, so edges of the last layer and angles of the last two are read by
+        nobody. Sequential updates read what the layer itself has made: there all maps count.
+        """
+        edge = self.sequential_update or layer < self.nlayers - 1
+        angle = self.sequential_update or layer < self.nlayers - 2
+        names = ["node_self_mlp", "node_sym_linear", "node_edge_linear"]
+        if edge:
+            names.append("edge_self_linear")
+        if edge and self.update_angle:
+            names += ["edge_angle_linear1", "edge_angle_linear2"]
+        if angle and self.update_angle:
+            names.append("angle_self_linear")
+        return tuple(names)
+
     def layer_is_live(self, layer: int) -> tuple[bool, bool]:
-        """Whether the edge and the angle update of `layer` can reach the energy (the rest is dead work)."""
-        if self.sequential_update:
-            return True, self.update_angle
-        edge = layer < self.nlayers - 1
-        angle = self.update_angle and layer < self.nlayers - 2
-        return edge, angle
+        """Whether the edge and the angle update of `layer` can reach the energy."""
+        live = self.live_positions(layer)
+        return "edge_self_linear" in live, "angle_self_linear" in live
 
     @property
     def needs_angles(self) -> bool:
         """Whether any angle reaches the energy."""
-        return self.update_angle and (self.sequential_update or self.nlayers > 1)
+        return "edge_angle_linear1" in self.live_positions(0)
 
 
 class FittingConfig(_Strict):
@@ -259,8 +275,8 @@ def whole_charge_spin(value: object) -> tuple[int, int]:
 class ModelConfig(_Strict):
     """Everything that fixes the architecture of a potential.
 
-    `fparam_is_charge_spin`: the two frame parameters are charge and multiplicity, and the descriptor reads them too
-    (SPEC section 12, generation G2).
+    `fparam_is_charge_spin`: the two frame parameters are charge and multiplicity, and the descriptor reads
+    them too (SPEC section 12, generation G2).
     """
 
     type_map: list[str]
@@ -287,7 +303,8 @@ class ModelConfig(_Strict):
         if self.fparam_is_charge_spin:
             if not self.descriptor.add_chg_spin_ebd or self.fitting.numb_fparam != 2:
                 raise ValueError(
-                    f"fparam_is_charge_spin with add_chg_spin_ebd = {self.descriptor.add_chg_spin_ebd} and numb_fparam = "
+                    f"fparam_is_charge_spin with add_chg_spin_ebd = {self.descriptor.add_chg_spin_ebd} and "
+                    "numb_fparam = "
                     f"{self.fitting.numb_fparam}, expected true and 2"
                 )
             if self.descriptor.default_chg_spin is not None:

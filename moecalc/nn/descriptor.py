@@ -89,26 +89,27 @@ class Geometry(nn.Module):
             edge_index: (2, E) int64; angle_index: (2, A) int64 edge ids of ij and ik.
 
         Returns:
-            edge_input (E,), sw (E,), h (E, 3), cos (A,), asw (A,), all float64.
+            edge_input (E,), switch_edge (E,), directions (E, 3), cosine (A,), switch_angle (A,), all float64.
         """
-        r = torch.linalg.vector_norm(edge_vec, dim=1)
-        sw = switch(r, self.e_start, self.e_stop, self.exp_switch)
+        distance = torch.linalg.vector_norm(edge_vec, dim=1)
+        switch_edge = switch(distance, self.e_start, self.e_stop, self.exp_switch)
         centre_type = types.index_select(0, edge_index[0])
         mean = self.mean.index_select(0, centre_type)
         stddev = self.stddev.index_select(0, centre_type)
-        rp = r + self.protection
-        h = ((sw / (rp * rp)).unsqueeze(1) * edge_vec - mean[:, 1:]) / stddev[:, 1:]
-        edge_input = r if self.use_dist else (sw / rp - mean[:, 0]) / stddev[:, 0]
+        protected = distance + self.protection
+        directions = (switch_edge / (protected * protected)).unsqueeze(1) * edge_vec
+        directions = (directions - mean[:, 1:]) / stddev[:, 1:]
+        edge_input = distance if self.use_dist else (switch_edge / protected - mean[:, 0]) / stddev[:, 0]
         first, second = angle_index[0], angle_index[1]
-        unit = edge_vec / (r + 1e-6).unsqueeze(1)
-        cos = (unit.index_select(0, first) * unit.index_select(0, second)).sum(1) * (1.0 - 1e-6)
-        sa = switch(r, self.a_start, self.a_stop, self.exp_switch)
-        asw = sa.index_select(0, first) * sa.index_select(0, second)
-        return edge_input, sw, h, cos, asw
+        unit = edge_vec / (distance + 1e-6).unsqueeze(1)
+        cosine = (unit.index_select(0, first) * unit.index_select(0, second)).sum(1) * (1.0 - 1e-6)
+        switch_close = switch(distance, self.a_start, self.a_stop, self.exp_switch)
+        switch_angle = switch_close.index_select(0, first) * switch_close.index_select(0, second)
+        return edge_input, switch_edge, directions, cosine, switch_angle
 
 
 def electron_configuration(symbol: str) -> Tensor:
-    """The 118 numbers of `use_econf_tebd` for an element: Hund-filled orbitals, (118,) float64 (SPEC section 9).
+    """The 118 numbers of `use_econf_tebd`: Hund-filled orbitals, (118,) float64 (SPEC section 9).
 
     Raises:
         ValueError: not an element symbol.
@@ -150,7 +151,8 @@ _AUFBAU = [
     "6d",
     "7p",
 ]
-# ground states that do not follow the aufbau order (NIST Atomic Spectra Database; from 103 on as DeePMD-kit has them)
+# ground states that do not follow the aufbau order (NIST Atomic Spectra Database; from 103 on as DeePMD-kit
+# has them)
 _EXCEPTIONS: dict[int, dict[str, int]] = {
     24: {"4s": 1, "3d": 5},
     29: {"4s": 1, "3d": 10},
@@ -188,7 +190,10 @@ def _ground_state(number: int) -> dict[str, int]:
 
 
 def with_residual(y: Tensor, x: Tensor) -> Tensor:
-    """An embedding layer's output y (R, out) plus its input x (R, in) where out = in or out = 2 in (SPEC section 4)."""
+    """An embedding layer's output y (R, out) plus its input x (R, in).
+
+    Only where out = in or out = 2 in (SPEC section 4).
+    """
     if y.size(1) == x.size(1):
         return y + x
     if y.size(1) == 2 * x.size(1):
@@ -197,7 +202,7 @@ def with_residual(y: Tensor, x: Tensor) -> Tensor:
 
 
 class TypeEmbedding(nn.Module):
-    """Type embedding table Y (T, n_dim) as trained: X W (+ b), plus X where the widths allow (SPEC section 4).
+    """Type embedding table (T, n_dim) as trained: X W (+ b), plus X where the widths allow (SPEC section 4).
 
     Args:
         type_map: element symbols.
@@ -273,30 +278,31 @@ class Embedding(nn.Module):
         self,
         types: Tensor,
         edge_input: Tensor,
-        cos: Tensor,
+        cosine: Tensor,
         shift: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features of nodes, edges and angles.
 
         Args:
-            types: (n_node,) int64; edge_input: (E,); cos: (A,).
-            shift: (K, n_dim) charge and spin embedding of K conditions (`ConditionInputs.shift`); None: the model has none.
+            types: (n_node,) int64; edge_input: (E,); cosine: (A,).
+            shift: (K, n_dim) charge and spin embedding of K conditions (`ConditionInputs.shift`); None: the
+                model has none.
             condition: (n_node,) int64, row of `shift` of every node.
 
         Returns:
-            v (n_node, n_dim), e (E, e_dim), a (A, a_dim).
+            Features of nodes (n_node, n_dim), edges (E, e_dim) and angles (A, a_dim).
         """
         if shift is not None and condition is not None:
             rows = self.table().index_select(0, types)
-            v = self.phi(rows + shift.to(rows.dtype).index_select(0, condition))
+            node = self.phi(rows + shift.to(rows.dtype).index_select(0, condition))
         else:
-            v = self.phi(self.table()).index_select(0, types)
-        e = edge_input.unsqueeze(1) * self.edge_matrix + self.edge_bias
+            node = self.phi(self.table()).index_select(0, types)
+        edge = edge_input.unsqueeze(1) * self.edge_matrix + self.edge_bias
         if not self.use_dist:
-            e = self.phi(e)
-        a = (cos * (1.0 / math.pi**0.5)).unsqueeze(1) * self.angle_matrix
-        return v, e, a
+            edge = self.phi(edge)
+        angle = (cosine * (1.0 / math.pi**0.5)).unsqueeze(1) * self.angle_matrix
+        return node, edge, angle
 
     @torch.jit.export
     def group_features(self, composition: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ class FittingLayer(nn.Module):
         return y
 
     def constant_part(self, constants: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last inputs give where they are the same for many rows: constants (K, n_c) -> bias, skip (K, n_out)."""
+        """What inputs that many rows share give: constants (K, n_c) -> bias, skip (K, n_out)."""
         n_own = self.matrix.size(0) - constants.size(1)
         bias = torch.addmm(self.bias, constants, self.matrix[n_own:])
         skip = torch.zeros_like(bias)
@@ -53,7 +53,7 @@ class FittingLayer(nn.Module):
         return bias, skip
 
     def with_constants(self, x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
-        """`forward` of [x, constants]: x (R, n_in - n_c), and `constant_part` of every row, (R, n_out) each."""
+        """`forward` of [x, constants]: x (R, n_in - n_c), `constant_part` of every row (R, n_out) each."""
         y = self.phi(x @ self.matrix[: x.size(1)] + bias)
         if self.has_idt:
             y = y * self.idt
@@ -73,8 +73,8 @@ class FittingNet(nn.Module):
         n_dim: width of the node features.
         table: type embedding table module, concatenated to the features where `concat_table`.
         concat_table: option `concat_output_tebd`.
-        conditional: whether the model takes conditions: then frame parameters and case embedding come with the call
-            (`ConditionInputs.fitting_input`); else the net holds the case embedding.
+        conditional: whether the model takes conditions: then frame parameters and case embedding come with
+            the call (`ConditionInputs.fitting_input`); else the net holds the case embedding.
     """
 
     # constants for TorchScript; not Final, because packaging fixes conditions
@@ -118,7 +118,8 @@ class FittingNet(nn.Module):
             fitting_inputs: (K, n_constant) from `ConditionInputs.fitting_input`.
 
         Returns:
-            bias, skip (K, n_0), in the net's dtype; skip is zero without a skip path. (K, 0) without hidden layers.
+            bias, skip (K, n_0), in the net's dtype; skip is zero without a skip path. (K, 0) without hidden
+            layers.
         """
         constants = fitting_inputs.to(self.out_bias.dtype)
         bias, skip = constants[:, :0], constants[:, :0]
@@ -129,7 +130,7 @@ class FittingNet(nn.Module):
 
     def forward(
         self,
-        v: Tensor,
+        node: Tensor,
         types: Tensor,
         condition: Tensor | None = None,
         fitting_inputs: Tensor | None = None,
@@ -138,10 +139,10 @@ class FittingNet(nn.Module):
         """Energies (R,) in eV, in the net's dtype.
 
         Args:
-            v: (R, n_dim) node features; types: (R,) int64.
+            node: (R, n_dim) node features; types: (R,) int64.
             condition, fitting_inputs, shift: as in `Readout.forward`.
         """
-        x = v.to(self.out_bias.dtype)
+        x = node.to(self.out_bias.dtype)
         if self.concat_table:
             rows = self.table().to(x.dtype).index_select(0, types)
             if shift is not None and condition is not None:
@@ -189,7 +190,7 @@ class Readout(nn.Module):
 
     def forward(
         self,
-        v: Tensor,
+        node: Tensor,
         types: Tensor,
         condition: Tensor | None = None,
         fitting_inputs: Tensor | None = None,
@@ -198,11 +199,12 @@ class Readout(nn.Module):
         """Energies (n_local,) float64 in eV.
 
         Args:
-            v: (n_local, n_dim) node features; types: (n_local,) int64.
-            condition: (n_local,) int64, which of K conditions every atom has; None where the model takes none.
+            node: (n_local, n_dim) node features; types: (n_local,) int64.
+            condition: (n_local,) int64, which of K conditions every atom has; None where the model takes
+                none.
             fitting_inputs: (K, n_fparam + n_case) from `ConditionInputs.fitting_input`.
             shift: (K, n_dim) from `ConditionInputs.shift`, for models that concatenate the type embedding.
         """
-        net = self.net(v, types, condition, fitting_inputs, shift)
+        net = self.net(node, types, condition, fitting_inputs, shift)
         energy = net.to(torch.float64) + self.energy_shift.index_select(0, types)
         return energy * self.energy_weight.index_select(0, types)

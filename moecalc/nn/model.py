@@ -21,26 +21,26 @@ def _offsets(group: Tensor, n_group: int) -> list[int]:
     return offsets
 
 
-def angle_pairs(centre: Tensor, near: Tensor, n_node: int) -> Tensor:
-    """All ordered pairs of near edges of one centre, j = k included (SPEC section 2).
+def angle_pairs(centre: Tensor, close: Tensor, n_node: int) -> Tensor:
+    """All ordered pairs of close edges of one centre, j = k included (SPEC section 2).
 
     Args:
         centre: (E,) int64, sorted.
-        near: (E,) bool, edges shorter than the angle cutoff.
+        close: (E,) bool, edges shorter than the angle cutoff.
         n_node: number of possible centres.
 
     Returns:
         (2, A) int64 edge ids, sorted by the first and then by the second.
     """
-    ids = torch.nonzero(near).squeeze(1)
-    near_centre = centre.index_select(0, ids)
-    count = torch.bincount(near_centre, minlength=n_node)
+    ids = torch.nonzero(close).squeeze(1)
+    close_centre = centre.index_select(0, ids)
+    count = torch.bincount(close_centre, minlength=n_node)
     start = torch.cumsum(count, 0) - count
-    per_edge = count.index_select(0, near_centre)
+    per_edge = count.index_select(0, close_centre)
     first = torch.repeat_interleave(torch.arange(ids.size(0), device=ids.device), per_edge)
     row_start = torch.cumsum(per_edge, 0) - per_edge
     rank = torch.arange(first.size(0), device=ids.device) - row_start.index_select(0, first)
-    second = start.index_select(0, near_centre.index_select(0, first)) + rank
+    second = start.index_select(0, close_centre.index_select(0, first)) + rank
     return torch.stack([ids.index_select(0, first), ids.index_select(0, second)])
 
 
@@ -68,9 +68,9 @@ def prepare_graph(
     order = torch.argsort(group, stable=True)
     new_index = torch.empty_like(order)
     new_index[order] = torch.arange(order.size(0), device=order.device)
-    r = torch.linalg.vector_norm(edge_vec.detach(), dim=1)
+    distance = torch.linalg.vector_norm(edge_vec.detach(), dim=1)
     pair_kept = pair_mask[types.index_select(0, edge_index[0]), types.index_select(0, edge_index[1])]
-    kept = torch.nonzero((r <= cutoff) & pair_kept).squeeze(1)
+    kept = torch.nonzero((distance <= cutoff) & pair_kept).squeeze(1)
     centre = new_index.index_select(0, edge_index[0].index_select(0, kept))
     by_centre = torch.argsort(centre, stable=True)
     edge_order = kept.index_select(0, by_centre)
@@ -80,8 +80,8 @@ def prepare_graph(
             new_index.index_select(0, edge_index[1].index_select(0, edge_order)),
         ]
     )
-    near = r.index_select(0, edge_order) < angle_cutoff
-    angles = angle_pairs(new_edges[0], near, types.size(0))
+    close = distance.index_select(0, edge_order) < angle_cutoff
+    angles = angle_pairs(new_edges[0], close, types.size(0))
     new_group = group.index_select(0, order)
     edge_group = new_group.index_select(0, new_edges[0])
     return (
@@ -143,11 +143,11 @@ class MoEPotential(nn.Module):
 
         Args:
             types: (n,) int64 indices into `elements`.
-            edge_index: (2, E) int64 centre, neighbour (both < n; images mapped to owned atoms).
+            edge_index: (2, E) int64 centre, neighbor (both < n; images mapped to owned atoms).
             edge_vec: (E, 3) float64, r_j - r_i in Angstrom; edges beyond the cutoff are dropped.
             system_index: (n,) int64, structure of every atom; n_systems: how many.
-            charge_spin: (n_systems, 2) int64 charge and multiplicity, checked by the caller (`moecalc.conditions`); None
-                where the model takes none.
+            charge_spin: (n_systems, 2) int64 charge and multiplicity, checked by the caller
+                (`moecalc.conditions`); None where the model takes none.
             fparam: (n_systems, n_fparam) float64 frame parameters, likewise.
 
         Returns:
@@ -162,8 +162,10 @@ class MoEPotential(nn.Module):
             n_group = n_systems * n_types
             group = system_index * n_types + types
         dtype = self.dtype_probe.dtype
-        order, edge_order, t, edges, angles, node_splits, edge_splits, angle_splits = prepare_graph(
-            types, edge_index, edge_vec, group, n_group, self.cutoff, self.angle_cutoff, self.pair_mask
+        order, edge_order, sorted_types, edges, angles, node_splits, edge_splits, angle_splits = (
+            prepare_graph(
+                types, edge_index, edge_vec, group, n_group, self.cutoff, self.angle_cutoff, self.pair_mask
+            )
         )
         if by_element:
             composition = torch.eye(n_types, dtype=dtype, device=types.device)
@@ -173,27 +175,48 @@ class MoEPotential(nn.Module):
             flat = torch.bincount(system_index * n_types + types, minlength=n_systems * n_types)
             counts = flat.reshape(n_systems, n_types).to(dtype)
             composition = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
-        edge_input, sw, h, cos, asw = self.geometry(edge_vec.index_select(0, edge_order), t, edges, angles)
-        sw, h, asw = sw.to(dtype), h.to(dtype), asw.to(dtype)
+        edge_input, switch_edge, directions, cosine, switch_angle = self.geometry(
+            edge_vec.index_select(0, edge_order), sorted_types, edges, angles
+        )
+        switch_edge = switch_edge.to(dtype)
+        directions = directions.to(dtype)
+        switch_angle = switch_angle.to(dtype)
         if condition is not None:
             condition = condition.index_select(0, order)
-        v, e, a = self.embedding(t, edge_input.to(dtype), cos.to(dtype), shift, condition)
+        node, edge, angle = self.embedding(
+            sorted_types, edge_input.to(dtype), cosine.to(dtype), shift, condition
+        )
         of_group = shift
         if shift is not None and by_element and self.conditions.routed:
             of_group = shift.repeat_interleave(n_types, 0)
         features = self.embedding.group_features(composition, of_group)
-        n = types.size(0)
+        n_atom = types.size(0)
         for layer in self.layers:
-            v, e, a = layer(
-                v, e, a, sw, h, asw, edges, angles, n, node_splits, edge_splits, angle_splits, features
+            node, edge, angle = layer(
+                node,
+                edge,
+                angle,
+                switch_edge,
+                directions,
+                switch_angle,
+                edges,
+                angles,
+                n_atom,
+                node_splits,
+                edge_splits,
+                angle_splits,
+                features,
             )
-        energies = self.readout(v, t, condition, fitting_inputs, shift)
+        energies = self.readout(node, sorted_types, condition, fitting_inputs, shift)
         return torch.zeros_like(energies).index_copy(0, order, energies)
 
     def _conditions(
         self, charge_spin: Tensor | None, fparam: Tensor | None, system_index: Tensor, n_systems: int
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the given values add: shift (S, n_dim), constant inputs of the fitting net, and the condition of every atom."""
+        """What the given values add to a structure.
+
+        shift (S, n_dim), constant inputs of the fitting net, and the condition of every atom.
+        """
         shift: Tensor | None = None
         fitting_inputs: Tensor | None = None
         condition: Tensor | None = None
@@ -216,7 +239,10 @@ class MoEPotential(nn.Module):
 
 @dataclass
 class ModelOutput:
-    """Energies (n_systems,), energies per atom (n,), forces (n, 3), virial (n_systems, 3, 3); eV and Angstrom."""
+    """Energies of structures (n_systems,) and atoms (n,), forces (n, 3), virial (n_systems, 3, 3).
+
+    In eV and Angstrom.
+    """
 
     energy: Tensor
     energies: Tensor
@@ -237,30 +263,37 @@ def evaluate(
 ) -> ModelOutput:
     """Energies, forces and virial of a model through autograd: the reference for every faster path.
 
-    With g = dE/d(edge_vec): f_i += g, f_j -= g, virial = -sum edge_vec (x) g = -dE/d(strain).
+    With d = dE/d(edge_vec): f_i += d, f_j -= d, virial = -sum edge_vec (x) d = -dE/d(strain).
 
     Args:
         model: `MoEPotential` or its scripted form.
-        types, edge_index, edge_vec, system_index, n_systems, charge_spin, fparam: as in `MoEPotential.forward`.
+        types, edge_index, edge_vec, system_index, n_systems, charge_spin, fparam: as in
+            `MoEPotential.forward`.
         create_graph: keep the graph, so that a loss on forces can be differentiated.
     """
     n = types.size(0)
     if system_index is None:
         system_index = torch.zeros_like(types)
-    vec = edge_vec.detach().clone().requires_grad_(True) if not edge_vec.requires_grad else edge_vec
+    vectors = edge_vec.detach().clone().requires_grad_(True) if not edge_vec.requires_grad else edge_vec
     # models of packages of format 1 have no such arguments
     given = {k: x for k, x in (("charge_spin", charge_spin), ("fparam", fparam)) if x is not None}
-    energies = model(types, edge_index, vec, system_index, n_systems, **given)
+    energies = model(types, edge_index, vectors, system_index, n_systems, **given)
     energy = energies.new_zeros(n_systems).index_add(0, system_index, energies)
-    if vec.size(0) and energy.requires_grad:
-        (g,) = torch.autograd.grad(energy.sum(), vec, create_graph=create_graph, allow_unused=True)
+    if vectors.size(0) and energy.requires_grad:
+        (d_vectors,) = torch.autograd.grad(
+            energy.sum(), vectors, create_graph=create_graph, allow_unused=True
+        )
     else:
-        g = None
-    g = torch.zeros_like(vec) if g is None else g
-    forces = vec.new_zeros((n, 3)).index_add(0, edge_index[0], g).index_add(0, edge_index[1], -g)
-    outer = -(vec.unsqueeze(2) * g.unsqueeze(1)).reshape(-1, 9)
+        d_vectors = None
+    d_vectors = torch.zeros_like(vectors) if d_vectors is None else d_vectors
+    forces = (
+        vectors.new_zeros((n, 3))
+        .index_add(0, edge_index[0], d_vectors)
+        .index_add(0, edge_index[1], -d_vectors)
+    )
+    outer = -(vectors.unsqueeze(2) * d_vectors.unsqueeze(1)).reshape(-1, 9)
     per_edge = system_index.index_select(0, edge_index[0])
-    virial = vec.new_zeros((n_systems, 9)).index_add(0, per_edge, outer).reshape(n_systems, 3, 3)
+    virial = vectors.new_zeros((n_systems, 9)).index_add(0, per_edge, outer).reshape(n_systems, 3, 3)
     if not create_graph:
         energy, energies, virial, forces = (x.detach() for x in (energy, energies, virial, forces))
     return ModelOutput(energy, energies, forces, virial)

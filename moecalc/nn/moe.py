@@ -1,9 +1,9 @@
 """Element-wise mixture of experts: routers, routing tables and expert linear maps.
 
-Rows (nodes, edges, angles) come grouped: rows `splits[g]:splits[g+1]` belong to routing group g (an element, or
-a structure of the batch). All rows of a group use the same experts with the same weights, so every group is one
-GEMM whose columns are its active experts side by side. Experts that no row routes to are never touched.
-Formulas: SPEC section 7 (public codes) and section 10 (arXiv 2603.07977, eqs. 4-6).
+Rows (nodes, edges, angles) come grouped: rows `splits[g]:splits[g+1]` belong to routing group g (an element,
+or a structure of the batch). All rows of a group use the same experts with the same weights, so every group
+is one GEMM whose columns are its active experts side by side. Experts that no row routes to are never
+touched. Formulas: SPEC section 7 (public codes) and section 10 (arXiv 2603.07977, eqs. 4-6).
 """
 
 from typing import Any, Final, cast
@@ -103,8 +103,8 @@ class ExpertLinear(nn.Module):
         activation: name of phi.
     """
 
-    # What training puts in the place of `combine` (moecalc.deepmd.kernels): the same numbers, in eager mode only. Without a type,
-    # because TorchScript would want to understand it.
+    # What training puts in the place of `combine` (moecalc.deepmd.compiled): the same numbers, in eager mode
+    # only. Without a type, because TorchScript would want to understand it.
     faster = cast(Any, None)
     # constants for TorchScript; not Final, because packaging turns routed maps into dense ones
     __constants__ = ("merge", "routed", "router")
@@ -141,24 +141,24 @@ class ExpertLinear(nn.Module):
         if not self.routed:
             return self.matrix[0], self.bias[0], torch.ones_like(self.bias[0, :1])
         ids, weights = routes[self.router]
-        p = weights[group]
+        routing = weights[group]
         matrix = self.matrix.index_select(0, ids[group])
         bias = self.bias.index_select(0, ids[group])
         if self.merge:
-            merged = (p.reshape(-1, 1, 1) * matrix).sum(0)
-            return merged, (p.unsqueeze(1) * bias).sum(0), torch.ones_like(p[:1])
-        return matrix.permute(1, 0, 2).reshape(self.n_in, -1), bias.reshape(-1), p
+            merged = (routing.reshape(-1, 1, 1) * matrix).sum(0)
+            return merged, (routing.unsqueeze(1) * bias).sum(0), torch.ones_like(routing[:1])
+        return matrix.permute(1, 0, 2).reshape(self.n_in, -1), bias.reshape(-1), routing
 
-    def combine(self, z: Tensor, p: Tensor) -> Tensor:
-        """Activate and sum over experts: z (R, K*n_out), p (K,) -> (R, n_out)."""
+    def combine(self, pre_activation: Tensor, routing: Tensor) -> Tensor:
+        """Activate and sum over experts: pre_activation (R, K*n_out), routing (K,) -> (R, n_out)."""
         # nested, so that TorchScript never looks at `faster`
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.faster is not None:
-                return self.faster(z, p)
-        y = self.phi(z)
+                return self.faster(pre_activation, routing)
+        y = self.phi(pre_activation)
         if not self.routed or self.merge:
             return y
-        return (y.reshape(z.size(0), -1, self.n_out) * p.reshape(1, -1, 1)).sum(1)
+        return (y.reshape(pre_activation.size(0), -1, self.n_out) * routing.reshape(1, -1, 1)).sum(1)
 
     def gather(self, outputs: list[Tensor], like: Tensor) -> Tensor:
         """Concatenate the outputs of the non-empty groups (rows are sorted by group)."""
@@ -173,14 +173,14 @@ class RowExperts(ExpertLinear):
     def forward(self, x: Tensor, splits: list[int], routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """X (R, n_in), splits (G+1) row offsets of the groups -> (R, n_out)."""
         if not self.routed:
-            matrix, bias, p = self.group_weights(0, routes)
-            return self.combine(torch.addmm(bias, x, matrix), p)
+            matrix, bias, routing = self.group_weights(0, routes)
+            return self.combine(torch.addmm(bias, x, matrix), routing)
         outputs: list[Tensor] = []
         for group in range(len(splits) - 1):
             begin, end = splits[group], splits[group + 1]
             if end > begin:
-                matrix, bias, p = self.group_weights(group, routes)
-                outputs.append(self.combine(torch.addmm(bias, x[begin:end], matrix), p))
+                matrix, bias, routing = self.group_weights(group, routes)
+                outputs.append(self.combine(torch.addmm(bias, x[begin:end], matrix), routing))
         return self.gather(outputs, x)
 
 
@@ -193,34 +193,71 @@ class EdgeExperts(ExpertLinear):
 
     n_dim: Final[int]
 
-    def __init__(self, n_dim: int, e_dim: int, n_out: int, activation: str, n_expert: int = 1,
-                 router: str = "", kind: str = "mlp") -> None:  # fmt: skip
+    def __init__(
+        self,
+        n_dim: int,
+        e_dim: int,
+        n_out: int,
+        activation: str,
+        n_expert: int = 1,
+        router: str = "",
+        kind: str = "mlp",
+    ) -> None:
         super().__init__(2 * n_dim + e_dim, n_out, activation, n_expert, router, kind)
         self.n_dim = n_dim
 
-    def _group(self, v: Tensor, e: Tensor, centre: Tensor, neighbor: Tensor, node_begin: int, node_end: int,
-               group: int, routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # fmt: skip
-        matrix, bias, p = self.group_weights(group, routes)
-        at_centre = torch.addmm(bias, v[node_begin:node_end], matrix[: self.n_dim])
-        at_neighbor = v @ matrix[self.n_dim : 2 * self.n_dim]
-        z = e @ matrix[2 * self.n_dim :]
-        z = z + at_centre.index_select(0, centre - node_begin) + at_neighbor.index_select(0, neighbor)
-        return self.combine(z, p)
+    def _group(
+        self,
+        node: Tensor,
+        edge: Tensor,
+        centre: Tensor,
+        neighbor: Tensor,
+        node_begin: int,
+        node_end: int,
+        group: int,
+        routes: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        matrix, bias, routing = self.group_weights(group, routes)
+        at_centre = torch.addmm(bias, node[node_begin:node_end], matrix[: self.n_dim])
+        at_neighbor = node @ matrix[self.n_dim : 2 * self.n_dim]
+        pre_activation = edge @ matrix[2 * self.n_dim :]
+        pre_activation = (
+            pre_activation
+            + at_centre.index_select(0, centre - node_begin)
+            + at_neighbor.index_select(0, neighbor)
+        )
+        return self.combine(pre_activation, routing)
 
-    def forward(self, v: Tensor, e: Tensor, edge_index: Tensor, n_local: int, node_splits: list[int],
-                edge_splits: list[int], routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # fmt: skip
-        """V (n_node, n_dim), e (E, e_dim), edge_index (2, E), splits (G+1) -> (E, n_out)."""
+    def forward(
+        self,
+        node: Tensor,
+        edge: Tensor,
+        edge_index: Tensor,
+        n_local: int,
+        node_splits: list[int],
+        edge_splits: list[int],
+        routes: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Node (n_node, n_dim), edge (E, e_dim), edge_index (2, E), splits (G+1) -> (E, n_out)."""
         if not self.routed:
-            return self._group(v, e, edge_index[0], edge_index[1], 0, n_local, 0, routes)
+            return self._group(node, edge, edge_index[0], edge_index[1], 0, n_local, 0, routes)
         outputs: list[Tensor] = []
         for group in range(len(edge_splits) - 1):
             begin, end = edge_splits[group], edge_splits[group + 1]
             if end > begin:
                 outputs.append(
-                    self._group(v, e[begin:end], edge_index[0, begin:end], edge_index[1, begin:end],
-                                node_splits[group], node_splits[group + 1], group, routes)
-                )  # fmt: skip
-        return self.gather(outputs, e)
+                    self._group(
+                        node,
+                        edge[begin:end],
+                        edge_index[0, begin:end],
+                        edge_index[1, begin:end],
+                        node_splits[group],
+                        node_splits[group + 1],
+                        group,
+                        routes,
+                    )
+                )
+        return self.gather(outputs, edge)
 
 
 class AngleExperts(ExpertLinear):
@@ -234,41 +271,85 @@ class AngleExperts(ExpertLinear):
     n_dim: Final[int]
     e_dim: Final[int]
 
-    def __init__(self, a_dim: int, n_dim: int, e_dim: int, n_out: int, activation: str, n_expert: int = 1,
-                 router: str = "", kind: str = "mlp") -> None:  # fmt: skip
+    def __init__(
+        self,
+        a_dim: int,
+        n_dim: int,
+        e_dim: int,
+        n_out: int,
+        activation: str,
+        n_expert: int = 1,
+        router: str = "",
+        kind: str = "mlp",
+    ) -> None:
         super().__init__(a_dim + n_dim + 2 * e_dim, n_out, activation, n_expert, router, kind)
         self.a_dim = a_dim
         self.n_dim = n_dim
         self.e_dim = e_dim
 
-    def _group(self, a: Tensor, vc: Tensor, ec: Tensor, centre: Tensor, angle_index: Tensor, node_begin: int,
-               edge_begin: int, group: int, routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # fmt: skip
-        matrix, bias, p = self.group_weights(group, routes)
-        w_node = self.a_dim
-        w_k = w_node + self.n_dim
-        w_j = w_k + self.e_dim
-        at_centre = torch.addmm(bias, vc, matrix[w_node:w_k])
+    def _group(
+        self,
+        angle: Tensor,
+        node_part: Tensor,
+        edge_part: Tensor,
+        centre: Tensor,
+        angle_index: Tensor,
+        node_begin: int,
+        edge_begin: int,
+        group: int,
+        routes: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        matrix, bias, routing = self.group_weights(group, routes)
+        node_row = self.a_dim
+        second_row = node_row + self.n_dim
+        first_row = second_row + self.e_dim
+        at_centre = torch.addmm(bias, node_part, matrix[node_row:second_row])
         # the node part is added per edge j, not per angle: every angle of edge j has the same centre
-        at_j = ec @ matrix[w_j:] + at_centre.index_select(0, centre - node_begin)
-        at_k = ec @ matrix[w_k:w_j]
+        at_first = edge_part @ matrix[first_row:] + at_centre.index_select(0, centre - node_begin)
+        at_second = edge_part @ matrix[second_row:first_row]
         local = angle_index - edge_begin
-        z = a @ matrix[: self.a_dim] + at_j.index_select(0, local[0]) + at_k.index_select(0, local[1])
-        return self.combine(z, p)
+        pre_activation = (
+            angle @ matrix[: self.a_dim]
+            + at_first.index_select(0, local[0])
+            + at_second.index_select(0, local[1])
+        )
+        return self.combine(pre_activation, routing)
 
-    def forward(self, a: Tensor, vc: Tensor, ec: Tensor, edge_index: Tensor, angle_index: Tensor,
-                node_splits: list[int], edge_splits: list[int], angle_splits: list[int],
-                routes: dict[str, tuple[Tensor, Tensor]]) -> Tensor:  # fmt: skip
-        """A (A, a_dim), vc (n_local, n_dim), ec (E, e_dim), angle_index (2, A), splits (G+1) -> (A, n_out)."""
+    def forward(
+        self,
+        angle: Tensor,
+        node_part: Tensor,
+        edge_part: Tensor,
+        edge_index: Tensor,
+        angle_index: Tensor,
+        node_splits: list[int],
+        edge_splits: list[int],
+        angle_splits: list[int],
+        routes: dict[str, tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Angle (A, a_dim), node_part (n_local, n_dim), edge_part (E, e_dim) -> (A, n_out).
+
+        angle_index is (2, A), splits are (G+1) row offsets of the groups.
+        """
         if not self.routed:
-            return self._group(a, vc, ec, edge_index[0], angle_index, 0, 0, 0, routes)
+            return self._group(angle, node_part, edge_part, edge_index[0], angle_index, 0, 0, 0, routes)
         outputs: list[Tensor] = []
         for group in range(len(angle_splits) - 1):
             begin, end = angle_splits[group], angle_splits[group + 1]
             if end > begin:
-                n0, n1 = node_splits[group], node_splits[group + 1]
-                e0, e1 = edge_splits[group], edge_splits[group + 1]
+                node_begin, node_end = node_splits[group], node_splits[group + 1]
+                edge_begin, edge_end = edge_splits[group], edge_splits[group + 1]
                 outputs.append(
-                    self._group(a[begin:end], vc[n0:n1], ec[e0:e1], edge_index[0, e0:e1],
-                                angle_index[:, begin:end], n0, e0, group, routes)
-                )  # fmt: skip
-        return self.gather(outputs, a)
+                    self._group(
+                        angle[begin:end],
+                        node_part[node_begin:node_end],
+                        edge_part[edge_begin:edge_end],
+                        edge_index[0, edge_begin:edge_end],
+                        angle_index[:, begin:end],
+                        node_begin,
+                        edge_begin,
+                        group,
+                        routes,
+                    )
+                )
+        return self.gather(outputs, angle)

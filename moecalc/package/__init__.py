@@ -1,9 +1,9 @@
 """From a trained checkpoint to a package file, and what a package says of itself."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moecalc._extras import need_torch
+from moecalc._lazy import lazy_names
 
 if TYPE_CHECKING:
     from moecalc.package.architecture import Architecture
@@ -35,23 +35,29 @@ __all__ = [
 ]
 
 # reading needs no torch, which takes seconds to import and may not be installed
-_MODULES = {
-    "Architecture": "architecture",
-    "Metadata": "metadata",
-    "PackageReport": "metadata",
-    "VerificationReport": "metadata",
-    "package_checkpoint": "build",
-    "upgrade_package": "upgrade",
-    "verify_package": "verify",
+_WITH_TORCH = {
+    "package_checkpoint": "moecalc.package.build",
+    "upgrade_package": "moecalc.package.upgrade",
+    "verify_package": "moecalc.package.verify",
 }
+_load = lazy_names(
+    __name__,
+    {
+        "Architecture": "moecalc.package.architecture",
+        "Metadata": "moecalc.package.metadata",
+        "PackageReport": "moecalc.package.metadata",
+        "VerificationReport": "moecalc.package.metadata",
+        "check_archive": "moecalc.package.archive",
+        "read_architecture": "moecalc.package.archive",
+        "read_metadata": "moecalc.package.archive",
+        "read_reference": "moecalc.package.archive",
+        "read_verification": "moecalc.package.archive",
+        **_WITH_TORCH,
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES.get(name, "archive")
-    if module in {"build", "upgrade", "verify"}:
+    if name in _WITH_TORCH:
         need_torch(name)
-    value = getattr(import_module(f"moecalc.package.{module}"), name)
-    globals()[name] = value
-    return value
+    return _load(name)

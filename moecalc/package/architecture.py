@@ -1,7 +1,8 @@
 """What the runtime reads of a model: `architecture.json` and `tensors.json` of a package.
 
-The core computes from these two records and the raw numbers that they point to; it runs no code of a file. The same schema is
-checked in C++ (cpp/package/architecture.cpp). Importing this needs no torch: `describe` looks at a model that its caller has.
+The core computes from these two records and the raw numbers that they point to; it runs no code of a file.
+C++ checks the same schema (cpp/package/architecture.cpp). Importing this needs no torch: `describe` looks at
+a model that its caller has.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Embedding(_Strict):
 
 
 class ConditionInputs(_Strict):
-    """Charge, spin and frame parameters that the model takes; `phi` is there where it takes charge and spin."""
+    """Charge, spin and frame parameters that the model takes; `phi` is there if it takes charge and spin."""
 
     takes_charge_spin: bool
     routed: bool
@@ -103,7 +104,7 @@ class GateRouter(_Strict):
 
 
 class Position(_Strict):
-    """One linear map of a layer: `experts` matrices, chosen by `router` where `routed`; merged before phi where `merge`."""
+    """A linear map of a layer: `experts` matrices, chosen by `router` if `routed`, merged if `merge`."""
 
     router: str
     routed: bool
@@ -153,7 +154,7 @@ class Readout(_Strict):
 
 
 class Architecture(_Strict):
-    """`architecture.json`: everything that is no tensor. Lengths in Angstrom; `dtype` is that of the layers."""
+    """`architecture.json`: all that is no tensor. Lengths in Angstrom; `dtype` is that of the layers."""
 
     elements: Annotated[list[str], Field(min_length=1)]
     cutoff: float
@@ -198,8 +199,8 @@ def describe(model: nn.Module) -> Architecture:
     """Architecture of a model.
 
     Args:
-        model: a `MoEPotential`, lowered or with finished type tables, eager or scripted; those of older packages too, which lack
-            attributes of options that they do not have.
+        model: a `MoEPotential`, lowered or with finished type tables, eager or scripted. Those of older
+            packages lack attributes of options that they do not have.
 
     Raises:
         PackageError: a model of another kind.
@@ -208,7 +209,8 @@ def describe(model: nn.Module) -> Architecture:
         return _describe(model)
     except (AttributeError, IndexError) as error:
         raise PackageError(
-            f"expected a lowered MoEPotential to describe, got {type(model).__name__} ({error}): see moecalc.package.lower"
+            f"expected a lowered MoEPotential to describe, got {type(model).__name__} ({error}): "
+            "see moecalc.package.lower"
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""The package file: a TorchScript archive with extra records and an integrity stamp. Reading it needs no torch.
+"""The package file: a TorchScript archive with extra records and an integrity stamp, read without torch.
 
-The zip comment is `moecalc crc32=XXXXXXXX size=N`: checksum and length of everything before the end record, so that
-a truncated, a damaged and a foreign file are told apart before torch is asked to load them. The C++ runtime checks
-the same stamp (cpp/package/package_file.cpp).
+The zip comment is `moecalc crc32=XXXXXXXX size=N`: checksum and length of everything before the end record.
+It tells truncated, damaged and foreign files apart before torch is asked to load them. The core checks the
+same stamp (cpp/package/package_file.cpp).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,37 +25,33 @@ from pydantic import TypeAdapter, ValidationError
 
 from moecalc.errors import PackageError, printable
 from moecalc.files import CHECKPOINT, describe
-from moecalc.package.architecture import (
-    Architecture,
-    StoredTensor,
-    dtype_name,
-    index_tensors,
-)
-from moecalc.package.architecture import (
-    describe as describe_model,
-)
+from moecalc.package import records
+from moecalc.package.architecture import Architecture, StoredTensor, dtype_name, index_tensors
+from moecalc.package.architecture import describe as describe_model
 from moecalc.package.metadata import FORMAT_VERSION, Metadata, ReferenceFrame, VerificationReport
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 _TENSORS = TypeAdapter(dict[str, StoredTensor])
 _END = b"PK\x05\x06"
 _LONGEST_END = 22 + 0xFFFF  # the end record and its comment
 _STAMP = re.compile(rb"^moecalc crc32=([0-9a-f]{8}) size=(\d+)$")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_MODEL_RECORDS = ("model/extra/architecture.json", "model/extra/tensors.json")
+_OF_MODEL = tuple(records.archived(name) for name in records.OF_MODEL)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
-def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[str, str]) -> None:
+def write_archive(path: Path, module: torch.jit.ScriptModule, texts: Mapping[str, str]) -> None:
     """Write a package; the same input gives the same bytes.
 
     Args:
         path: file to write (not atomically: write beside the target and rename).
         module: the scripted model.
-        records: extra records by name (`metadata.json`, ...). Format version and the records that the runtime reads of the
-            model are added where they are missing.
+        texts: extra records by name (`moecalc.package.records`). Format version and the records that the
+            runtime reads of the model are added where they are missing.
     """
     from moecalc._jit import jit_save
 
@@ -68,15 +64,15 @@ def write_archive(path: Path, module: torch.jit.ScriptModule, records: Mapping[s
         # source paths of the machine that packaged, and a random id: nothing that a run needs
         names = {n: name for n, name in names.items() if not n.endswith((".debug_pkl", "/serialization_id"))}
         entries = {n: source.getinfo(name) for n, name in names.items()}
-        extra = {f"model/extra/{name}": text for name, text in records.items()}
-        extra.setdefault("model/extra/format_version", str(FORMAT_VERSION))
-        if not extra.keys() >= set(_MODEL_RECORDS):
+        extra = {records.archived(name): text for name, text in texts.items()}
+        extra.setdefault(records.archived(records.FORMAT), str(FORMAT_VERSION))
+        if not extra.keys() >= set(_OF_MODEL):
             described = _model_records(module, source.read(names["model/data.pkl"]), entries)
-            extra = dict(zip(_MODEL_RECORDS, described, strict=True)) | extra
-        if "metadata.json" in records:
-            entries |= {n: _entry(n, extra[n].encode()) for n in _MODEL_RECORDS}
+            extra = dict(zip(_OF_MODEL, described, strict=True)) | extra
+        if records.METADATA in texts:
+            entries |= {n: _entry(n, extra[n].encode()) for n in _OF_MODEL}
             digest = digest_of(entries.items())
-            extra["model/extra/metadata.json"] = with_digest(records["metadata.json"], digest)
+            extra[records.archived(records.METADATA)] = with_digest(texts[records.METADATA], digest)
         for name in sorted([*names, *extra]):
             content = extra[name].encode() if name in extra else source.read(names[name])
             target.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), content)
@@ -109,19 +105,19 @@ def _entry(name: str, content: bytes) -> zipfile.ZipInfo:
     return entry
 
 
-def digest_of(records: Iterable[tuple[str, zipfile.ZipInfo]]) -> str:
+def digest_of(archived: Iterable[tuple[str, zipfile.ZipInfo]]) -> str:
     """Digest of what a model is computed from: CRC-32 of lines `NAME SIZE CRC`, sorted by name.
 
-    It covers the records of the scripted model, `extra/architecture.json` and `extra/tensors.json`, none of the others in `extra/`.
+    It covers the records of the scripted model, `architecture.json` and `tensors.json`, no other extra one.
 
     Args:
-        records: full names in a package, and entries of the directory.
+        archived: full names in a package, and entries of the directory.
     """
-    inner = {name.split("/", 1)[1]: entry for name, entry in records}
+    inner = {name.split("/", 1)[1]: entry for name, entry in archived}
     lines = [
         f"{name} {entry.file_size} {entry.CRC:08x}\n"
         for name, entry in sorted(inner.items())
-        if not name.startswith("extra/") or f"model/{name}" in _MODEL_RECORDS
+        if not name.startswith("extra/") or f"model/{name}" in _OF_MODEL
     ]
     return f"{zlib.crc32(''.join(lines).encode()):08x}"
 
@@ -156,12 +152,13 @@ def check_archive(path: str | Path) -> None:
     """Check that a file is a whole, undamaged package of a format that this version reads.
 
     Raises:
-        PackageError: missing, truncated, damaged, foreign, newer or older file; the message names it and the remedy.
+        PackageError: missing, truncated, damaged, foreign, newer or older file; with the remedy.
     """
     version, names = check_file(path)
-    if not names & set(_MODEL_RECORDS):
+    if not names & set(_OF_MODEL):
         raise PackageError(
-            f"{path}: package format {version} has no architecture record: moecalc upgrade {path} -o NEW.moe.pt"
+            f"{path}: package format {version} has no architecture record: "
+            f"moecalc upgrade {path} -o NEW.moe.pt"
         )
 
 
@@ -204,7 +201,7 @@ def check_file(path: str | Path) -> tuple[int, set[str]]:
         raise PackageError(f"{path}: damaged file (end record): {again}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
         names = _check_directory(path, body, end)
-    version = read_record(path, "format_version").strip()
+    version = read_record(path, records.FORMAT).strip()
     if not re.fullmatch(r"[1-9][0-9]{0,4}", version):
         raise PackageError(
             f"{path}: expected a positive integer as format_version, got '{printable(version, 40)}': {again}"
@@ -213,13 +210,17 @@ def check_file(path: str | Path) -> tuple[int, set[str]]:
         from moecalc import __version__
 
         raise PackageError(
-            f"{path}: package format {version} is newer than this moecalc ({__version__}) reads ({FORMAT_VERSION}): upgrade moecalc"
+            f"{path}: package format {version} is newer than this moecalc ({__version__}) reads "
+            f"({FORMAT_VERSION}): upgrade moecalc"
         )
     return int(version), names
 
 
 def _check_directory(path: Path, body: mmap.mmap, end: int) -> set[str]:
-    """Names of all records. Every reader of zip files must see the same ones; the same rule as `read_directory` (cpp/package/records.cpp)."""
+    """Names of all records: every reader of zip files must see the same ones.
+
+    The rules are those of `read_directory` (cpp/package/records.cpp).
+    """
 
     def refuse(what: str) -> PackageError:
         return PackageError(
@@ -296,7 +297,7 @@ def read_record(path: str | Path, name: str) -> str:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo(f"model/extra/{name}")
+            entry = archive.getinfo(records.archived(name))
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise zipfile.BadZipFile("it is compressed")
             return archive.read(entry).decode()
@@ -328,6 +329,26 @@ def _read_json(path: str | Path, name: str) -> object:
         ) from None
 
 
+def _read_checked(path: str | Path, name: str, check: Callable[[Any], T], problem: str) -> T:
+    """A record as what pydantic makes of its JSON.
+
+    Raises:
+        PackageError: no such record, no JSON, or `problem`, with the first place and reason.
+    """
+    content = _read_json(path, name)
+    try:
+        return check(content)
+    except ValidationError as error:
+        raise PackageError(f"{path}: {problem} ({_first(error)}): package again") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Place and reason of the first of several errors."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(printable(str(part), 40) for part in first["loc"])
+    return f"{place}: {printable(first['msg'], 120)}" if place else printable(first["msg"], 120)
+
+
 def read_metadata(path: str | Path) -> Metadata:
     """Checked metadata of a package.
 
@@ -335,12 +356,7 @@ def read_metadata(path: str | Path) -> Metadata:
         PackageError: as `check_archive`, or metadata that do not fit their schema.
     """
     check_archive(path)
-    try:
-        return Metadata.model_validate(_read_json(path, "metadata.json"))
-    except ValidationError as error:
-        raise PackageError(
-            f"{path}: metadata do not fit their schema ({_first(error)}): package again"
-        ) from None
+    return _read_checked(path, records.METADATA, Metadata.model_validate, "metadata do not fit their schema")
 
 
 def read_architecture(path: str | Path) -> Architecture:
@@ -350,12 +366,12 @@ def read_architecture(path: str | Path) -> Architecture:
         PackageError: as `check_archive`, or a record that does not fit its schema.
     """
     check_archive(path)
-    try:
-        return Architecture.model_validate(_read_json(path, "architecture.json"))
-    except ValidationError as error:
-        raise PackageError(
-            f"{path}: architecture.json does not fit its schema ({_first(error)}): package again"
-        ) from None
+    return _read_checked(
+        path,
+        records.ARCHITECTURE,
+        Architecture.model_validate,
+        "architecture.json does not fit its schema",
+    )
 
 
 def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
@@ -364,13 +380,9 @@ def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
     Raises:
         PackageError: a record that does not fit its schema, or a tensor that is not whole in the file.
     """
-    index = _read_json(path, "tensors.json")
-    try:
-        tensors = _TENSORS.validate_python(index)
-    except ValidationError as error:
-        raise PackageError(
-            f"{path}: tensors.json does not fit its schema ({_first(error)}): package again"
-        ) from None
+    tensors = _read_checked(
+        path, records.TENSORS, _TENSORS.validate_python, "tensors.json does not fit its schema"
+    )
     with zipfile.ZipFile(path) as archive:
         sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
     for name, tensor in tensors.items():
@@ -389,39 +401,33 @@ def read_tensor(path: str | Path, tensor: StoredTensor) -> NDArray[Any]:
     return np.frombuffer(content, np.dtype(tensor.dtype).newbyteorder("<")).reshape(tensor.shape).copy()
 
 
-def _first(error: ValidationError) -> str:
-    """Place and reason of the first of several errors."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(printable(str(part), 40) for part in first["loc"])
-    return f"{place}: {printable(first['msg'], 120)}" if place else printable(first["msg"], 120)
-
-
 def read_reference(path: str | Path) -> list[ReferenceFrame]:
     """Reference frames of a package, at least one.
 
     Raises:
         PackageError: not a list of whole frames of finite numbers.
     """
-    frames = _read_json(path, "reference.json")
-    if not isinstance(frames, list):
+    return _read_checked(
+        path, records.REFERENCE, lambda content: _frames(path, content), "a reference frame is not whole"
+    )
+
+
+def _frames(path: str | Path, content: object) -> list[ReferenceFrame]:
+    if not isinstance(content, list):
         raise PackageError(
-            f"{path}: reference.json holds {type(frames).__name__}, expected a list: package again"
+            f"{path}: reference.json holds {type(content).__name__}, expected a list: package again"
         )
-    if not frames:
+    if not content:
         raise PackageError(f"{path}: expected reference frames, got none: package again")
-    try:
-        return [ReferenceFrame.model_validate(frame) for frame in frames]
-    except ValidationError as error:
-        raise PackageError(
-            f"{path}: a reference frame is not whole ({_first(error)}): package again"
-        ) from None
+    return [ReferenceFrame.model_validate(frame) for frame in content]
 
 
 def read_verification(path: str | Path) -> VerificationReport:
-    """The verification that was stored when the package was made."""
-    try:
-        return VerificationReport.model_validate(_read_json(path, "verification.json"))
-    except ValidationError as error:
-        raise PackageError(
-            f"{path}: the stored verification is not whole ({_first(error)}): package again"
-        ) from None
+    """The verification that was stored when the package was made.
+
+    Raises:
+        PackageError: a record that does not fit its schema.
+    """
+    return _read_checked(
+        path, records.VERIFICATION, VerificationReport.model_validate, "the stored verification is not whole"
+    )

@@ -1,28 +1,32 @@
-"""Neighbours by brute force, and an evaluator asked about edges instead of positions. Plain numpy, with nothing of the production lists."""
+"""Neighbors by brute force, and an evaluator asked about edges instead of positions.
+
+Plain NumPy, with nothing of the production lists.
+"""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase import Atoms
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from moecalc.typing import Floats, Ints
+
+if TYPE_CHECKING:
+    from moecalc._C import Evaluation, Evaluator, GhostExchange
 
 
 def brute_force_edges(atoms: Atoms, cutoff: float) -> tuple[Ints, Ints, Floats]:
     """All ordered pairs within `cutoff` by trying every image that can matter.
 
     Returns:
-        Centres (n_edge,), neighbours (n_edge,) and vectors (n_edge, 3) in Angstrom, sorted by centre.
+        Centres (n_edge,), neighbors (n_edge,) and vectors (n_edge, 3) in Angstrom, sorted by centre.
     """
     positions, periodic = atoms.positions, atoms.cell.array[atoms.pbc]
     difference = positions[None, :] - positions[:, None]
     reach = cutoff + np.sqrt((difference**2).sum(axis=-1)).max(initial=0.0)
-    # S h = d - (r_j - r_i), so each |S_k| is at most (cutoff + largest distance) times the length of the reciprocal vector
+    # S h = d - (r_j - r_i): |S_k| is at most (cutoff + largest distance) times the reciprocal vector's length
     limits = (
         [int(np.ceil(reach * np.linalg.norm(v))) for v in np.linalg.pinv(periodic).T] if len(periodic) else []
     )
@@ -45,7 +49,7 @@ def brute_force_edges(atoms: Atoms, cutoff: float) -> tuple[Ints, Ints, Floats]:
 
 
 def evaluate_edges(
-    evaluator: Any,
+    evaluator: Evaluator,
     types: Ints,
     edge_index: Ints,
     edge_vec: Floats,
@@ -55,16 +59,16 @@ def evaluate_edges(
     forces: bool = True,
     virial: bool = True,
     atom_virial: bool = False,
-    exchange: Any = None,
-) -> dict[str, Any]:
+    exchange: GhostExchange | None = None,
+) -> Evaluation:
     """Energies, forces and virials of a graph whose edges are given as vectors.
 
-    Every edge begins at the origin and ends at a position of its own, so that the vectors are taken as they are.
+    Every edge begins at the origin and ends at a position of its own: the vectors are taken as they are.
 
     Args:
         evaluator: with `set_list` and `evaluate`; its list is lost.
         types: (n_node,) element indices, owned atoms first.
-        edge_index: (2, n_edge) centres and neighbours.
+        edge_index: (2, n_edge) centres and neighbors.
         edge_vec: (n_edge, 3) Angstrom.
         system_index: (n_local,) structure of every owned atom; None: all are owned, of one structure.
         n_systems: number of structures.
@@ -85,7 +89,6 @@ def evaluate_edges(
         edge_to=np.arange(1, n_edge + 1),
     )
     positions = np.concatenate([np.zeros((1, 3)), np.asarray(edge_vec, dtype=np.float64).reshape(-1, 3)])
-    found: dict[str, Any] = evaluator.evaluate(
+    return evaluator.evaluate(
         positions, None, forces=forces, virial=virial, atom_virial=atom_virial, exchange=exchange
     )
-    return found

@@ -28,7 +28,8 @@ def choose_elements(type_map: list[str], elements: list[str] | None) -> list[int
         if symbol in type_map and atomic_numbers.get(symbol, 0) == 0:
             known = ",".join(s for s in type_map if atomic_numbers.get(s, 0))
             raise ElementError(
-                f"type_map entry {symbol!r} is not an element symbol, which ASE needs: keep the others (--elements {known})"
+                f"type_map entry {symbol!r} is not an element symbol, which ASE needs: keep the others "
+                f"(--elements {known})"
             )
     if elements is None:
         return list(range(len(type_map)))
@@ -59,15 +60,16 @@ def lower(
 ) -> tuple[MoEPotential, Routing]:
     """Prune a model to some elements, fold fixed conditions, and replace its routers by tables.
 
-    At element level the weights of a mixture depend on the element only: gates become a table, experts that no
-    kept element uses go, linear experts (MoLE) merge into one matrix per element. At configuration level, and where
-    experts depend on charge and spin that stay open, gates and experts stay.
+    At element level the weights of a mixture depend on the element only: gates become a table, experts that
+    no kept element uses go, linear experts (MoLE) merge into one matrix per element. At configuration level,
+    and where experts depend on charge and spin that stay open, gates and experts stay.
 
     Args:
         model: the full model; not changed.
         config: its architecture.
         elements: symbols to keep, in their new order; None = all.
-        fixed: charge, spin and frame parameters to fold (`moecalc.conditions.fix`); what is None there stays open.
+        fixed: charge, spin and frame parameters to fold (`moecalc.conditions.fix`); what is None there stays
+            open.
 
     Returns:
         The lowered model, same class and same answers on the kept elements, and its routing.
@@ -120,7 +122,7 @@ def make_contiguous(model: nn.Module) -> None:
 
 
 def with_finished_tables(model: MoEPotential) -> MoEPotential:
-    """A copy of a model that is not lowered, with type tables in the place of the maps that give them: what can be written as a package."""
+    """A copy of a model that is not lowered, with finished type tables: what can be written as a package."""
     copied = copy.deepcopy(model)
     with torch.no_grad():
         net = copied.readout.net
@@ -139,7 +141,7 @@ def _close_charge_spin(low: MoEPotential) -> None:
 
 
 def _close_fitting_inputs(low: MoEPotential, fixed: Conditions) -> None:
-    """Fold frame parameters and case embedding into the fitting net where they are constant now (SPEC section 12, Folding)."""
+    """Fold frame parameters and case embedding into the fitting net where constant (SPEC section 12)."""
     conditions, net = low.conditions, low.readout.net
     if fixed.fparam is None and (conditions.takes_fparam or conditions.takes_charge_spin):
         return

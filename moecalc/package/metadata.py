@@ -11,7 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from moecalc.conditions import Conditions, ModelConditions
 
 FORMAT_VERSION = 2
-"""Of the packages that are written, and the newest that is read. 2: with the records `architecture.json` and `tensors.json`."""
+"""Of the packages that are written, and the newest that is read.
+
+2: with the records `architecture.json` and `tensors.json`.
+"""
 
 
 # besides tabs and ends of lines; a terminal or a log would act on them
@@ -66,8 +69,8 @@ class Source(_Record):
 class PositionRouting(_Record):
     """Routing of one mixture of experts.
 
-    `experts[t]` and `weights[t]` list the active experts of element t and their weights; ids below `n_routed` are
-    routed, the following ones shared. Empty at configuration level, where they depend on the composition.
+    `experts[t]` and `weights[t]` list the active experts of element t and their weights. Ids below `n_routed`
+    are routed, the others shared. Empty at configuration level, where they depend on the composition.
     """
 
     kind: Literal["mlp", "linear"]
@@ -82,7 +85,7 @@ class PositionRouting(_Record):
 class Routing(_Record):
     """Routing level and one dictionary position -> routing per layer (empty for dense models).
 
-    With `on_charge_spin` the experts of an element depend on charge and spin too, so there is no table of them.
+    With `on_charge_spin` the experts of an element depend on charge and spin too: there is no table of them.
     """
 
     level: Literal["element", "configuration"] = "element"
@@ -183,7 +186,6 @@ class Check(_Record):
     name: str
     value: float
     tolerance: float
-    unit: str = ""
     detail: str = ""
 
     @property

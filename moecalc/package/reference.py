@@ -1,7 +1,8 @@
-"""Small reference structures of a package; their neighbours come from brute force, not from the production list."""
+"""Small reference structures of a package; neighbors by brute force, not by the production list."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +11,15 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moecalc.conditions import Conditions, ModelConditions
 from moecalc.errors import PackageError
-from moecalc.nn.model import ModelOutput, evaluate
+from moecalc.nn.model import ModelOutput, MoEPotential, evaluate
 from moecalc.package.edges import brute_force_edges
+from moecalc.package.importers import set_precision
 from moecalc.package.metadata import ReferenceFrame
-
-Floats = NDArray[np.float64]
+from moecalc.typing import Floats
 
 _MAX_ELEMENTS_PER_FRAME = 10
 # distance of every edge from the cutoffs, so that finite differences never step across one (Angstrom)
@@ -57,7 +57,11 @@ def evaluate_structure(
 
 
 def condition_tensors(conditions: Sequence[Conditions]) -> tuple[Tensor | None, Tensor | None]:
-    """Charge and multiplicity (S, 2) int64 and frame parameters (S, nf) float64 of structures; None where not taken."""
+    """Conditions of structures as tensors; None where not taken.
+
+    Returns:
+        Charge and multiplicity (S, 2) int64, and frame parameters (S, nf) float64.
+    """
     charge_spin = fparam = None
     if all(c.charge_spin is not None for c in conditions):
         charge_spin = torch.tensor([c.charge_spin for c in conditions], dtype=torch.int64)
@@ -67,7 +71,7 @@ def condition_tensors(conditions: Sequence[Conditions]) -> tuple[Tensor | None, 
 
 
 def reference_conditions(model: Any, taken: ModelConditions | None) -> list[Conditions]:
-    """Conditions to check a model with: its default (neutral singlet, mean frame parameters without one), and two others.
+    """Conditions to check a model with: its default (or neutral singlet, mean parameters), and two others.
 
     Args:
         model: a `MoEPotential`.
@@ -101,7 +105,7 @@ def reference_cases(
 
 
 def _radius(symbol: str) -> float:
-    """Covalent radius in Angstrom; not below 0.9, or hydrogen-rich frames would have hundreds of neighbours per atom."""
+    """Covalent radius in Angstrom; not below 0.9, or hydrogen would have hundreds of neighbors."""
     return max(0.9, float(covalent_radii[atomic_numbers[symbol]]))
 
 
@@ -145,7 +149,7 @@ def _random_frame(seed: int, symbols: list[str], periodic: bool, avoid: tuple[fl
 
 
 def reference_structures(elements: list[str], cutoffs: tuple[float, ...]) -> list[tuple[str, Atoms]]:
-    """Labelled structures that together hold every element: isolated atom, dimer, crystal-dense cells, cluster.
+    """Labelled structures that hold every element: isolated atom, dimer, cells as dense as crystals, cluster.
 
     Args:
         elements: symbols of the package.
@@ -166,6 +170,25 @@ def reference_structures(elements: list[str], cutoffs: tuple[float, ...]) -> lis
     symbols = [elements[(3 * i) % len(elements)] for i in range(9)]
     frames.append(("cluster", _random_frame(7, symbols, False, avoid)))
     return frames
+
+
+def in_precision(model: MoEPotential, dtype: str) -> MoEPotential:
+    """A copy whose network is float32 or float64."""
+    converted = copy.deepcopy(model)
+    set_precision(converted, dtype, dtype)
+    return converted
+
+
+def reference_frames(
+    model: MoEPotential, cases: Sequence[tuple[str, Atoms, Conditions]]
+) -> list[ReferenceFrame]:
+    """What a package of a model must give for structures: its own rounded weights, computed in float64.
+
+    Raises:
+        PackageError: an answer is not finite.
+    """
+    rounded = in_precision(model, "float64")
+    return [reference_frame(rounded, *case) for case in cases]
 
 
 def reference_frame(

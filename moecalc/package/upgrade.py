@@ -1,4 +1,4 @@
-"""From a package of an older format to the one that the runtime reads: the same model, with the records that describe it."""
+"""From a package of an older format to one of this format: the same model, with records that describe it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moecalc._clean import clean_torch
 from moecalc._jit import jit_load
 from moecalc.errors import PackageError
 from moecalc.files import check_outputs, display_text, move_into_place, temporary_folder
+from moecalc.package import records
 from moecalc.package.archive import (
     check_archive,
     check_file,
@@ -23,7 +24,7 @@ from moecalc.package.archive import (
 from moecalc.package.lower import make_contiguous
 from moecalc.package.metadata import FORMAT_VERSION, PackageReport
 
-_KEPT = ("metadata.json", "reference.json", "verification.json")
+_KEPT = (records.METADATA, records.REFERENCE, records.VERIFICATION)
 
 
 @clean_torch()
@@ -32,8 +33,8 @@ def upgrade_package(
 ) -> PackageReport:
     """Write a package of an older format as one of this format.
 
-    Weights, reference frames, stored verification and metadata stay; nothing is written unless the new file gives the numbers of the
-    reference frames.
+    Weights, reference frames, stored verification and metadata stay. Nothing is written unless the new file
+    gives the numbers of the reference frames.
 
     Args:
         old: the package.
@@ -55,19 +56,19 @@ def upgrade_package(
     check_outputs([("the package", new)], [("package", old)])
     say("reading the package")
     version, names = check_file(old)
-    if "model/extra/architecture.json" in names:
+    if records.archived(records.ARCHITECTURE) in names:
         raise PackageError(
             f"{old}: expected a package of an older format, got format {version}: use it as it is"
         )
     module = jit_load(old)
     make_contiguous(module)
-    records = {name: read_record(old, name) for name in _KEPT if f"model/extra/{name}" in names}
-    metadata = json.loads(records["metadata.json"]) | {"format_version": FORMAT_VERSION}
-    records["metadata.json"] = json.dumps(metadata, indent=1, ensure_ascii=False)
+    texts = {name: read_record(old, name) for name in _KEPT if records.archived(name) in names}
+    metadata = json.loads(texts[records.METADATA]) | {"format_version": FORMAT_VERSION}
+    texts[records.METADATA] = json.dumps(metadata, indent=1, ensure_ascii=False)
     with temporary_folder(new) as folder:
         draft = folder / new.name
         say("writing the package")
-        write_archive(draft, module, records)
+        write_archive(draft, module, texts)
         check_archive(draft)
         say("reference frames")
         _check_reference(draft, new)

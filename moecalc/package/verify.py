@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from moecalc import _lib
 from moecalc._clean import clean_torch
 from moecalc._jit import jit_load, unoptimized
 from moecalc._torch_threads import torch_threads
 from moecalc.conditions import Conditions
+from moecalc.keys import ENERGY, FORCES, VIRIAL
 from moecalc.nn.model import ModelOutput
 from moecalc.package.archive import read_metadata, read_reference
 from moecalc.package.edges import evaluate_edges
@@ -29,16 +31,16 @@ from moecalc.package.reference import (
     evaluate_structure,
     graph_tensors,
 )
+from moecalc.tolerances import VERIFICATION, VERIFICATION_DIFFERENCE, VERIFICATION_EVALUATOR
+from moecalc.typing import Floats
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:
+    from moecalc._C import Evaluator
+
 Progress = Callable[[str], None]
 
-# relative to the largest magnitude of the quantity in the frame, floored at 1 in its unit
-TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
-_STEP = (
-    1e-4  # Angstrom or strain: no pair crosses a cutoff (reference.py keeps a gap), fourth-order error is nil
-)
-_DIFFERENCE_TOLERANCE = 1e-6
+# Angstrom or strain: no pair crosses a cutoff (reference.py keeps a gap), fourth-order error is nil
+_STEP = 1e-4
 
 
 def _arrays(frame: ReferenceFrame) -> tuple[list[str], Floats, Floats, tuple[bool, ...]]:
@@ -77,7 +79,7 @@ def compare_frames(model: nn.Module, frames: list[ReferenceFrame]) -> float:
     return worst(*(_deviation(*_of(_of_frame(model, f)), f) for f in frames))
 
 
-def _evaluator_deviation(evaluator: Any, frames: list[ReferenceFrame]) -> float:
+def _evaluator_deviation(evaluator: Evaluator, frames: list[ReferenceFrame]) -> float:
     found = []
     for f in frames:
         symbols, positions, cell, pbc = _arrays(f)
@@ -86,11 +88,11 @@ def _evaluator_deviation(evaluator: Any, frames: list[ReferenceFrame]) -> float:
         )
         _give_conditions(evaluator, f.conditions)
         out = evaluate_edges(evaluator, types.numpy(), edge_index.numpy(), edge_vec.numpy())
-        found.append(_deviation(float(out["energy"][0]), out["forces"], out["virial"][0], f))
+        found.append(_deviation(float(out[ENERGY][0]), out[FORCES], out[VIRIAL][0], f))
     return worst(*found)
 
 
-def _give_conditions(evaluator: Any, conditions: Conditions) -> None:
+def _give_conditions(evaluator: Evaluator, conditions: Conditions) -> None:
     """Set what the evaluator's model takes beside a structure."""
     charge_spin, fparam = condition_tensors([conditions])
     if charge_spin is None and fparam is None:
@@ -105,12 +107,12 @@ def _fourth_order(energy: Callable[[float], float], h: float = _STEP) -> float:
 
 
 def _strain_step(cutoff: float) -> float:
-    """A strain of twice this moves a pair by up to its distance times that, which must stay below the gap at the cutoff."""
+    """A strain of which the double moves no pair across the gap at the cutoff."""
     return min(_STEP, 0.45 * CUTOFF_GAP / cutoff)
 
 
 def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float, float]:
-    """Deviation of forces (a few atoms) and virial from fourth-order central differences of the energy."""
+    """Deviation of forces (along random directions) and virial from differences of the energy."""
     symbols, positions, cell, pbc = _arrays(frame)
     given = frame.conditions
     out = evaluate_structure(model, symbols, positions, cell, pbc, given)
@@ -119,6 +121,9 @@ def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float,
 
     def energy(x: Floats, c: Floats) -> float:
         return float(evaluate_structure(model, symbols, x, c, pbc, given).energy)
+
+    def strained(strain: Floats) -> Callable[[float], float]:
+        return lambda h: energy(positions @ (np.eye(3) + h * strain), cell @ (np.eye(3) + h * strain))
 
     # a random direction over all atoms tests every force component at the cost of one
     for _ in range(4):
@@ -129,17 +134,12 @@ def _finite_differences(model: nn.Module, frame: ReferenceFrame) -> tuple[float,
         force_error = worst(force_error, abs(slope - exact) / max(1.0, abs(exact)))
     step = _strain_step(float(model.cutoff))  # type: ignore[arg-type]
     if all(pbc):
-        for a in range(3):
-            for b in range(a, 3):
-                strain = np.zeros((3, 3))
-                strain[a, b] = strain[b, a] = 1.0 if a == b else 0.5
-                slope = _fourth_order(
-                    lambda h, s=strain: energy(positions @ (np.eye(3) + h * s), cell @ (np.eye(3) + h * s)),  # type: ignore[misc]
-                    step,
-                )
-                w = out.virial[0].numpy()
-                exact = -float((w * strain).sum())
-                virial_error = worst(virial_error, abs(slope - exact) / max(1.0, abs(exact)))
+        for a, b in itertools.combinations_with_replacement(range(3), 2):
+            strain = np.zeros((3, 3))
+            strain[a, b] = strain[b, a] = 1.0 if a == b else 0.5
+            slope = _fourth_order(strained(strain), step)
+            exact = -float((out.virial[0].numpy() * strain).sum())
+            virial_error = worst(virial_error, abs(slope - exact) / max(1.0, abs(exact)))
     return force_error, virial_error
 
 
@@ -185,78 +185,90 @@ def verify_package(
     Args:
         path: the package.
         progress: called with the name of each step.
-        device: where the C++ evaluator runs, which computes from what the package says of its model, not from its TorchScript.
+        device: where the C++ evaluator runs. It computes from the records of the package, not from its
+            TorchScript.
 
     Returns:
-        All checks with the deviation found and the deviation allowed (eV, eV/Angstrom, relative to max(1, scale)).
+        All checks with the deviation found and the deviation allowed, relative to the largest magnitude of a
+        quantity, at least 1 eV or eV/Angstrom.
 
     Raises:
         PackageError: the file is damaged, foreign or newer.
     """
-    from moecalc import __version__, _lib
+    from moecalc import __version__
 
     say = progress or (lambda _: None)
     metadata = read_metadata(path)
     frames = read_reference(path)
-    checks: list[Check] = []
-
-    def add(name: str, value: float, tolerance: float, detail: str = "") -> None:
-        checks.append(Check(name=name, value=value, tolerance=tolerance, unit="relative", detail=detail))
-
     with _small_structures():
         say("scripted model in float64 against the reference frames")
         scripted = jit_load(path)
         set_precision(scripted, "float64", "float64")
-        exact = TOLERANCE["float64"]
-        add(
-            "scripted vs reference (float64)",
-            compare_frames(scripted, frames),
-            exact,
-            f"{len(frames)} frames",
-        )
-        native = _lib.load()
-        for dtype in ("float64", "float32"):
-            say(f"evaluator in {dtype} on {device}")
-            evaluator = native.Evaluator(os.fsencode(path), device, dtype)
-            evaluator.num_threads = 1
-            tolerance = 1e-9 if dtype == "float64" else TOLERANCE["float32"]
-            add(
-                f"evaluator {dtype} on {device}",
-                _evaluator_deviation(evaluator, frames),
-                tolerance,
-                evaluator.backend,
-            )
-
-        for frame in frames:
-            # the last two structures come again with other conditions, which change no derivative rule
-            if len(frame.symbols) < 2 or frame.conditions != frames[0].conditions:
-                continue
-            say(f"finite differences and symmetries: {frame.label}")
-            force, virial = _finite_differences(scripted, frame)
-            add(f"finite-difference forces ({frame.label})", force, _DIFFERENCE_TOLERANCE)
-            if all(frame.pbc):
-                add(f"finite-difference virial ({frame.label})", virial, _DIFFERENCE_TOLERANCE)
-            for name, value in _symmetries(scripted, frame).items():
-                add(f"{name} ({frame.label})", value, exact)
-
+        checks = [
+            Check(
+                name="scripted vs reference (float64)",
+                value=compare_frames(scripted, frames),
+                tolerance=VERIFICATION["float64"],
+                detail=f"{len(frames)} frames",
+            ),
+            *_check_evaluator(path, frames, device, say),
+            *_check_derivatives(scripted, frames, say),
+        ]
         say("isolated atoms")
-        isolated = []
-        for element in metadata.elements:
-            alone = np.zeros((1, 3)), np.zeros((3, 3)), (False,) * 3
-            out = evaluate_structure(scripted, [element], *alone, frames[0].conditions)
-            isolated += [
-                float(out.forces.abs().max()),
-                0.0 if bool(torch.isfinite(out.energy)) else float("nan"),
-            ]
-        add(
-            "isolated atoms: zero force, finite energy",
-            worst(*isolated),
-            0.0,
-            f"{len(metadata.elements)} elements",
-        )
+        checks.append(_check_isolated_atoms(scripted, metadata.elements, frames[0].conditions))
     return VerificationReport(
         checks=checks,
         torch=torch.__version__,
         moecalc=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _check_evaluator(
+    path: str | Path, frames: list[ReferenceFrame], device: str, say: Progress
+) -> Iterator[Check]:
+    """The evaluator in both precisions against the reference frames."""
+    native = _lib.load()
+    for dtype in ("float64", "float32"):
+        say(f"evaluator in {dtype} on {device}")
+        evaluator = native.Evaluator(os.fsencode(path), device, dtype)
+        evaluator.num_threads = 1
+        yield Check(
+            name=f"evaluator {dtype} on {device}",
+            value=_evaluator_deviation(evaluator, frames),
+            tolerance=VERIFICATION_EVALUATOR[dtype],
+            detail=evaluator.backend,
+        )
+
+
+def _check_derivatives(scripted: nn.Module, frames: list[ReferenceFrame], say: Progress) -> Iterator[Check]:
+    """Forces, virials and symmetries of every structure."""
+    for frame in frames:
+        # the last two structures come again with other conditions, which change no derivative rule
+        if len(frame.symbols) < 2 or frame.conditions != frames[0].conditions:
+            continue
+        say(f"finite differences and symmetries: {frame.label}")
+        force, virial = _finite_differences(scripted, frame)
+        found = {"finite-difference forces": force}
+        if all(frame.pbc):
+            found["finite-difference virial"] = virial
+        for name, value in found.items():
+            yield Check(name=f"{name} ({frame.label})", value=value, tolerance=VERIFICATION_DIFFERENCE)
+        for name, value in _symmetries(scripted, frame).items():
+            yield Check(name=f"{name} ({frame.label})", value=value, tolerance=VERIFICATION["float64"])
+
+
+def _check_isolated_atoms(scripted: nn.Module, elements: list[str], conditions: Conditions) -> Check:
+    """An atom alone has no force, and an energy."""
+    found = []
+    alone = np.zeros((1, 3)), np.zeros((3, 3)), (False,) * 3
+    for element in elements:
+        out = evaluate_structure(scripted, [element], *alone, conditions)
+        finite = bool(torch.isfinite(out.energy))
+        found += [float(out.forces.abs().max()), 0.0 if finite else float("nan")]
+    return Check(
+        name="isolated atoms: zero force, finite energy",
+        value=worst(*found),
+        tolerance=0.0,
+        detail=f"{len(elements)} elements",
     )

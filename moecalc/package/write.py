@@ -1,4 +1,4 @@
-"""The one place that writes a package of a lowered model: packaging, and tests that need a package and no checkpoint."""
+"""The one place that writes a package of a lowered model: for packaging, and for tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from moecalc._jit import jit_script
 from moecalc.conditions import ModelConditions
 from moecalc.nn import ModelConfig, MoEPotential
+from moecalc.package import records
 from moecalc.package.architecture import dtype_name
 from moecalc.package.archive import write_archive
 from moecalc.package.lower import count_parameters
@@ -91,14 +92,26 @@ def write_package(
         The metadata.
     """
     metadata = _metadata(lowered, labels)
-    records = {
-        "format_version": str(metadata.format_version),
-        "metadata.json": metadata.model_dump_json(indent=1),
-        "reference.json": json.dumps([frame.model_dump() for frame in frames]),
-        "verification.json": (verification or VerificationReport(checks=[])).model_dump_json(indent=1),
+    texts = {
+        records.FORMAT: str(metadata.format_version),
+        records.METADATA: metadata.model_dump_json(indent=1),
+        records.REFERENCE: json.dumps([frame.model_dump() for frame in frames]),
+        records.VERIFICATION: (verification or VerificationReport(checks=[])).model_dump_json(indent=1),
     }
-    write_archive(Path(path), lowered.scripted, records)
+    write_archive(Path(path), lowered.scripted, texts)
     return metadata
+
+
+def write_bare(path: str | Path, model: MoEPotential, name: str = "") -> None:
+    """Write a lowered model with no more than the kernels read: neither facts nor reference frames.
+
+    Args:
+        path: file to write.
+        model: as `moecalc.package.lower.lower` makes it.
+        name: of the model; engines that show it need one.
+    """
+    metadata = json.dumps({"name": name} if name else {})
+    write_archive(Path(path), jit_script(model), {records.METADATA: metadata})
 
 
 def _metadata(lowered: Lowered, labels: Labels) -> Metadata:

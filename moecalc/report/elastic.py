@@ -1,7 +1,8 @@
-"""Elastic constants and equations of state: of the model, and of the reference where the data hold strained cells.
+"""Elastic constants and equations of state, of the model and, from strained cells, of the reference.
 
-Both come from the same cells by the same fit, so that their difference is the model's. Strained cells are found by their geometry, not by
-names: frames of one composition whose atoms keep their places in the cell while the cell changes, around a cubic one.
+Both come from the same cells by the same fit: their difference is the model's. Strained cells are found by
+their geometry, not by names: frames of one composition whose atoms keep their places in the cell while the
+cell changes, around a cubic one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from ase import Atoms, units
 from ase.eos import EquationOfState
-from numpy.typing import NDArray
 
 from moecalc.neighbors import SkinNeighborList
+from moecalc.typing import Floats, Ints
 
-Floats = NDArray[np.float64]
 Curves = dict[str, tuple[Floats, Floats]]
 Energies = Callable[[list[Atoms]], Sequence[float]]
 
@@ -36,20 +36,23 @@ class StrainedCells:
         label: formula of the cell.
         indices: (n,) positions of the frames in the list they came from.
         deformation: (n, 3, 3) against the cubic cell, minus the unit matrix; row vectors.
-        uniaxial: (m,) rows of `deformation` under strain along one axis, the unstrained one included, and `axis` (m,) of each.
+        uniaxial: (m,) rows of `deformation` under strain along one axis, the unstrained one included, and
+            `axis` (m,) of each.
         sheared: (k,) rows under shear in one plane, and `plane` (k,), the Voigt index of each.
     """
 
     label: str
-    indices: NDArray[np.int64]
+    indices: Ints
     deformation: Floats
-    uniaxial: NDArray[np.int64]
-    axis: NDArray[np.int64]
-    sheared: NDArray[np.int64]
-    plane: NDArray[np.int64]
+    uniaxial: Ints
+    axis: Ints
+    sheared: Ints
+    plane: Ints
 
     def curves(self, stress: Floats) -> Curves:
-        """Strain and stress (GPa), sorted by strain: along a uniaxial strain (C11), across it (C12), under shear (C44).
+        """Strain and stress (GPa), sorted by strain, by constant.
+
+        C11: along a uniaxial strain; C12: across it; C44: under shear.
 
         Args:
             stress: (n, 6) in ASE's order and units.
@@ -172,14 +175,14 @@ def equation_of_state(
 
 
 def lattice_name(atoms: Atoms) -> str:
-    """bcc, fcc, hcp or diamond by the shells of neighbours around the first atom, else an empty text."""
+    """bcc, fcc, hcp or diamond by the shells of neighbors around the first atom, else an empty text."""
     pairs, positions = SkinNeighborList(8.0, skin=0.0).pairs(atoms)
     vectors = pairs.vectors(positions, atoms.cell.array[None])
     distance = np.sort(np.linalg.norm(vectors[pairs.edge_index[0] == 0], axis=1))
     if len(distance) == 0:
         return ""
     ratio = distance / distance[0]
-    # number of neighbours up to 1.08, 1.25, 1.5 and 1.68 nearest distances
+    # number of neighbors up to 1.08, 1.25, 1.5 and 1.68 nearest distances
     counts = tuple(int((ratio < limit).sum()) for limit in (1.08, 1.25, 1.5, 1.68))
     known: dict[tuple[int, ...], str] = {
         (8, 14, 14, 26): "bcc",

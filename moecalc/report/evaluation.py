@@ -1,8 +1,7 @@
-"""Reading reference frames and evaluating a model on them, in batches."""
+"""A model on reference frames, evaluated in batches."""
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 
 from moecalc.calculator import MoECalculator
 from moecalc.conditions import ConditionError
-from moecalc.dataset import VIRIAL_KEYS, adopt_virials, parse_frames
+from moecalc.data import group_of, read_frames, with_virials
 from moecalc.errors import ElementError, MoecalcError, StructureError
-from moecalc.files import describe, display_text
+from moecalc.files import display_text
 from moecalc.report.elastic import (
     EquationOfStateResult,
     StrainedCells,
@@ -26,9 +25,9 @@ from moecalc.report.elastic import (
     find_strained_cells,
     lattice_name,
 )
+from moecalc.typing import Floats, Ints
 from moecalc.zbl import Pair, shortest_distances
 
-Floats = NDArray[np.float64]
 Reference = tuple[float, Floats, Floats]
 """Energy, forces and stress of a frame."""
 
@@ -49,7 +48,7 @@ _MAX_CRYSTAL = 128  # atoms
 
 @dataclass
 class Strained:
-    """A family of strained cells with the stresses (n, 6) of reference and model, in ASE's order and units."""
+    """A family of strained cells, and the stresses (n, 6) of reference and model in ASE's order and units."""
 
     family: StrainedCells
     group: str
@@ -73,7 +72,9 @@ class Crystal:
 
 @dataclass
 class Evaluation:
-    """Reference and model on the same frames. Energies are totals in eV, forces eV/A, stress eV/A^3 in ASE's order and sign.
+    """Reference and model on the same frames.
+
+    Energies are totals in eV, forces eV/A, stress eV/A^3 in ASE's order and sign.
 
     Attributes:
         calculator: the model.
@@ -113,12 +114,12 @@ class Evaluation:
     remarks: list[str] = field(default_factory=list)
 
     @cached_property
-    def n_atoms(self) -> NDArray[np.int64]:
+    def n_atoms(self) -> Ints:
         """(n,) atoms of each frame."""
         return np.array([len(atoms) for atoms in self.frames])
 
     @cached_property
-    def frame_of_atom(self) -> NDArray[np.int64]:
+    def frame_of_atom(self) -> Ints:
         """(n_atoms,) frame that each row of the forces belongs to."""
         return np.repeat(np.arange(len(self.frames)), self.n_atoms)
 
@@ -126,30 +127,6 @@ class Evaluation:
     def symbols(self) -> NDArray[np.str_]:
         """(n_atoms,) element of each row of the forces."""
         return np.concatenate([np.array(atoms.get_chemical_symbols()) for atoms in self.frames])
-
-
-def read_frames(path: str | Path) -> list[Atoms]:
-    """All frames of a file that ASE reads.
-
-    Raises:
-        MoecalcError: the file is missing, is not readable as structures, or has none.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MoecalcError(f"{path}: {describe(path)}, expected reference data such as an extxyz file")
-    try:
-        frames = parse_frames(path)
-    except MoecalcError as error:
-        raise type(error)(f"{path}: {error}") from None
-    except Exception as error:
-        # ASE's readers raise whatever their parsers meet
-        reason = str(error) or type(error).__name__
-        raise MoecalcError(
-            f"{path}: ASE cannot read it as structures ({reason}): expected for example extxyz"
-        ) from error
-    if not frames:
-        raise MoecalcError(f"{path}: expected structures, got an empty file")
-    return frames
 
 
 def evaluate(
@@ -166,17 +143,20 @@ def evaluate(
     """Evaluate a model on frames with reference energies and forces.
 
     Args:
-        model: package file, None for the default model, or a calculator (then `device` and `dtype` do not matter).
-        data: file, or frames.
-        key: name in `atoms.info` of the group that a frame belongs to; frames without it form the group "all".
+        model: package file, None for the default model, or a calculator (then `device` and `dtype` do not
+            matter).
+        data: file or folder (see `moecalc.data.read_frames`), or frames.
+        key: name in `atoms.info` of the group that a frame belongs to; frames without it form the group
+            "all".
         limit: largest number of frames per group, taken evenly from the file; None is all.
         device: see `MoECalculator`.
         dtype: see `MoECalculator`.
-        skip_unknown: leave out frames with elements that the model lacks (they are listed) instead of raising.
+        skip_unknown: leave out frames with elements that the model lacks (they are listed) instead of
+            raising.
         progress: told how far it is.
 
     Raises:
-        MoecalcError: no file, no frames, or frames without energy or forces.
+        MoecalcError: no file, no frames, a broken folder, or frames without energy or forces.
         ElementError: elements that the model lacks or was not trained on.
         StructureError: a frame that cannot be evaluated.
     """
@@ -184,7 +164,7 @@ def evaluate(
         raise MoecalcError(f"expected a limit of at least 1 frame per group, got {limit}")
     calculator = model if isinstance(model, MoECalculator) else MoECalculator(model, device, dtype)
     progress("reading", 0, 1)
-    everything = _with_virials(data) if not isinstance(data, str | Path) else read_frames(data)
+    everything = with_virials(data) if not isinstance(data, str | Path) else read_frames(data)
     if not everything:
         raise MoecalcError("expected frames, got none")
     known = set(calculator.metadata["trained_elements"])
@@ -194,9 +174,11 @@ def evaluate(
         if (missing := set(a.symbols) - known)
     ]
     if skipped and not skip_unknown:
+        unknown = _joined({element for _, names in skipped for element in names.split()})
         raise ElementError(
-            f"{len(skipped)} of {len(everything)} frames, the first is {skipped[0][0]}, have elements that the model was not trained on "
-            f"({_joined({e for _, names in skipped for e in names.split()})}; it knows {_joined(known)}): leave them out with --skip-unknown"
+            f"{len(skipped)} of {len(everything)} frames, the first is {skipped[0][0]}, have elements that "
+            f"the model was not trained on ({unknown}; it knows {_joined(known)}): leave them out with "
+            "--skip-unknown"
         )
     out = {k for k, _ in skipped}
     usable = [k for k in range(len(everything)) if k not in out and len(everything[k])]
@@ -220,7 +202,7 @@ def evaluate(
         limit=limit,
         frames=frames,
         indices=chosen,
-        groups=[_group(a, key) for a in frames],
+        groups=[group_of(a, key) for a in frames],
         energy=np.array([values[k][0] for k in chosen]),
         energy_model=np.array([r["energy"] for r in results]),
         forces=np.concatenate([values[k][1] for k in chosen]),
@@ -237,27 +219,10 @@ def evaluate(
     )
 
 
-def _with_virials(frames: Sequence[Atoms]) -> list[Atoms]:
-    """Frames of the caller, which are not changed; those with a virial are copies with the stress."""
-    kept = []
-    for atoms in frames:
-        chosen = atoms
-        if atoms.calc is not None and not set(VIRIAL_KEYS).isdisjoint(atoms.info):
-            chosen = atoms.copy()
-            chosen.calc = copy.copy(atoms.calc)
-            chosen.calc.results = dict(atoms.calc.results)
-        kept.append(chosen)
-    return adopt_virials(kept)
-
-
-def _group(atoms: Atoms, key: str) -> str:
-    return str(atoms.info.get(key, "all"))
-
-
 def _choose(candidates: list[int], frames: list[Atoms], key: str, limit: int | None) -> list[int]:
     groups: dict[str, list[int]] = {}
     for k in candidates:
-        groups.setdefault(_group(frames[k], key), []).append(k)
+        groups.setdefault(group_of(frames[k], key), []).append(k)
     chosen: list[int] = []
     for members in groups.values():
         n = len(members) if limit is None else min(limit, len(members))
@@ -271,8 +236,8 @@ def _reference(atoms: Atoms, index: int) -> Reference:
     missing = [name for name in ("energy", "forces") if name not in results]
     if missing:
         raise MoecalcError(
-            f"frame {index} has no {' and no '.join(missing)}: expected reference data, in extxyz energy=... in the comment line "
-            f"and a column forces:R:3"
+            f"frame {index} has no {' and no '.join(missing)}: expected reference data, in extxyz energy=... "
+            "in the comment line and a column forces:R:3"
         )
     energy, forces = float(results["energy"]), np.asarray(results["forces"], dtype=float)
     if not (np.isfinite(energy) and np.isfinite(forces).all()):
@@ -351,7 +316,7 @@ def _strained(
         found.append(
             Strained(
                 family=family,
-                group=_group(members[0], key),
+                group=group_of(members[0], key),
                 lattice=lattice_name(unstrained),
                 reference=stress[family.indices],
                 model=np.array([r["stress"] for r in results]),

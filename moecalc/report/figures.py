@@ -8,25 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import units
-from numpy.typing import NDArray
 
 from moecalc.errors import PackageError
 from moecalc.package.metadata import Metadata
+from moecalc.report.composition import contributions, shares
 from moecalc.report.evaluation import Evaluation
 from moecalc.report.numbers import Report
+from moecalc.report.routing_figure import plot_routing
+from moecalc.typing import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Floats = NDArray[np.float64]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#d9730d", "#2e8b57", "#b5343c", "#7d7d7d"
 _MANY = 1500  # points: beyond, density is drawn instead
 _STYLE: dict[Any, Any] = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
-    "axes.titlesize": 11, "lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 8.5, "axes.axisbelow": True,
-}  # fmt: skip
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
 
 
 def draw(evaluation: Evaluation, report: Report) -> dict[str, bytes]:
@@ -58,11 +67,8 @@ def parity(ev: Evaluation, report: Report) -> Figure:
     figure, panels = _figure(3, 4.4, 4.1)
     reference, model = ev.energy / ev.n_atoms, ev.energy_model / ev.n_atoms
     # Energies of different elements are eV apart, errors meV: what the composition explains is taken off.
-    symbols = sorted(set(ev.symbols.tolist()))
-    shares = np.array(
-        [[(np.array(a.get_chemical_symbols()) == s).mean() for s in symbols] for a in ev.frames]
-    )
-    base = shares @ np.linalg.lstsq(shares, reference, rcond=1e-8)[0]
+    of_elements = shares(ev.frames, sorted(set(ev.symbols.tolist())))
+    base = of_elements @ contributions(of_elements, reference)[0]
     _scatter(
         panels[0],
         reference - base,
@@ -260,8 +266,6 @@ def distances(_ev: Evaluation, report: Report) -> Figure | None:
 
 def routing(ev: Evaluation, _report: Report) -> Figure | None:
     """Experts by element; nothing for models without such routing."""
-    from moecalc.plots import plot_routing
-
     try:
         return plot_routing(Metadata.model_validate(ev.calculator.metadata))
     except PackageError:
@@ -290,7 +294,7 @@ def _grid(n: int, n_columns: int, width: float, height: float) -> tuple[Figure, 
 
 
 def _scatter(panel: Any, x: Floats, y: Floats, title: str, unit: str) -> None:
-    """Model against reference with the diagonal: points where they are few, counts on a logarithmic scale where many."""
+    """Model against reference with the diagonal: few values as points, many as counts on a log scale."""
     low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
     pad = 0.04 * (high - low) or 1e-3
     low, high = low - pad, high + pad

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 from ase import units
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from moecalc import __version__
+from moecalc.benchmark import machine
+from moecalc.report.composition import contributions, shares
 from moecalc.report.elastic import NAMES, constants
 from moecalc.report.evaluation import Evaluation
+from moecalc.typing import Bools, Floats, Ints
 from moecalc.zbl import guard_radii
 
-Floats = NDArray[np.float64]
 _WORST = 10  # frames listed
 _BINS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, math.inf)  # eV/A
 
@@ -32,9 +33,12 @@ class Errors(BaseModel):
     mean: float
     largest: float
     scale: float
-    """Root mean square of the reference (of energies: their standard deviation), to compare the errors with."""
+    """To compare the errors with: root mean square of the reference, of energies their standard deviation."""
     r2: float | None
-    """1 - sum of squared errors / sum of squared deviations of the reference; None where the reference does not vary."""
+    """1 - sum of squared errors / sum of squared deviations of the reference.
+
+    None where the reference does not vary.
+    """
 
 
 class Group(BaseModel):
@@ -47,7 +51,7 @@ class Group(BaseModel):
     energy: Errors
     """meV/atom"""
     energy_shifted: Errors
-    """meV/atom, after the group's mean error was taken off: what is left if the element energies were refitted."""
+    """meV/atom without the group's mean error: what is left if the element energies were refitted."""
     forces: Errors
     """eV/A, components"""
     stress: Errors | None
@@ -62,7 +66,10 @@ class Element(BaseModel):
     n_atoms: int
     forces: Errors
     shift: float | None
-    """meV/atom: share of the element in the energy errors of all frames (least squares); None if the data cannot tell."""
+    """meV/atom: share of the element in the energy errors of all frames, by least squares.
+
+    None if the data cannot tell.
+    """
 
 
 class ForceBin(BaseModel):
@@ -123,7 +130,7 @@ class PairDistance(BaseModel):
 
 
 class Speed(BaseModel):
-    """Throughput of the evaluation in batches, neighbour search included."""
+    """Throughput of the evaluation in batches, neighbor search included."""
 
     atom_steps_per_s: float
     machine: str
@@ -222,7 +229,7 @@ def summarise(evaluation: Evaluation) -> Report:
         absent_pairs=["-".join(p) for p in guard if p not in ev.shortest],
         speed=Speed(
             atom_steps_per_s=float(n_atoms.sum()) / ev.seconds,
-            machine=_machine(),
+            machine=machine().cpu,
             device=ev.calculator.device,
             dtype=ev.calculator.dtype,
             threads=ev.calculator.n_threads,
@@ -255,7 +262,7 @@ def _errors(model: Floats, reference: Floats, *, center: bool = False) -> Errors
     )
 
 
-def _group(ev: Evaluation, name: str, rows: NDArray[np.bool_]) -> Group:
+def _group(ev: Evaluation, name: str, rows: Bools) -> Group:
     atoms = rows[ev.frame_of_atom]
     reference = 1000 * ev.energy[rows] / ev.n_atoms[rows]
     model = 1000 * ev.energy_model[rows] / ev.n_atoms[rows]
@@ -275,18 +282,10 @@ def _group(ev: Evaluation, name: str, rows: NDArray[np.bool_]) -> Group:
 
 
 def _element_shifts(ev: Evaluation, per_atom: Floats) -> dict[str, float]:
-    """Energy error per atom of each element by least squares; without those that the compositions do not determine."""
-    symbols = sorted(set(ev.symbols.tolist()))
-    shares = np.array(
-        [[(np.array(a.get_chemical_symbols()) == s).mean() for s in symbols] for a in ev.frames]
-    )
-    solution, _, rank, _ = np.linalg.lstsq(shares, per_atom, rcond=1e-8)
-    if rank < len(symbols):
-        null = np.linalg.svd(shares)[2][rank:]
-        determined = np.abs(null).max(axis=0) < 1e-8
-    else:
-        determined = np.ones(len(symbols), dtype=bool)
-    return {s: float(x) for s, x, ok in zip(symbols, solution, determined, strict=True) if ok}
+    """Energy error per atom of each element; without those that the compositions do not determine."""
+    elements = sorted(set(ev.symbols.tolist()))
+    found, determined = contributions(shares(ev.frames, elements), per_atom)
+    return {e: float(x) for e, x, known in zip(elements, found, determined, strict=True) if known}
 
 
 def _force_bins(reference: Floats, error: Floats) -> list[ForceBin]:
@@ -307,7 +306,7 @@ def _force_bins(reference: Floats, error: Floats) -> list[ForceBin]:
     return bins
 
 
-def _worst(ev: Evaluation, order: NDArray[np.int64], energy: Floats, force: Floats) -> list[Worst]:
+def _worst(ev: Evaluation, order: Ints, energy: Floats, force: Floats) -> list[Worst]:
     return [
         Worst(
             index=ev.indices[k],
@@ -337,9 +336,3 @@ def _elastic(ev: Evaluation) -> list[ElasticConstants]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _machine() -> str:
-    from moecalc.bench import machine
-
-    return machine().cpu

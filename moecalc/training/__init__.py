@@ -1,1 +1,1 @@
-"""Training on CPUs with the fused kernels: a step with forces in tens of milliseconds (`moecalc.training.fit`)."""
+"""Training on CPUs with the fused kernels: a step with forces in tens of milliseconds."""

@@ -1,8 +1,8 @@
 """Close pairs, which no data cover: structures that contain them, and how strongly they must repel.
 
-A network says anything about distances shorter than its data, and the better it fits, the steeper it may fall there. So a fit can ask
-that every directed edge of a pair closer than the pair's radius repels with at least half of a given share of the screened nuclear
-repulsion (ZBL): a bound from one side, no label.
+At distances shorter than its data a network extrapolates, and the better it fits, the steeper it may fall
+there. A fit can ask that every directed edge of a pair closer than the pair's radius repels with at least
+half of a given share of the screened nuclear repulsion (ZBL): a bound from one side, no label.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import atomic_numbers, covalent_radii
-from matscipy.neighbours import neighbour_list
 from torch import Tensor
 
 from moecalc.keys import MIN_DISTANCE
-from moecalc.training.data import Batch, Frame, collate
+from moecalc.training.graphs import Batch, Frame, collate, edges_of
 from moecalc.training.losses import huber
+from moecalc.typing import Ints
 from moecalc.zbl import charge_and_length, screened_coulomb
 
 OF_COVALENT = 0.7
-"""Radius of a pair over the sum of the covalent radii (Cordero et al., Dalton Trans. 2832 (2008)), if the data leave so much."""
+"""Radius of a pair over the sum of the covalent radii, if the data leave so much.
+
+Radii: Cordero et al., Dalton Trans. 2832 (2008).
+"""
 
 MARGIN = 0.97
-"""Largest radius over the shortest distance of the pair in the data: what was computed is not overruled."""
+"""Largest radius over the shortest distance of the pair in the data: labels are not overruled."""
 
 SHARE = 0.3
 """Of the force of ZBL, which is several times that between real atoms near the radius."""
 
 LARGEST = 30.0
-"""Force (eV/A) that is asked for at most: below some distance, how strong the repulsion is makes no difference."""
+"""Force (eV/A) that is asked for at most: closer pairs need no stronger repulsion."""
 
 SCALE = 1.0
 """Missing force (eV/A) that counts as one."""
@@ -79,38 +82,38 @@ class Repulsion:
             frames.append(self._frame(Atoms("H2", [[0.0, 0.0, 0.0], [distance, 0.0, 0.0]]), types))
         return collate(frames)
 
-    def _frame(self, atoms: Atoms, types: np.ndarray) -> Frame:
+    def _frame(self, atoms: Atoms, types: Ints) -> Frame:
         atoms.set_chemical_symbols([self.elements[t] for t in types])
         if not atoms.pbc.any():
             atoms.center(vacuum=self.cutoff)
-        i, j, d = neighbour_list("ijD", atoms, self.cutoff)
+        edge_index, edge_vec = edges_of(atoms, self.cutoff)
         return Frame(
-            types.astype(np.int64),
-            np.stack([i, j]).astype(np.int64),
-            np.ascontiguousarray(d, dtype=np.float64),
-            0.0,
-            np.zeros((len(atoms), 3)),
-            None,
-            "repulsion",
+            types=types.astype(np.int64),
+            edge_index=edge_index,
+            edge_vec=edge_vec,
+            energy=0.0,
+            forces=np.zeros((len(atoms), 3)),
+            virial=None,
+            group="repulsion",
         )
 
     def loss(
-        self, types: Tensor, edges: Tensor, vectors: Tensor, g: Tensor, delta: float
+        self, types: Tensor, edges: Tensor, vectors: Tensor, d_vectors: Tensor, delta: float
     ) -> tuple[float, Tensor]:
         """Mean over close directed edges of the Huber function of the missing force over `SCALE`.
 
         Args:
             types: (n,); edges: (2, E); vectors: (E, 3), of the kernels' graph.
-            g: (E, 3) derivatives of the energy with respect to the edge vectors.
+            d_vectors: (E, 3) derivatives of the energy with respect to the edge vectors, eV/Angstrom.
             delta: above so many scales the function is linear.
 
         Returns:
-            The loss and its gradient with respect to g (E, 3).
+            The loss and its gradient with respect to `d_vectors` (E, 3).
         """
         distance = vectors.norm(dim=1)
         pair = (types[edges[0]].numpy(), types[edges[1]].numpy())
         close = distance.numpy() < self.radius[pair]
-        direction = torch.zeros_like(g)
+        direction = torch.zeros_like(d_vectors)
         if not close.any():
             return 0.0, direction
         pair = (pair[0][close], pair[1][close])
@@ -118,7 +121,7 @@ class Repulsion:
         wanted = torch.from_numpy(np.minimum(SHARE * -slope, LARGEST)) / 2.0
         chosen = torch.from_numpy(close)
         unit = vectors[chosen] / distance[chosen, None]
-        missing = ((wanted + (g[chosen] * unit).sum(1)) / SCALE).clamp(min=0.0)
+        missing = ((wanted + (d_vectors[chosen] * unit).sum(1)) / SCALE).clamp(min=0.0)
         value, slopes = huber(missing, delta)
         direction[chosen] = (slopes / (SCALE * len(missing)))[:, None] * unit
         return float(value.mean()), direction

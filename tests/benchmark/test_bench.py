@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from command_line import run
 from rich.console import Console
-from typer.testing import CliRunner
 
-from moecalc import MoECalculator, _lib, bench, testing
+from moecalc import MoECalculator, _lib, testing
+from moecalc import benchmark as bench
 from moecalc._jit import jit_script
-from moecalc.cli import app
-from moecalc.costs import PARTS, GraphCounts, costs, count_graph, read_architecture, total_cost
+from moecalc.benchmark import scaling
+from moecalc.benchmark.costs import PARTS, GraphCounts, costs, count_graph, read_architecture, total_cost
+from moecalc.cli.evaluation_tables import show_bench
 from moecalc.errors import MoecalcError, PackageError, StructureError
 from moecalc.package.archive import read_metadata, write_archive
 from moecalc.package.lower import lower
-from moecalc.tables import show_bench
+from moecalc.package.write import write_bare
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / "benchmarks" / "peers"
@@ -45,7 +47,7 @@ def write(tmp_path_factory):
             config = testing.random_config(ELEMENTS, **options)
             low, _ = lower(testing.random_potential(config), config)
             path = folder / f"{len(cache)}.moe.pt"
-            write_archive(path, jit_script(low), {"metadata.json": "{}"})
+            write_bare(path, low)
             cache[key] = path, low
         return cache[key]
 
@@ -77,7 +79,7 @@ OPTIONS = {
 
 
 def forward_by_rows(low, atoms, *, split_compression):
-    """FLOPs of the products of a forward, one row of one expert after the other, from the weights of the model itself."""
+    """FLOPs of the products of a forward, row by row and expert by expert, from the weights of the model."""
     types, (centre, neighbor), vec = edges_of(atoms)
     close = np.linalg.norm(vec, axis=1) < ANGLE_CUTOFF
     total = dict.fromkeys(PARTS, 0)
@@ -260,10 +262,6 @@ class TestStructures:
             bench.repeated(testing.molecule(), 2)
 
 
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(a) for a in arguments])
-
-
 def test_command(tmp_path):
     out, figure = tmp_path / "out.json", tmp_path / "out.png"
     ATOMS.write(tmp_path / "small.xyz")
@@ -333,6 +331,10 @@ def test_breakdown_adds_up():
     assert sum(seconds for _, seconds in bench.breakdown(size)) == pytest.approx(14.0)
 
 
+def out_of_memory(_case):
+    raise bench.ProcessError("out of memory")
+
+
 class TestRejections:
     def error(self, *arguments):
         result = run("bench", *arguments)
@@ -375,16 +377,18 @@ class TestRejections:
 
     def test_a_size_that_fails_does_not_cost_the_smaller_ones(self, monkeypatch, tmp_path):
         ATOMS.write(tmp_path / "small.xyz")
-        once = bench._run
-        monkeypatch.setattr(
-            bench, "_run", lambda case: once(case) if case.copies == 1 else {"error": "out of memory"}
-        )
+        once = bench.run_isolated
+
+        def run(case):
+            return once(case) if case.copies == 1 else out_of_memory(case)
+
+        monkeypatch.setattr(scaling, "run_isolated", run)
         report = bench.benchmark(structure=tmp_path / "small.xyz", copies=[1, 2], steps=1, threads=1)
         assert [size.copies for size in report.sizes] == [1]
         assert [(f.copies, f.error) for f in report.failures] == [(2, "out of memory")]
 
     def test_no_size_at_all_is_an_error(self, monkeypatch):
-        monkeypatch.setattr(bench, "_run", lambda case: {"error": "out of memory"})
+        monkeypatch.setattr(scaling, "run_isolated", out_of_memory)
         with pytest.raises(MoecalcError, match="out of memory"):
             bench.benchmark(steps=1)
 

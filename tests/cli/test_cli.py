@@ -8,38 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.data import chemical_symbols
-from typer.testing import CliRunner
+from command_line import error_of, run
 
 import moecalc
-from moecalc import plots
 from moecalc._jit import jit_load
-from moecalc.cli import app
 from moecalc.errors import PackageError
 from moecalc.package.archive import read_metadata, read_record, write_archive
 from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, Routing, VerificationReport
+from moecalc.report import routing_figure as plots
 
 ROOT = Path(__file__).parents[2]
 ORACLE = Path(__file__).parent.parent / "data" / "oracle" / "models"
 MIXTURE = ORACLE / "E1_moe_all.pt"
 KEPT = "Na,Cl"
-
-
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(a) for a in arguments])
-
-
-def error_of(result):
-    """The one line that a failed command printed."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = [
-        line
-        for line in result.stderr.splitlines()
-        if not line.startswith(("packaging:", "verifying:", "drawing:", "upgrading:"))
-    ]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +63,14 @@ class TestGeneral:
         text = run("--help").stdout
         commands = ("package", "inspect", "verify", "upgrade", "bench", "report", "zbl", "lammps", "doctor")
         assert all(command in text for command in commands)
+
+    def test_help_imports_nothing_that_computes(self):
+        code = (
+            "import sys; from moecalc.cli import app; app(['--help'], standalone_mode=False); "
+            "print(sorted({'torch', 'matplotlib', 'numpy', 'ase', 'pydantic'} & sys.modules.keys()))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
 
     def test_debug_shows_the_error_itself(self):
         assert isinstance(run("--debug", "inspect", "absent.moe.pt").exception, PackageError)
@@ -327,7 +316,7 @@ class TestVerify:
 
 
 def routed(n_elements, layers):
-    """Metadata of a model with the given routing: per layer a dictionary of groups of positions -> (experts, weights, n_routed)."""
+    """Metadata of a model: per layer a dictionary of groups of positions -> (experts, weights, n_routed)."""
     symbols = chemical_symbols[1 : n_elements + 1]
     routing = Routing(
         layers=[

@@ -1,4 +1,4 @@
-"""Reference check, verify, bench, report and inspect with packages that take charge, spin or frame parameters."""
+"""Reference check and commands with packages that take charge, spin or frame parameters."""
 
 import os
 
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from moecalc import MoECalculator, _lib, testing
 from moecalc._jit import jit_load
-from moecalc.bench import alloy, benchmark
+from moecalc.benchmark import alloy, benchmark
 from moecalc.cli import app
 from moecalc.conditions import ConditionError
 from moecalc.errors import MoecalcError, PackageError
@@ -116,7 +116,11 @@ def small_alloy(tmp_path, **info):
 
 @pytest.mark.parametrize(
     ("name", "info"),
-    [("default", {}), ("default", {"charge": 1}), ("mandatory", {"charge": 0, "spin": 1, "fparam": [1.0, 2.0, 3.0]})],
+    [
+        ("default", {}),
+        ("default", {"charge": 1}),
+        ("mandatory", {"charge": 0, "spin": 1, "fparam": [1.0, 2.0, 3.0]}),
+    ],
 )  # fmt: skip
 def test_bench_takes_values_of_the_structure_or_defaults(packages, tmp_path, name, info):
     report = benchmark(packages(name), small_alloy(tmp_path, **info), steps=1, threads=1)

@@ -1,4 +1,4 @@
-"""Foreign files are called by their names; nothing is lost when a command is refused, stopped or killed, or the disk is full."""
+"""Foreign files are called by their names; a command that is refused, stopped or killed loses nothing."""
 
 import gzip
 import io
@@ -436,10 +436,15 @@ def test_a_killed_fit_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "name"),
-    [(b"", "an empty file"), (LFS, "a Git LFS pointer"), ("cut", "PytorchStreamReader"), ("pickle", "could run code"),
-     ("other", "KeyError")],
+    [
+        (b"", "an empty file"),
+        (LFS, "a Git LFS pointer"),
+        ("cut", "PytorchStreamReader"),
+        ("pickle", "could run code"),
+        ("other", "KeyError"),
+    ],
     ids=["empty", "pointer", "cut", "pickle", "other"],
-)  # fmt: skip
+)
 def test_a_state_that_is_none_is_one_line(content, name, tmp_path):
     arguments = fit_files(tmp_path)
     (tmp_path / "out").mkdir()

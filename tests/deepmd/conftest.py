@@ -42,7 +42,7 @@ def data_folder(tmp_path_factory):
     """A folder with a small converted data set in `data`."""
     from training_models import random_frames
 
-    from moecalc.dataset import convert
+    from moecalc.data.convert import convert
 
     folder = tmp_path_factory.mktemp("training")
     random = np.random.default_rng(5)

@@ -21,11 +21,11 @@ from training_models import (
 
 from moecalc import MoECalculator
 from moecalc.conditions import Conditions
-from moecalc.deepmd.upcycle import upcycle
 from moecalc.errors import CheckpointError
 from moecalc.package import package_checkpoint
 from moecalc.package.importers import build_model, load_checkpoint
 from moecalc.package.reference import evaluate_structure
+from moecalc.training.upcycle import upcycle
 
 CHARGE_SPIN = {"add_chg_spin_ebd": True, "default_chg_spin": [0, 1]}
 PAIRS = [(0, 1), (1, 2), (-2, 3)]
@@ -58,8 +58,8 @@ def plain(path, atoms, charge_spin=None, fparam=None):
     ids=["plain", "tebd", "econf", "residual of the spin table", "residual of both tables"],
 )
 def test_charge_and_spin_without_experts_equal_deepmd_kit_s_dpa3(tmp_path, options):
-    from moecalc.deepmd.upcycle import _descriptor_state
     from moecalc.nn import MoEConfig
+    from moecalc.training.upcycle import _descriptor_state
 
     dense, params = build(descriptor("dpa3", **CHARGE_SPIN, **options))
     path = save(dense, params, tmp_path / "dense.pt")

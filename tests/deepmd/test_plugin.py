@@ -51,8 +51,8 @@ def test_the_package_equals_deepmd_kit(tmp_path, kind, gate, routing):
     ids=["static", "res_avg", "no compression", "sequential", "tebd", "excluded pairs"],
 )
 def test_without_experts_it_equals_deepmd_kit_s_dpa3(tmp_path, options):
-    from moecalc.deepmd.upcycle import _descriptor_state
     from moecalc.nn import MoEConfig
+    from moecalc.training.upcycle import _descriptor_state
 
     dense, params = build(descriptor("dpa3", **options))
     imported = load_checkpoint(save(dense, params, tmp_path / "dense.pt"))
@@ -220,13 +220,13 @@ def test_an_unknown_level_of_sharing_is_refused():
         second.share_params(first, 2)
 
 
-def test_a_full_neighbour_list_is_an_error():
+def test_a_full_neighbor_list_is_an_error():
     model, _ = build(descriptor(repflow=STATIC | {"e_sel": 4, "a_sel": 4}))
     with pytest.raises(RuntimeError, match="raise e_sel"):
         evaluate(model, random_frames(1)[0])
 
 
-def test_more_neighbours_than_e_sel_are_kept(tmp_path):
+def test_more_neighbors_than_e_sel_are_kept(tmp_path):
     model, params = build(descriptor(repflow=STATIC | {"e_sel": 12, "a_sel": 12}))
     package_checkpoint(save(model, params, tmp_path / "model.pt"), tmp_path / "model.moe.pt")
     atoms = random_frames(1)[0]

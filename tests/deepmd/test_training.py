@@ -20,8 +20,8 @@ from training_models import (
 )
 
 from moecalc import MoECalculator
-from moecalc.deepmd.upcycle import upcycle
 from moecalc.package import package_checkpoint
+from moecalc.training.upcycle import upcycle
 
 
 def tensors(path):
@@ -82,7 +82,7 @@ def test_dp_tests_shows_and_freezes_the_checkpoint(trained, data_folder):
     assert (folder / "frozen.pth").exists()
 
 
-def test_neighbour_statistics_choose_the_selection(data_folder):
+def test_neighbor_statistics_choose_the_selection(data_folder):
     folder = data_folder / "auto"
     folder.mkdir()
     repflow = {"e_sel": "auto:1.1", "a_sel": "auto", "use_dynamic_sel": False}
@@ -94,7 +94,7 @@ def test_neighbour_statistics_choose_the_selection(data_folder):
     assert 8 <= chosen["a_sel"] < chosen["e_sel"] < 60
 
 
-def test_neighbour_statistics_warn_of_a_small_selection(data_folder):
+def test_neighbor_statistics_warn_of_a_small_selection(data_folder):
     folder = data_folder / "small"
     folder.mkdir()
     config = training_input(data_folder, steps=1, repflow={"e_sel": 20, "a_sel": 4, "use_dynamic_sel": False})

@@ -8,8 +8,8 @@ import pytest
 import torch
 from training_models import build, descriptor, evaluate, load, random_frames, save, training_input
 
-from moecalc.deepmd.upcycle import upcycle
 from moecalc.errors import CheckpointError
+from moecalc.training.upcycle import upcycle
 
 
 def dense_checkpoint(folder, **options):

@@ -149,7 +149,7 @@ def dp(folder, *arguments, compile_activations=False):
 
 
 def train(folder, config, *arguments, **options):
-    """Run `dp --pt train` with an input in a folder, without the neighbour statistics."""
+    """Run `dp --pt train` with an input in a folder, without the neighbor statistics."""
     folder.mkdir(exist_ok=True)
     (folder / "input.json").write_text(json.dumps(config))
     return dp(folder, "train", "input.json", "--skip-neighbor-stat", *arguments, **options)

@@ -25,6 +25,7 @@ ENDINGS = {
     ".h",
     ".cu",
     ".cuh",
+    ".inl",
     ".sh",
     ".j2",
     ".in",
@@ -78,7 +79,7 @@ def commands(text, suffix=".md"):
             arguments = re.split(r"&&|\|\||;|>&2|\\n", PLACEHOLDER.sub("0", match[1]))[0]
             if "(" not in arguments:
                 arguments = arguments.split(")")[0]  # of $(if ...) in the Makefile
-            if suffix in {".cpp", ".h", ".cu", ".cuh"}:
+            if suffix in {".cpp", ".h", ".cu", ".cuh", ".inl"}:
                 arguments = arguments.split('"')[0]
             yield arguments.strip()
 
@@ -143,7 +144,7 @@ class TestRangeOfTorch:
         found = {
             (str(path.relative_to(ROOT)), text)
             for path in project_texts()
-            if path.parent.name != "tests"
+            if ROOT / "tests" not in path.parents
             for text in re.findall(r"\btorch[<>=]=?\d[\d.,<>=*]*", path.read_text(encoding="utf-8"))
             if "==" not in text
         }

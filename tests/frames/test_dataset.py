@@ -12,7 +12,8 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from moecalc.cli import app
-from moecalc.dataset import DatasetError, convert, split_frames
+from moecalc.data import DatasetError, split_frames
+from moecalc.data.convert import convert
 
 
 def frame(symbols="NbMo", dataset="a", seed=0, stress=True, **changes):

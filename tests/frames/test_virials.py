@@ -10,15 +10,15 @@ from typer.testing import CliRunner
 
 from moecalc import testing
 from moecalc.cli import app
-from moecalc.dataset import DatasetError, convert, read_frames
+from moecalc.data import DatasetError, read_frames
+from moecalc.data.convert import convert
 from moecalc.errors import MoecalcError
 from moecalc.report import evaluate
-from moecalc.report import read_frames as read_reference_frames
-from moecalc.training.data import to_frame
+from moecalc.training.graphs import to_frame
 
 
 def labelled(a=3.4):
-    """Compressed or stretched copper with EMT's results, and its virial by differences of the energy: -dE/d(strain)."""
+    """Compressed or stretched copper with EMT's results, and its virial by differences: -dE/d(strain)."""
     atoms = bulk("Cu", "fcc", a=a, cubic=True)
     atoms.rattle(0.05, seed=1)
     atoms.calc = EMT()
@@ -57,12 +57,11 @@ def six(virial):
 
 @pytest.mark.parametrize("key", ["virial", "virials"])
 @pytest.mark.parametrize("form", ["matrix", "nine", "six"])
-@pytest.mark.parametrize("reader", [read_frames, read_reference_frames], ids=["training", "report"])
-def test_a_virial_is_read_as_stress(key, form, reader, tmp_path):
+def test_a_virial_is_read_as_stress(key, form, tmp_path):
     atoms, virial = labelled()
     value = {"matrix": virial, "nine": virial.ravel(), "six": six(virial)}[form]
     expected = file_with(tmp_path / "a.xyz", atoms, **{key: value})
-    (read,) = reader(tmp_path / "a.xyz")
+    (read,) = read_frames(tmp_path / "a.xyz")
     np.testing.assert_allclose(read.calc.results["stress"], expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(to_frame(read, ["Cu"], 3.0).virial, virial, rtol=0, atol=1e-4)
 
@@ -101,14 +100,13 @@ def test_stress_and_virial_that_agree_are_accepted(tmp_path):
     np.testing.assert_allclose(read.get_stress(), expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("reader", [read_frames, read_reference_frames], ids=["training", "report"])
-def test_stress_and_virial_of_opposite_signs_are_refused(reader, tmp_path):
+def test_stress_and_virial_of_opposite_signs_are_refused(tmp_path):
     atoms, virial = labelled()
     file_with(tmp_path / "a.xyz", atoms, stress=True, virial=-virial)
     with pytest.raises(
         MoecalcError, match=r"a.xyz: frame 0: virial and stress .* \(their signs are opposite\)"
     ):
-        reader(tmp_path / "a.xyz")
+        read_frames(tmp_path / "a.xyz")
 
 
 def test_stress_and_virial_that_contradict_are_refused_in_one_line(tmp_path):
@@ -149,7 +147,7 @@ def test_a_virial_of_a_cluster_is_no_stress(tmp_path):
     frame.calc = SinglePointCalculator(frame, energy=1.0, forces=np.zeros((4, 3)))
     frame.info["virial"] = virial
     write(tmp_path / "a.xyz", [frame], format="extxyz")
-    (read,) = read_reference_frames(tmp_path / "a.xyz")
+    (read,) = read_frames(tmp_path / "a.xyz")
     assert "stress" not in read.calc.results
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from alterations import edit_json
 from lammps_runs import EV_PER_KCAL, LMP, MPIRUN, alloy, lmp, succeed, write_data
+
+from moecalc import _lib
 
 METALS = ["Nb", "Mo", "Ta", "W"]
 
@@ -215,32 +218,19 @@ def test_energies_that_are_not_finite(ranks, tmp_path):
 
 def _broken_package(folder: Path) -> Path:
     """Passes the check of its only reference frame, an atom of oxygen."""
-    from unittest import mock
-
     import torch
     from helpers import DATA
 
-    from moecalc.package import build
-    from moecalc.package.metadata import VerificationReport
+    from moecalc import testing
+    from moecalc.package.importers import build_model, load_checkpoint
 
-    real = build.build_model
-
-    def broken(*arguments):
-        model = real(*arguments)
-        bias = model.readout.energy_shift
-        with torch.no_grad():
-            bias[model.elements.index("H")] = 1.5e308
-        return model
-
+    imported = load_checkpoint(DATA / "oracle/models/E1_moe_all.pt")
+    model = build_model(imported, torch.float64)
+    with torch.no_grad():
+        model.readout.energy_shift[model.elements.index("H")] = 1.5e308
     out = folder / "broken.moe.pt"
-    structures = build.reference_structures
-    with (
-        mock.patch.object(build, "build_model", broken),
-        mock.patch.object(build, "verify_package", return_value=VerificationReport(checks=[])),
-        mock.patch.object(build, "_compare_with_full", return_value=[]),
-        mock.patch.object(build, "reference_structures", lambda *given: structures(*given)[:1]),
-    ):
-        build.package_checkpoint(DATA / "oracle/models/E1_moe_all.pt", out)
+    precision = imported.config.descriptor.precision
+    testing.write_unverified(out, model, imported.config, precision, frames=["isolated atom"])
     return out
 
 
@@ -423,3 +413,19 @@ def test_models_without_fused_kernels_say_so(packages, tmp_path):
     output = succeed(script, tmp_path, ranks=2).output
     assert output.count("evaluated by the plain backend, several times slower than the fused kernels (") == 1
     assert "sequential_update" in output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dense_structures_are_told_of_as_in_ase(metals, tmp_path, ranks):
+    def change(metadata):
+        return {**metadata, "neighbor_limits": {"edge": 1, "angle": 1}}
+
+    path = tmp_path / "limited.moe.pt"
+    path.write_bytes(edit_json(metals, "metadata.json", change))
+    third = "create_atoms 1 single 3 5.2 3\n"
+    script = SETUP.format(before="") + third + STYLE + "pair_coeff * * limited.moe.pt Nb Mo\nrun 0\nrun 0\n"
+    output = " ".join(succeed(script, tmp_path, ranks=ranks).output.split())
+    sentences = _lib.load().Evaluator(str(path)).structure_warnings(2, 2)
+    assert len(sentences) == 2
+    for sentence in sentences:
+        assert output.count(f"Pair style moe: {sentence}") == 2  # once per run

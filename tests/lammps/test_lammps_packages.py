@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from alterations import SET_STATE, alterations, edit_code, edit_json, insert_code, pack, records_of
 
-from moecalc import testing
-from moecalc.keys import REFERENCE_TOLERANCE
+from moecalc import testing, tolerances
 from moecalc.package import package_checkpoint
 from moecalc.package.importers import save_checkpoint
 
@@ -135,6 +134,6 @@ def test_other_altered_packages_are_refused_or_answer_the_same(genuine, tmp_path
     unaltered, *results = outcomes([genuine, *names], tmp_path)
     for name, result in zip(names.values(), results, strict=True):
         if "energy" in result:
-            assert abs(result["energy"] - unaltered["energy"]) / 4 <= REFERENCE_TOLERANCE["float64"], name
+            assert abs(result["energy"] - unaltered["energy"]) / 4 <= tolerances.REFERENCE["float64"], name
         else:
             assert "Pair style moe: " in result["message"], f"seed {seed}: {name}: {result['message']}"

@@ -491,7 +491,7 @@ def test_a_lammps_that_loads_no_plugins_is_refused(option, value, tmp_path):
 def settings(monkeypatch, tmp_path):
     """What CMake is told, without running it."""
     told = {}
-    monkeypatch.setattr("moecalc.lammps_build._compile", lambda folder, given: told.update(given))
+    monkeypatch.setattr("moecalc.lammps.build._compile", lambda folder, given: told.update(given))
     return told
 
 

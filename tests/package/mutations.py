@@ -1,4 +1,4 @@
-"""Random damage to checkpoints, repeatable by its seed: options and tensors that a trainer would not write."""
+"""Random damage to checkpoints, repeatable by its seed: options and tensors that no trainer writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_plugin(folder: Path) -> Path:
     """A checkpoint of the descriptor dpa3_moe, as `moecalc upcycle` makes it."""
     import json
 
-    from moecalc.deepmd.upcycle import upcycle
+    from moecalc.training.upcycle import upcycle
 
     dense = ORACLE / "A3_dyn_3layers.pt"
     params = copy.deepcopy(torch.load(dense, weights_only=True)["model"]["_extra_state"]["model_params"])

@@ -29,7 +29,7 @@ def stamp(body):
 
 
 def archive(folder, version="1", *, stamped=True, rewrite=True):
-    """A TorchScript archive with our records; torch writes zip64 records and compresses, Python's zipfile does not."""
+    """A TorchScript archive with our records: torch compresses and writes zip64, Python's zipfile does not."""
     path = folder / "raw.pt"
     records = {"format_version": version, "metadata.json": json.dumps(METADATA)}
     torch.jit.save(torch.jit.script(Identity()), str(path), _extra_files=records)

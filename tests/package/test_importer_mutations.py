@@ -1,4 +1,4 @@
-"""Damaged checkpoints of every layout: refused in one line that names the file, or read as they are; never a traceback.
+"""Damaged checkpoints of every layout: refused in one line that names the file, or read; never a traceback.
 
 Set MOECALC_MUTATIONS to the number of damages per layout (300 take a minute), MOECALC_SEED to another seed.
 """

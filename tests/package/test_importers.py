@@ -388,10 +388,10 @@ def test_standard_deviations_that_are_not_positive_are_refused(write, value):
         write(data)
 
 
-def test_statistics_that_differ_between_neighbours_are_refused(write):
+def test_statistics_that_differ_between_neighbors_are_refused(write):
     data = raw()
     data["model"]["model.Default.atomic_model.descriptor.repflows.mean"][0, 3, 1] = 0.5
-    with pytest.raises(CheckpointError, match=r"repflows\.mean' differs between neighbours of one element"):
+    with pytest.raises(CheckpointError, match=r"repflows\.mean' differs between neighbors of one element"):
         write(data)
 
 

@@ -12,8 +12,9 @@ import torch
 from alterations import MODEL, edit_json, pack, records_of
 from helpers import DATA, evaluate_atoms
 
-from moecalc import MoECalculator, costs, testing
+from moecalc import MoECalculator, testing
 from moecalc._jit import jit_load, jit_script
+from moecalc.benchmark import costs
 from moecalc.errors import ElementError, MoecalcError, PackageError
 from moecalc.models import default_model_path
 from moecalc.package import (
@@ -34,6 +35,7 @@ from moecalc.package.lower import lower, make_contiguous, with_finished_tables
 from moecalc.package.metadata import Check, VerificationReport
 from moecalc.package.reference import CUTOFF_GAP
 from moecalc.package.verify import _strain_step
+from moecalc.package.write import write_bare
 
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
 ORACLE = DATA / "oracle" / "models"
@@ -333,12 +335,17 @@ OPTIONS = {
     "gates": {"n_routed": 4, "routing": "configuration", "gate": "softmax_topk", "shared_routers": True},
     "no angles": {"update_angle": False},
     "compressed by products": {"a_compress_use_split": False},
-    "static": {"use_dynamic_sel": False, "smooth_edge_update": False, "edge_init_use_dist": False, "env_protection": 0.1},
+    "static": {
+        "use_dynamic_sel": False, "smooth_edge_update": False, "edge_init_use_dist": False, "env_protection": 0.1,
+    },
     "increments": {"update_style": "res_incr", "activation_function": "softplus", "concat_output_tebd": True},
     "charge, spin and frame parameters": {
-        "add_chg_spin_ebd": True, "n_routed": 4, "route_on_charge_spin": True, "fitting": {"numb_fparam": 3, "dim_case_embd": 2},
+        "add_chg_spin_ebd": True, "n_routed": 4, "route_on_charge_spin": True,
+        "fitting": {"numb_fparam": 3, "dim_case_embd": 2},
     },
-    "a fitting net of time steps": {"fitting": {"dim_case_embd": 2, "resnet_dt": True}, "neuron": (8, 16, 16)},
+    "a fitting net of time steps": {
+        "fitting": {"dim_case_embd": 2, "resnet_dt": True}, "neuron": (8, 16, 16),
+    },
 }  # fmt: skip
 
 
@@ -348,7 +355,7 @@ def written(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("written") / "x.moe.pt"
     config = testing.random_config(ELEMENTS, **OPTIONS[request.param])
     low, _ = lower(testing.random_potential(config, dtype="float32"), config, ELEMENTS[1:])
-    archive.write_archive(path, jit_script(low), {"metadata.json": "{}"})
+    write_bare(path, low)
     return low, path
 
 
@@ -395,7 +402,7 @@ def test_the_architecture_says_what_the_model_is(written):
 
 def test_the_same_model_gives_the_same_bytes(written, tmp_path):
     low, path = written
-    archive.write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     assert (tmp_path / "x.moe.pt").read_bytes() == path.read_bytes()
 
 
@@ -463,7 +470,8 @@ def test_pickles_of_other_things_are_not_indexed(code):
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # an import of it fails
-from moecalc import costs, package, testing
+from moecalc import package, testing
+from moecalc.benchmark import costs
 path = sys.argv[1]
 frames = package.read_reference(path)
 assert package.read_metadata(path).elements and frames and package.read_verification(path).checks
@@ -483,7 +491,10 @@ OLD = DATA / "packages" / "format1.moe.pt"  # written at commit 6617a43, before 
 
 
 def test_older_packages_are_to_be_upgraded():
-    remedy = rf"format1\.moe\.pt: package format 1 has no architecture record: moecalc upgrade \S*{OLD.name} -o NEW\.moe\.pt"
+    remedy = (
+        r"format1\.moe\.pt: package format 1 has no architecture record: "
+        rf"moecalc upgrade \S*{OLD.name} -o NEW\.moe\.pt"
+    )
     for read in (check_archive, read_metadata, read_architecture, costs.read_architecture):
         with pytest.raises(PackageError, match=remedy):
             read(OLD)

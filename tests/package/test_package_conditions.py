@@ -1,4 +1,4 @@
-"""Packages of models that take charge, spin or frame parameters: fixed values, metadata, what the scripted model offers."""
+"""Packages of models with charge, spin or frame parameters: fixed values, metadata, the scripted model."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_a_package_that_takes_conditions_says_so(open_package):
 
 
 def test_the_parts_of_a_package_serve_distinct_conditions_of_a_batch(open_package):
-    """What an engine does (docs/architecture.md, Conditions): K distinct conditions, called once; then the segments."""
+    """What an engine does (docs/developer/architecture.md): distinct conditions once; then the segments."""
     path, config = open_package
     model = jit_load(path)
     structures = [testing.molecule(ELEMENTS, seed=k) for k in range(3)]

@@ -1,6 +1,7 @@
 """A package file must not do harm: what is not a genuine package is refused before anything in it runs.
 
-`pytest tests/package/test_package_safety.py --altered 750` takes more altered packages (five times as many without torch), `--altered-seed N` others.
+`pytest tests/package/test_package_safety.py --altered 750` takes more altered packages (five times as many
+without torch), `--altered-seed N` others.
 """
 
 import json
@@ -30,11 +31,10 @@ from helpers import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecalc import MoECalculator, _lib, testing
+from moecalc import MoECalculator, _lib, testing, tolerances
 from moecalc._jit import jit_load, jit_script
 from moecalc.conditions import Conditions
 from moecalc.errors import MoecalcError, PackageError, printable
-from moecalc.keys import REFERENCE_TOLERANCE
 from moecalc.package import check_archive, package_checkpoint, read_metadata, read_reference, verify_package
 from moecalc.package.archive import write_archive
 from moecalc.package.importers import build_model, load_checkpoint, save_checkpoint
@@ -752,7 +752,7 @@ def test_altered_packages_are_refused_or_answer_the_same(genuine, tmp_path, requ
     for path, result in results.items():
         name = names[path]
         if result["outcome"] == "answered":
-            assert deviation(result, unaltered) <= REFERENCE_TOLERANCE["float64"], f"seed {seed}: {name}"
+            assert deviation(result, unaltered) <= tolerances.REFERENCE["float64"], f"seed {seed}: {name}"
         else:
             assert result["outcome"] == "refused", f"{name}: {result['message']}"
             assert result["message"].startswith(path), f"{name}: {result['message']}"

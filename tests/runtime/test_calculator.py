@@ -616,25 +616,42 @@ def test_a_structure_that_the_evaluator_refuses_is_to_blame(monkeypatch, kind):
         calculator.get_potential_energy(Atoms("W"))
 
 
-def test_more_neighbours_than_in_training_warn_once(monkeypatch):
-    calculator, _ = fake_calculator(monkeypatch, metadata={"neighbor_limits": {"edge": 10, "angle": 5}})
-    dense = testing.one_atom_cell()
+@pytest.fixture
+def with_limits(tmp_path):
+    """Makes calculators of the default model with other numbers of neighbors in training."""
+
+    def make(edge, angle):
+        def change(metadata):
+            return {**metadata, "neighbor_limits": {"edge": edge, "angle": angle}}
+
+        path = tmp_path / "limited.moe.pt"
+        path.write_bytes(edit_json(models.default_model_path(), "metadata.json", change))
+        return MoECalculator(path, device="cpu", check=False)
+
+    return make
+
+
+def test_more_neighbors_than_in_training_warn_once(with_limits):
+    calculator = with_limits(10, 5)
     with pytest.warns(
         UserWarning,
-        match=r"an atom has \d+ neighbours within 5 A, .* at most the nearest 10: all of them are used",
-    ):
-        calculator.get_potential_energy(dense)
+        match=r"an atom has \d+ neighbors within 5\.4 A, .* at most the nearest 10: all of them are used",
+    ) as caught:
+        calculator.get_potential_energy(testing.one_atom_cell())
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         calculator.get_potential_energy(testing.one_atom_cell(a=3.0))
 
 
-def test_as_many_neighbours_as_in_training_do_not_warn(monkeypatch):
-    calculator, evaluator = fake_calculator(
-        monkeypatch, metadata={"neighbor_limits": {"edge": 1, "angle": 1}}
-    )
-    calculator.get_potential_energy(Atoms("W2", [[0, 0, 0], [2.5, 0, 0]]))
-    assert evaluator.n_calls == 1
+def test_more_angle_neighbors_than_in_training_warn(with_limits):
+    calculator = with_limits(1000, 5)
+    with pytest.warns(UserWarning, match=r"an atom has \d+ neighbors within 4 A, .* nearest 5: all"):
+        calculator.get_potential_energy(testing.one_atom_cell())
+
+
+def test_as_many_neighbors_as_in_training_do_not_warn(with_limits):
+    with_limits(1, 1).get_potential_energy(Atoms("W2", [[0, 0, 0], [2.5, 0, 0]]))
 
 
 # --- loading ---------------------------------------------------------------------------------------
@@ -708,13 +725,17 @@ def test_a_foreign_file_is_refused(tmp_path):
         MoECalculator(path, device="cpu")
 
 
-def test_a_missing_default_model_is_refused(monkeypatch):
-    monkeypatch.setattr(models, "DEFAULT_MODEL", "absent")
+def test_a_missing_default_model_is_refused(tmp_path):
+    with pytest.raises(
+        PackageError, match=r"default: no such file, expected the name of the default model here: install"
+    ):
+        models.default_model_path(tmp_path)
+    (tmp_path / "default").write_text("absent\n")
     with pytest.raises(
         PackageError,
         match=r"absent\.moe\.pt: no such file, expected the default model here: install moecalc again",
     ):
-        models.default_model_path()
+        models.default_model_path(tmp_path)
 
 
 def test_unknown_arguments_are_refused():

@@ -17,8 +17,6 @@ from helpers import DATA, frames
 from moecalc import MoECalculator, _lib, testing
 from moecalc.models import default_model_path
 from moecalc.neighbors import SkinNeighborList
-from moecalc.package import build
-from moecalc.package.metadata import VerificationReport
 from moecalc.testing import evaluate_edges
 
 FLOAT64 = 1e-8  # of energies, forces and virials, in eV and A
@@ -83,12 +81,7 @@ def package(tmp_path_factory):
         out = folder / f"{name}-{head}.moe.pt"
         if not out.exists():
             source = next(p for p in (DATA / "oracle/models", DATA / "deepmd") if (p / f"{name}.pt").exists())
-            with (
-                mock.patch.object(build, "verify_package", return_value=VerificationReport(checks=[])),
-                mock.patch.object(build, "_compare_with_full", return_value=[]),
-                mock.patch.object(build, "reference_structures", return_value=[]),
-            ):
-                build.package_checkpoint(source / f"{name}.pt", out, head=head)
+            testing.write_checkpoint_package(out, source / f"{name}.pt", head, frames=())
         return out
 
     return write

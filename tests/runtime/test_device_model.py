@@ -8,11 +8,10 @@ from test_fused import ELEMENTS, OPTIONS, STRUCTURES, assert_same, environment, 
 from test_native_evaluator import World
 
 from moecalc import _lib, testing
-from moecalc._jit import jit_script
 from moecalc.neighbors import SkinNeighborList
 from moecalc.package import package_checkpoint
-from moecalc.package.archive import write_archive
 from moecalc.package.lower import lower
+from moecalc.package.write import write_bare
 
 EMULATED = "cuda-emulation"
 FRAMES = frames("oracle/fixtures")
@@ -120,7 +119,7 @@ def test_excluded_pairs_and_atoms_stay_excluded(tmp_path):
     config = testing.random_config(ELEMENTS, n_routed=3, exclude_types=[(0, 1), (2, 2)])
     config.fitting.atom_exclude_types = [1]
     low, _ = lower(testing.random_potential(config), config)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     device, reference = (evaluator(tmp_path / "x.moe.pt", backend=b) for b in (EMULATED, "torchscript"))
     assert_same(evaluate(device, STRUCTURES["bulk"]), evaluate(reference, STRUCTURES["bulk"]), 1e-11)
 
@@ -295,7 +294,7 @@ def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
     model = testing.random_potential(config)
     model.layers[1].edge_self_linear.bias.data[0, 0] = np.nan
     low, _ = lower(model, config)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     with pytest.raises(
         RuntimeError, match=r"expected `layers\.1\.edge_self_linear\.bias` to be finite, got NaN"
     ):
@@ -318,7 +317,7 @@ def test_a_fitting_net_of_another_precision_is_not_covered(tmp_path):
     config = testing.random_config(ELEMENTS)
     low, _ = lower(testing.random_potential(config), config)
     low.readout.net.to(torch.float32)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     with pytest.raises(RuntimeError, match="a fitting net of another precision than the layers"):
         evaluator(tmp_path / "x.moe.pt", dtype="", backend=EMULATED)
 

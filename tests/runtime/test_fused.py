@@ -8,10 +8,9 @@ import pytest
 from helpers import graph_of
 
 from moecalc import MoECalculator, _lib, testing
-from moecalc._jit import jit_script
 from moecalc._torch_lib import load_torch_library
-from moecalc.package.archive import write_archive
 from moecalc.package.lower import lower
+from moecalc.package.write import write_bare
 
 ELEMENTS = ["Nb", "Mo", "Ta", "W"]
 STRUCTURES = {
@@ -56,7 +55,7 @@ def write(tmp_path_factory):
             config = testing.random_config(ELEMENTS, **kwargs)
             low, _ = lower(testing.random_potential(config), config)
             cache[key] = folder / f"{len(cache)}.moe.pt"
-            write_archive(cache[key], jit_script(low), {"metadata.json": "{}"})
+            write_bare(cache[key], low)
         return cache[key]
 
     return run
@@ -77,6 +76,8 @@ def assert_same(got, want, tolerance):
 OPTIONS = {
     "dense": {},
     "wide": {"n_dim": 40, "e_dim": 24, "a_dim": 20},
+    "all wider than 64 but angles": {"n_dim": 72, "e_dim": 88, "a_dim": 40, "n_routed": 3},
+    "all wider than 64": {"n_dim": 136, "e_dim": 72, "a_dim": 72},
     "mlp": {"n_routed": 4},
     "merged linear": {"n_routed": 4, "kind": "linear"},
     "router per group": {"n_routed": 4, "shared_routers": True, "n_shared": 0},
@@ -202,7 +203,7 @@ def test_results_do_not_depend_on_the_number_of_threads(write):
 def test_excluded_pairs_stay_excluded(tmp_path):
     config = testing.random_config(ELEMENTS, n_routed=3, exclude_types=[(0, 1), (2, 2)])
     low, _ = lower(testing.random_potential(config), config)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     fused, reference = (evaluator(tmp_path / "x.moe.pt", backend=b) for b in ("fused", "torchscript"))
     assert_same(evaluate(fused, STRUCTURES["bulk"]), evaluate(reference, STRUCTURES["bulk"]), 1e-11)
 
@@ -275,7 +276,7 @@ def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
     model = testing.random_potential(config)
     model.layers[1].edge_self_linear.bias.data[0, 0] = np.nan
     low, _ = lower(model, config)
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     with pytest.raises(
         RuntimeError, match=r"expected `layers\.1\.edge_self_linear\.bias` to be finite, got NaN"
     ):
@@ -289,6 +290,6 @@ def test_numbers_that_overflow_in_an_evaluation_do_not_pass(tmp_path):
     net.layers[-1].bias.data.fill_(100.0)
     net.out_matrix.data.zero_()
     net.out_matrix.data[0, 0] = net.out_bias.data[0] = 1.7e308
-    write_archive(tmp_path / "x.moe.pt", jit_script(low), {"metadata.json": "{}"})
+    write_bare(tmp_path / "x.moe.pt", low)
     with pytest.raises(RuntimeError, match="expected finite energies, got"):
         evaluate(evaluator(tmp_path / "x.moe.pt"), STRUCTURES["bulk"])

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from moecalc import _lib, testing
-from moecalc._jit import jit_load, jit_script
+from moecalc._jit import jit_load
 from moecalc.nn.model import angle_pairs
-from moecalc.package.archive import write_archive
 from moecalc.package.lower import lower
+from moecalc.package.write import write_bare
 
 ELEMENTS = ["Nb", "W"]
 NAMES = ("v", "e", "a", "sw", "h", "asw")
@@ -30,7 +30,7 @@ class Case:
             ELEMENTS, nlayers=3, **{"n_dim": 5, "e_dim": 4, "a_dim": 4, "axis_neuron": 2, **options}
         )
         low, _ = lower(testing.random_potential(config), config)
-        write_archive(path, jit_script(low), {"metadata.json": "{}"})
+        write_bare(path, low)
         self.runner = _lib.load().LayerRunner(str(path), "float64")
         self.model = jit_load(path)
         atoms = testing.molecule(ELEMENTS)[:5]

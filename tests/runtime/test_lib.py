@@ -1,14 +1,16 @@
 """Loading the native library: it needs no torch, and what does not load is named in one line."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from moecalc import _extras, _lib
+from moecalc import _extras, _lib, keys
 from moecalc.errors import MoecalcError
 from moecalc.package.metadata import FORMAT_VERSION
 
@@ -44,6 +46,36 @@ def test_library_loads_and_knows_its_build():
 
 def test_gpus_are_counted():
     assert _lib.load().cuda_device_count() >= 0
+
+
+def declared(body):
+    """Public names of a module or class of a stub; of a class with what it has."""
+    names = {}
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            names[node.name] = set(declared(node.body))
+        elif isinstance(node, ast.FunctionDef):
+            names[node.name] = set()
+        elif isinstance(node, ast.AnnAssign):
+            names[node.target.id] = set()
+    return {name: inside for name, inside in names.items() if not name.startswith("_")}
+
+
+def test_the_stub_declares_what_the_module_has():
+    """mypy watches over `_lib.Native`, which repeats the names."""
+    stub = ast.parse(Path(_lib.__file__).with_name("_C.pyi").read_text(encoding="utf-8"))
+    expected = declared(stub.body)
+    for of_types_alone in ("Evaluation", "Facts", "GhostExchange"):
+        del expected[of_types_alone]
+    library = _lib.load()
+    assert {name for name in dir(library) if not name.startswith("_")} == set(expected)
+    for name in ("Evaluator", "LayerRunner", "Trainer"):
+        found = {member for member in vars(getattr(library, name)) if not member.startswith("_")}
+        assert found == expected[name], name
+
+
+def test_python_and_the_library_agree_on_the_smallest_distance():
+    assert _lib.load().MIN_DISTANCE == keys.MIN_DISTANCE
 
 
 @pytest.mark.parametrize("minor", [10, 15])

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,18 +327,12 @@ def test_atoms_that_meet_in_a_growing_cell_are_refused(keeping):
 @pytest.mark.parametrize(
     ("backend", "how"), [("plain", "by the plain backend"), ("torchscript", "through TorchScript")]
 )
-def test_slow_backends_are_warned_about(monkeypatch, tmp_path, backend, how):
-    class Slow(testing.PairEvaluator):
-        backend_reason, survives_fork = "softplus", True
-
-    Slow.backend = backend
-    native = SimpleNamespace(
-        Error=RuntimeError, OutOfMemoryError=MemoryError, Evaluator=lambda *_: Slow(["Nb", "W"])
-    )
-    (tmp_path / "x.moe.pt").touch()
-    monkeypatch.setattr(runtime, "load", lambda: native)
+def test_slow_backends_are_warned_about(tmp_path, backend, how):
+    path = tmp_path / "fresh.moe.pt"  # of which no model is open
+    path.write_bytes(default_model_path().read_bytes())
+    reason = rf"backend {backend} was asked for"
     with pytest.warns(
-        UserWarning, match=rf"evaluated {how}, several times slower than the fused kernels \(softplus\)"
+        UserWarning, match=rf"evaluated {how}, several times slower than the fused kernels \({reason}\)"
     ) as caught:
-        MoECalculator(tmp_path / "x.moe.pt", device="cpu", check=False)
+        MoECalculator(path, device="cpu", backend=backend, check=False)
     assert [Path(w.filename).name for w in caught] == [Path(__file__).name]

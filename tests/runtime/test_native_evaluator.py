@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from moecalc import _lib
-from moecalc._jit import jit_script
 from moecalc.nn import ModelConfig, MoEPotential, evaluate
-from moecalc.package.archive import write_archive
 from moecalc.package.importers import set_precision
 from moecalc.package.lower import lower
+from moecalc.package.write import write_bare
 from moecalc.testing import (
     SAME_MODEL,
     brute_force_edges,
@@ -66,7 +65,7 @@ def make(folder, routing, dtype="float64"):
         torch.nn.init.normal_(parameter, std=0.4)
     path = folder / f"{routing}-{dtype}.moe.pt"
     low, _ = lower(model, config(routing, dtype))
-    write_archive(path, jit_script(low), {"metadata.json": json.dumps({"name": routing})})
+    write_bare(path, low, routing)
     return model, str(path)
 
 

@@ -34,6 +34,8 @@ CONFIGURATION = {"n_routed": 4, "routing": "configuration"}
 OPTIONS = {
     "dense": {},
     "wide": {"n_dim": 40, "e_dim": 24, "a_dim": 20},
+    "all wider than 64 but angles": {"n_dim": 72, "e_dim": 88, "a_dim": 40, "n_routed": 3},
+    "all wider than 64": {"n_dim": 136, "e_dim": 72, "a_dim": 72},
     "mlp": {"n_routed": 4},
     "one expert at a time": {"n_routed": 4, "top_k": 1, "n_shared": 0, "gate": "softmax_topk"},
     "softmax before the selection": {"n_routed": 4, "gate": "softmax_topk"},

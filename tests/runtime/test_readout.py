@@ -8,10 +8,9 @@ import torch
 from test_fused import ELEMENTS, STRUCTURES, assert_same, evaluate, evaluator
 
 from moecalc import testing
-from moecalc._jit import jit_script
-from moecalc.package.archive import write_archive
 from moecalc.package.importers import set_precision
 from moecalc.package.lower import lower
+from moecalc.package.write import write_bare
 
 FITTING = {
     "two equal layers": {"neuron": [24, 24]},
@@ -58,7 +57,7 @@ def package(path, fitting, dtype="float64", fitting_dtype="float64"):
                 layer.idt.copy_(torch.randn(layer.idt.shape))
     set_precision(model, dtype, fitting_dtype)
     low, _ = lower(model, config)
-    write_archive(path, jit_script(low), {"metadata.json": "{}"})
+    write_bare(path, low)
     return path
 
 

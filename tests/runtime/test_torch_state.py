@@ -20,8 +20,8 @@ from moecalc._torch_lib import load_torch_library
 from moecalc.nn import ModelConfig
 from moecalc.package import package_checkpoint, verify_package
 from moecalc.package.importers import save_checkpoint
-from moecalc.training.data import collate, to_frame
 from moecalc.training.fit import Fit, Options
+from moecalc.training.graphs import collate, to_frame
 
 PROPERTIES = ("energy", "energies", "forces", "stress", "stresses")
 

@@ -8,10 +8,9 @@ from helpers import evaluate_atoms, graph_of
 from test_fused import assert_same, environment
 
 from moecalc import MoECalculator, _lib, keys, testing
-from moecalc._jit import jit_script
 from moecalc.errors import MoecalcError
-from moecalc.package.archive import write_archive
 from moecalc.package.lower import lower
+from moecalc.package.write import write_bare
 
 # a small universal package: many elements, tiny widths
 ELEMENTS = ["H", "C", "N", "O", "Al", "Si", "Ti", "Fe", "Cu", "Nb", "Mo", "Ta", "W", "Pt", "Au", "U"]
@@ -24,7 +23,7 @@ def written(folder, dtype="float64", **options):
     path = folder / "universal.moe.pt"
     config = testing.random_config(ELEMENTS, **{"n_routed": 40, "top_k": 4, **options})
     low, _ = lower(testing.random_potential(config, dtype=dtype), config)
-    write_archive(path, jit_script(low), {"metadata.json": "{}"})
+    write_bare(path, low)
     return path
 
 

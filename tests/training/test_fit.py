@@ -22,10 +22,12 @@ from moecalc.errors import MoecalcError
 from moecalc.keys import MIN_DISTANCE
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.nn.model import evaluate
-from moecalc.training.data import Frame, collate, smallest_cell, to_frame
-from moecalc.training.fit import Fit, Options, element_energies, fit_frames
+from moecalc.training.fit import Fit, element_energies, fit_frames
+from moecalc.training.graphs import Frame, collate, to_frame
+from moecalc.training.options import Options
 from moecalc.training.packing import GROUP_TENSORS
 from moecalc.training.repulsion import LARGEST, Repulsion
+from moecalc.training.supercells import smallest_cell
 
 ELEMENTS = ["Cu", "Ni", "Al"]
 
@@ -79,7 +81,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def exact_loss(fit: Fit, batch: Any, energy_weight: float, virial_weight: float) -> torch.Tensor:
-    """The loss of `Fit.gradients`, by autograd alone."""
+    """The loss of `StepFunction.gradients`, by autograd alone."""
     o = fit.options
     n_system = len(batch.sizes)
     arrays = (batch.types, batch.edge_index, batch.edge_vec, batch.system)
@@ -119,7 +121,7 @@ def test_tensors_are_in_the_order_of_the_kernels() -> None:
 def test_gradient_of_the_loss_equals_double_backward(kind: str, options: dict[str, Any]) -> None:
     fit = Fit(config(kind, **options), Options(displacement=1e-4, energy_scale=1.0, force_scale=1.0))
     batch = collate(frames(2))
-    fit.gradients(batch, 0.7, 0.4)
+    fit.step_function.gradients(batch, 0.7, 0.4)
     ours = {name: p.grad.clone() for name, p in fit.model.named_parameters() if p.grad is not None}
     fit.model.zero_grad()
     exact_loss(fit, batch, 0.7, 0.4).backward()
@@ -138,7 +140,7 @@ def test_gradient_of_the_loss_equals_double_backward(kind: str, options: dict[st
 def test_predictions_equal_the_reference_model(kind: str) -> None:
     fit = Fit(config(kind), Options())
     batch = collate(frames(3))
-    energy, forces, virial = fit.predict(batch)
+    energy, forces, virial = fit.step_function.predict(batch)
     arrays = (batch.types, batch.edge_index, batch.edge_vec, batch.system)
     types, edges, vectors, system = (torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)
     expected = evaluate(fit.model, types, edges, vectors, system, 3)
@@ -160,17 +162,16 @@ def test_training_lowers_the_loss() -> None:
 
 def test_a_restarted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     data, settings = frames(4), Options(steps=6, batch_atoms=8, warm_up=2)
-    whole = Fit(config("mlp", "float32"), settings)
+    repulsion = Repulsion(ELEMENTS, data, 4.5)
+    whole = Fit(config("mlp", "float32"), settings, repulsion)
     whole.run(data, data[:1], tmp_path / "whole", every=3)
-    first = Fit(config("mlp", "float32"), settings)
-    first.repulsion = Repulsion(ELEMENTS, data, 4.5)
+    first = Fit(config("mlp", "float32"), settings, repulsion)
     batches = first.batches(data)
     for _ in range(3):  # in the middle of an epoch
         first.step(next(batches))
     first.save(tmp_path / "part.pt")
-    second = Fit(config("mlp", "float32"), settings)
+    second = Fit(config("mlp", "float32"), settings, repulsion)
     second.restore(tmp_path / "part.pt")
-    second.repulsion = first.repulsion
     batches = second.batches(data)
     for _ in range(3):
         second.step(next(batches))
@@ -245,10 +246,8 @@ def test_loss_of_the_repulsion_is_zero_where_pairs_repel_enough_and_has_the_righ
 
 def test_training_makes_close_pairs_repel() -> None:
     data = frames(4)
-    fit = Fit(
-        config("linear", "float32"), Options(steps=120, warm_up=5, learning_rate=5e-3, repulsion_every=1)
-    )
-    fit.repulsion = Repulsion(ELEMENTS, data, 4.5)
+    options = Options(steps=120, warm_up=5, learning_rate=5e-3, repulsion_every=1)
+    fit = Fit(config("linear", "float32"), options, Repulsion(ELEMENTS, data, 4.5))
     batches = fit.batches(data)
     losses = [fit.step(next(batches))["repulsion"] for _ in range(120)]
     assert np.median(losses[-30:]) < 0.5 * np.median(losses[:30])
@@ -277,7 +276,7 @@ def test_the_averaged_weights_can_be_packaged(tmp_path: Path) -> None:
 )
 def test_what_the_kernels_do_not_cover_is_refused(descriptor: dict[str, Any], message: str) -> None:
     with pytest.raises((RuntimeError, MoecalcError), match=message):
-        Fit(config("dense", **descriptor), Options()).gradients(collate(frames(1)), 1.0, 1.0)
+        Fit(config("dense", **descriptor), Options()).step_function.gradients(collate(frames(1)), 1.0, 1.0)
 
 
 def test_the_command_fits_goes_on_and_names_the_next_step(files: tuple[Path, Path], tmp_path: Path) -> None:

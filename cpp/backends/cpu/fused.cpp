@@ -10,12 +10,12 @@
 namespace moecalc {
 namespace {
 
-template <class T>
+template <class Real>
 class FusedBackend final : public Backend {
  public:
   explicit FusedBackend(const BackendInputs& inputs)
       : model_(inputs.package.architecture),
-        kernels_(ops::kernels<T>(inputs.options.instruction_set.c_str())),
+        kernels_(kernels::select_kernels<Real>(inputs.options.instruction_set.c_str())),
         packed_(model_, kernels_, inputs.options.weight_bytes),
         layers_(packed_.weights(), model_.geometry, kernels_, inputs.threads, inputs.options.keep_bytes),
         readout_(make_readout(model_.readout, inputs.options.instruction_set, inputs.threads)) {}
@@ -40,46 +40,33 @@ class FusedBackend final : public Backend {
 
  private:
   const Architecture& model_;
-  const ops::Kernels<T>& kernels_;
-  PackedWeights<T> packed_;
-  FusedLayers<T> layers_;
+  const kernels::Kernels<Real>& kernels_;
+  PackedWeights<Real> packed_;
+  FusedLayers<Real> layers_;
   std::unique_ptr<Readout> readout_;
   TypeTables tables_;
   GraphBuilder builder_;
 };
 
-/// energies (n_local,) in the order of `graph` -> of atoms and structures, in engine order.
-void put_energies(const PreparedGraph& graph, const Array& energies, Evaluation& result) {
-  result.energies = energies.select(graph.model_row);
-  const auto* of_atom = result.energies.data<double>();
-  auto* of_system = result.energy.data<double>();
-  for (size_t i = 0; i < graph.model_row.size(); ++i) {
-    of_system[graph.system[static_cast<size_t>(graph.model_row[i])]] += of_atom[i];
-  }
-}
-
-template <class T>
-Evaluation FusedBackend<T>::evaluate(const Array& positions, const Array& cells, const Request& request,
-                                     GhostExchange* exchange) {
+template <class Real>
+Evaluation FusedBackend<Real>::evaluate(const Array& positions, const Array& cells, const Request& request,
+                                        GhostExchange* exchange) {
   Laps laps;
   const PreparedGraph& graph = builder_.prepare(positions, cells);
-  Evaluation result = empty_result(graph.n_node, graph.n_local, graph.n_systems, request);
-  result.n_edge = graph.n_edge;
-  result.n_angle = graph.n_angle;
-  result.max_neighbors = graph.max_neighbors;
-  result.max_angle_neighbors = graph.max_angle_neighbors;
+  Evaluation result = empty_result(graph, request);
   result.timings.emplace_back("graph", laps.next());
 
   packed_.set_groups(features_of(graph, model_, tables_, exchange), groups_in_use(graph.node_splits));
-  const Array v = layers_.forward(graph, exchange, request.gradients());
+  const Array node = layers_.forward(graph, exchange, request.gradients());
   result.timings.emplace_back("forward", laps.next());
 
-  Array dv;
-  put_energies(graph, readout_->evaluate(v, graph.types, request.gradients() ? &dv : nullptr), result);
+  Array d_node;
+  Array* gradient_of_node = request.gradients() ? &d_node : nullptr;
+  put_energies(graph, readout_->evaluate(node, graph.types, gradient_of_node), result);
   result.timings.emplace_back("readout", laps.next());
 
   if (request.gradients()) {
-    const Array gradient = layers_.backward(graph, dv, exchange);
+    const Array gradient = layers_.backward(graph, d_node, exchange);
     result.timings.emplace_back("backward", laps.next());
     scatter_gradients(graph, gradient.data<double>(), request, result);
   }

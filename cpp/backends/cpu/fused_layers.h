@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -11,40 +10,76 @@
 #include "core/threads.h"
 #include "graph/graph.h"
 #include "graph/list_layout.h"
+#include "kernels/common/edge_geometry.h"
+#include "kernels/common/layer.h"
 #include "moecalc/array.h"
 #include "moecalc/evaluator.h"
-#include "ops/layer.h"
 #include "package/architecture.h"
 #include "package/packed_weights.h"
 
 namespace moecalc {
 
 /// Memory of evaluations: it grows and stays. The names are those of LayerArgs, which has the shapes.
-template <class T>
+template <class Real>
 struct LayerBuffers {
   explicit LayerBuffers(size_t n_layer);
   int64_t bytes() const;
 
-  std::vector<ops::Buffer<T>> v, e, a;  // inputs of every layer, and outputs of the last
+  // Inputs of every layer, and outputs of the last.
+  std::vector<kernels::Buffer<Real>> node;
+  std::vector<kernels::Buffer<Real>> edge;
+  std::vector<kernels::Buffer<Real>> angle;
   // Of every layer, for its backward.
-  std::vector<ops::Buffer<T>> m, big_h, message, zc, zn, zca, node_slope, edge_slope, edge_mix;
-  ops::Buffer<T> sw, h, asw, cos, edge_input;
-  ops::Buffer<double> r, ds;     // (n_edge) distance, and derivative of the switch
-  ops::Buffer<double> angle_sw;  // (n_edge x 2) angle switch and its derivative, of close edges
-  ops::Buffer<double> unit;      // (n_edge x 3) direction of close edges
-  ops::Buffer<T> dv, dv_out, de, da, dz, dzn, dzc, dzca, dbig_h, dmessage, dasw, dcos;
-  ops::Buffer<double> dr, dsw, dh;
-  ops::Buffer<double> dangle;  // (n_edge x 4) gradient of the angle switch and of the direction
+  std::vector<kernels::Buffer<Real>> edge_centre_part;
+  std::vector<kernels::Buffer<Real>> edge_neighbor_part;
+  std::vector<kernels::Buffer<Real>> angle_centre_part;
+  std::vector<kernels::Buffer<Real>> edge_slope;
+  std::vector<kernels::Buffer<Real>> edge_mix;
+  std::vector<kernels::Buffer<Real>> node_slope;
+  std::vector<kernels::Buffer<Real>> moments;
+  std::vector<kernels::Buffer<Real>> message;
+  std::vector<kernels::Buffer<Real>> angle_message;
+  // Geometry as the layers read it.
+  kernels::Buffer<Real> switch_edge;
+  kernels::Buffer<Real> directions;
+  kernels::Buffer<Real> switch_angle;
+  kernels::Buffer<Real> cosine;
+  kernels::Buffer<Real> edge_input;  // (n_edge) of the edge embedding
+  // Geometry that its backward reads.
+  kernels::Buffer<double> distance;          // (n_edge)
+  kernels::Buffer<double> switch_and_slope;  // (n_edge x 2) angle switch and its derivative, of close edges
+  kernels::Buffer<double> unit;              // (n_edge x 3) direction of close edges
+  // Gradients.
+  kernels::Buffer<Real> d_node_out;
+  kernels::Buffer<Real> d_node;
+  kernels::Buffer<Real> d_edge;
+  kernels::Buffer<Real> d_angle;
+  kernels::Buffer<Real> d_edge_pre;
+  kernels::Buffer<Real> d_neighbor_part;
+  kernels::Buffer<Real> d_edge_centre_part;
+  kernels::Buffer<Real> d_angle_centre_part;
+  kernels::Buffer<Real> d_moments;
+  kernels::Buffer<Real> d_message;
+  kernels::Buffer<Real> d_switch_angle;
+  kernels::Buffer<Real> d_cosine;
+  kernels::Buffer<double> d_distance;
+  kernels::Buffer<double> d_switch_edge;
+  kernels::Buffer<double> d_directions;
+  kernels::Buffer<kernels::AngleGradients> d_close;  // (n_edge) sums over the angles of an edge
 };
 
+/// Where the threads of a backward add gradients of weights: [thread][group].
+template <class Real>
+using ThreadGradients = std::vector<std::vector<kernels::GroupGradients<Real>>>;
+
 /// One object per thread of the engine.
-template <class T>
+template <class Real>
 class FusedLayers {
  public:
   /// `weights` may change between calls, but not their number of layers. `keep_bytes`: what the forward may
   /// keep for the backward, per thread; none: what memory allows. All references must outlive this.
-  FusedLayers(const ModelWeights<T>& weights, const GeometryRules& geometry, const ops::Kernels<T>& kernels,
-              ThreadPool& threads, std::optional<int64_t> keep_bytes);
+  FusedLayers(const ModelWeights<Real>& weights, const GeometryRules& geometry,
+              const kernels::Kernels<Real>& kernels, ThreadPool& threads, std::optional<int64_t> keep_bytes);
 
   /// (K n_types * 4) each, for the types of the graphs to come.
   void set_statistics(const std::vector<double>& mean, const std::vector<double>& stddev);
@@ -52,32 +87,35 @@ class FusedLayers {
   /// Node features after the last layer, (n_local, n_dim). The weights of all groups with atoms must be laid
   /// out. `gradients`: whether backward follows.
   Array forward(const PreparedGraph& graph, GhostExchange* exchange, bool gradients);
-  /// Gradient of sum(dv_local * v) with respect to the edge vectors of the last forward, (n_edge, 3) float64.
-  Array backward(const PreparedGraph& graph, const Array& dv_local, GhostExchange* exchange);
+  /// Gradient of sum(d_node * node) with respect to the edge vectors of the last forward, (n_edge, 3)
+  /// float64. `d_node`: (n_local, n_dim).
+  Array backward(const PreparedGraph& graph, const Array& d_node, GhostExchange* exchange);
   /// The same as forward, but keeps the features that gradients of weights need.
   Array forward_to_train(const PreparedGraph& graph);
 
   // --- single steps, for training and tests ---
 
   void set_graph(const PreparedGraph& graph);
-  const ops::GraphView& graph() const { return graph_; }
+  const kernels::GraphView& graph() const { return graph_; }
   /// Whether the forward that follows keeps the slopes of the edge maps. `from_geometry`: as below.
   void decide_what_to_keep(bool gradients, bool from_geometry);
-  /// Layer `l`, from its inputs in the buffers. `from_geometry`: of the first layer, whose edge and angle
+  /// Layer `layer`, from its inputs in the buffers. `from_geometry`: of the first layer, whose edge and angle
   /// features are linear in distances and cosines, so that products with them are outer products.
-  void layer_forward(size_t l, bool from_geometry);
-  /// Zeros for all gradients but those of the last outputs, which are `dv_local` (n_local, n_dim).
-  void start_backward(const Array& dv_local, size_t last_layer);
-  /// What de and da hold counts as the gradients of the outputs from now on.
-  void use_edge_gradients() { de_live_ = true; }
-  void use_angle_gradients() { da_live_ = true; }
-  /// Gradients of layer `l`: dv_out in, dv out (left at the centre's own share where `nodes` is false); de
-  /// and da in place.
-  void layer_backward(size_t l, bool nodes, bool from_geometry);
+  void layer_forward(size_t layer, bool from_geometry);
+  /// Zeros for all gradients but those of the last outputs, which are `d_node` (n_local, n_dim).
+  void start_backward(const Array& d_node, size_t last_layer);
+  /// What d_edge and d_angle hold counts as the gradients of the outputs from now on.
+  void use_edge_gradients() { d_edge_given_ = true; }
+  void use_angle_gradients() { d_angle_given_ = true; }
+  /// Gradients of layer `layer`: d_node_out in, d_node out (left at the centre's own share where `nodes` is
+  /// false); d_edge and d_angle in place.
+  void layer_backward(size_t layer, bool nodes, bool from_geometry);
+  /// The same for all inputs, and adds to `gradients`, which must have an entry for each of `n_threads()`.
+  void layer_backward_to_train(size_t layer, const ThreadGradients<Real>& gradients);
 
-  LayerBuffers<T>& buffers() { return buffers_; }
-  /// One for every thread that the pool has now, or more.
-  std::vector<ops::Scratch<T>>& scratch();
+  LayerBuffers<Real>& buffers() { return buffers_; }
+  /// Those of the pool now, or more.
+  size_t n_threads();
 
   /// Bytes of the buffers; without the scratch memory of the threads, which does not grow with the structure.
   int64_t bytes() const { return buffers_.bytes(); }
@@ -85,81 +123,80 @@ class FusedLayers {
   void take_timings(Timings& timings);
 
  private:
+  using Args = kernels::LayerArgs<Real>;
+  using Scratch = kernels::Scratch<Real>;
+
   struct Chunk {  // of the rows of a group
-    int64_t group, begin, end;
+    int64_t group;
+    int64_t begin;
+    int64_t end;
   };
 
   Array run_forward(const PreparedGraph& graph, GhostExchange* exchange, bool from_geometry);
   void embed(const PreparedGraph& graph, bool from_geometry);
-  void shape_geometry(const PreparedGraph& graph);
+  kernels::TypeStatistics statistics(int64_t type) const;
+  void describe_edges(const PreparedGraph& graph);
+  void describe_angles(int64_t centre, const PreparedGraph& graph);
   Array geometry_backward(const PreparedGraph& graph);
-  ops::LayerArgs<T> arguments(size_t layer, bool from_geometry);
-  void layer_backward_centres(ops::LayerArgs<T>& x, bool nodes);
-  void project(const ops::LayerArgs<T>& x);
-  const ops::LayerShape& shape(size_t layer) const { return weights_.shapes[layer]; }
+  void add_angle_gradients(int64_t centre);
+  double edge_input_gradient(int64_t edge, Scratch& scratch);
+  Args arguments(size_t layer, bool from_geometry);
+  Args backward_arguments(size_t layer, bool from_geometry);
+  void project(const Args& args);
+  template <class Sink>
+  void layer_backward_into(const Sink& sink, size_t layer, bool nodes, bool from_geometry);
+  template <class Sink>
+  void centres_backward_into(const Sink& sink, Args& args);
+  std::vector<int64_t> batches_of_centres(int64_t columns, int64_t& n_row) const;
+  const kernels::LayerShape& shape_of(size_t layer) const { return weights_.shapes[layer]; }
 
-  /// f(task, scratch) for all tasks, handed out one by one; where threads sum gradients of weights, in turn,
-  /// so that the sums do not depend on which thread is faster.
-  template <class F>
-  void parallel(int64_t n, const F& f) {
-    const int64_t n_thread = std::max<int64_t>(1, std::min<int64_t>(threads_.size(), n));
-    if (scratch_.size() < static_cast<size_t>(n_thread)) scratch_.resize(static_cast<size_t>(n_thread));
-    std::atomic<int64_t> next{0};
-    threads_.run(static_cast<int>(n_thread), [&](int thread) {
-      ops::Scratch<T>& scratch = scratch_[static_cast<size_t>(thread)];
-      if (scratch.gradients != nullptr) {
-        for (int64_t task = thread; task < n; task += n_thread) f(task, scratch);
-      } else {
-        for (int64_t task = next++; task < n; task = next++) f(task, scratch);
-      }
-    });
-  }
-  /// f(begin, end, scratch) for chunks of local rows that belong to one group.
-  template <class F>
-  void parallel_rows(const F& f) {
-    parallel(static_cast<int64_t>(row_chunks_.size()), [&](int64_t k, ops::Scratch<T>& scratch) {
-      const Chunk& chunk = row_chunks_[static_cast<size_t>(k)];
-      f(chunk.begin, chunk.end, scratch);
-    });
-  }
+  /// work(task, thread) for all tasks, handed out one by one, or `in_turn`.
+  template <class Function>
+  void parallel(int64_t n_task, const Function& work, bool in_turn = false);
+  /// work(begin, end, thread) for chunks of local rows that belong to one group.
+  template <class Function>
+  void parallel_rows(const Function& work, bool in_turn = false);
+  Scratch& scratch(int thread) { return scratch_[static_cast<size_t>(thread)]; }
 
-  const ModelWeights<T>& weights_;
+  const ModelWeights<Real>& weights_;
   GeometryRules geometry_;
-  const ops::Kernels<T>& kernels_;
+  const kernels::Kernels<Real>& kernels_;
   ThreadPool& threads_;
   const std::optional<int64_t> keep_bytes_;
 
   // Of the last graph.
-  ops::GraphView graph_;
+  kernels::GraphView graph_;
   Slots slots_;
   std::vector<int64_t> group_;  // (n_local)
-  std::vector<Chunk> row_chunks_, slot_chunks_;
+  std::vector<Chunk> row_chunks_;
+  std::vector<Chunk> slot_chunks_;
   std::vector<size_t> slot_chunk_splits_;  // (n_group + 1) into slot_chunks_
   std::vector<int64_t> slot_next_;         // LayerArgs::slot_next
 
-  bool keep_edges_ = false;                 // whether the backward finds slopes of the edge maps
-  bool de_live_ = false, da_live_ = false;  // whether de and da hold gradients of the layer's outputs yet
-  LayerBuffers<T> buffers_;
-  std::vector<ops::Scratch<T>> scratch_;  // per thread
+  bool keep_edges_ = false;     // whether the backward finds slopes of the edge maps
+  bool d_edge_given_ = false;   // whether d_edge holds gradients of the layer's outputs yet
+  bool d_angle_given_ = false;  // whether d_angle does
+  LayerBuffers<Real> buffers_;
+  std::vector<Scratch> scratch_;  // per thread
 };
 
-/// (n, width) array of padded rows, which are `stride` apart.
-template <class T>
-Array unpadded(const T* rows, int64_t n, int64_t width, int64_t stride) {
-  Array out = Array::empty({n, width}, dtype_of<T>);
-  T* to = out.data<T>();
-  for (int64_t i = 0; i < n; ++i) std::copy_n(rows + i * stride, width, to + i * width);
+/// (n_row, width) array of padded rows, which are `stride` apart.
+template <class Real>
+Array unpadded(const Real* rows, int64_t n_row, int64_t width, int64_t stride) {
+  Array out = Array::empty({n_row, width}, dtype_of<Real>);
+  Real* to = out.data<Real>();
+  for (int64_t i = 0; i < n_row; ++i) std::copy_n(rows + i * stride, width, to + i * width);
   return out;
 }
 
-/// Rows first..first+n of `from` (.., width) to the same rows of padded ones.
-template <class T>
-void put_rows(const Array& from, int64_t first, int64_t n, int64_t stride, T* rows) {
-  const T* source = from.data<T>();
+/// Rows first..first+count of `from` (.., width) to the same rows of padded ones.
+template <class Real>
+void put_rows(const Array& from, int64_t first, int64_t count, int64_t stride, Real* rows) {
+  const Real* source = from.data<Real>();
   const int64_t width = from.size(1);
-  for (int64_t i = first; i < first + n; ++i) {
+  for (int64_t i = first; i < first + count; ++i) {
     std::copy_n(source + i * width, width, rows + i * stride);
-    std::fill(rows + i * stride + width, rows + (i + 1) * stride, T(0));
+    std::fill(rows + i * stride + width, rows + (i + 1) * stride, Real(0));
   }
 }
 

@@ -34,19 +34,24 @@ class LayerRunner::Model {
 
 namespace {
 
-using namespace ops;
+using namespace kernels;
 
 /// Inputs, outputs or gradients of a layer, unpadded.
 struct LayerArrays {
-  Array v, e, a, sw, h, asw;
+  Array node;
+  Array edge;
+  Array angle;
+  Array switch_edge;
+  Array directions;
+  Array switch_angle;
 };
 
-template <class T>
+template <class Real>
 class ModelOf final : public LayerRunner::Model {
  public:
   ModelOf(LoadedPackage opened, const EvaluatorOptions& options)
       : Model(std::move(opened)),
-        kernels_(kernels<T>(options.instruction_set.c_str())),
+        kernels_(select_kernels<Real>(options.instruction_set.c_str())),
         packed_(package.architecture, kernels_, options.weight_bytes),
         layers_(packed_.weights(), package.architecture.geometry, kernels_, threads_, options.keep_bytes) {
     packed_.set_tables(tables);
@@ -55,96 +60,104 @@ class ModelOf final : public LayerRunner::Model {
 
   std::vector<Array> run(const PreparedGraph& graph, size_t layer, const std::vector<Array>& inputs,
                          const std::vector<Array>& gradients) override {
-    const auto of = [](const Array& values) { return values.to(dtype_of<T>); };
+    const auto of = [](const Array& values) { return values.to(dtype_of<Real>); };
     const LayerArrays in{of(inputs[0]), of(inputs[1]), of(inputs[2]),
                          of(inputs[3]), of(inputs[4]), of(inputs[5])};
     packed_.set_groups(features_of(graph, package.architecture, tables, nullptr),
                        groups_in_use(graph.node_splits));
     LayerArrays out = forward(graph, layer, in);
-    std::vector<Array> results{out.v, out.e, out.a};
+    std::vector<Array> results{out.node, out.edge, out.angle};
     if (!gradients.empty()) {
       out = backward(layer, in, {of(gradients[0]), of(gradients[1]), of(gradients[2]), {}, {}, {}});
-      results = {out.v, out.e, out.a, out.sw, out.h, out.asw};
+      results = {out.node, out.edge, out.angle, out.switch_edge, out.directions, out.switch_angle};
     }
     for (Array& values : results) values = values.to(Dtype::float64);
     return results;
   }
 
  private:
-  LayerArrays forward(const PreparedGraph& graph, size_t l, const LayerArrays& in);
-  LayerArrays backward(size_t l, const LayerArrays& in, const LayerArrays& gradients);
+  LayerArrays forward(const PreparedGraph& graph, size_t layer, const LayerArrays& in);
+  LayerArrays backward(size_t layer, const LayerArrays& in, const LayerArrays& gradients);
 
-  const Kernels<T>& kernels_;
-  PackedWeights<T> packed_;
-  FusedLayers<T> layers_;
+  const Kernels<Real>& kernels_;
+  PackedWeights<Real> packed_;
+  FusedLayers<Real> layers_;
 };
 
-template <class T>
-void put_numbers(const Array& from, T* to) {
-  std::copy_n(from.data<T>(), from.numel(), to);
+template <class Real>
+void put_numbers(const Array& from, Real* to) {
+  std::copy_n(from.data<Real>(), from.numel(), to);
 }
 
-template <class T>
-LayerArrays ModelOf<T>::forward(const PreparedGraph& graph, size_t l, const LayerArrays& in) {
+template <class Real>
+LayerArrays ModelOf<Real>::forward(const PreparedGraph& graph, size_t layer, const LayerArrays& in) {
   layers_.set_graph(graph);
   layers_.decide_what_to_keep(true, false);
-  const LayerShape& s = packed_.weights().shapes[l];
-  const int64_t n_node = graph.n_node, n_edge = graph.n_edge, n_angle = graph.n_angle;
-  LayerBuffers<T>& b = layers_.buffers();
-  put_rows(in.v, 0, n_node, s.np, b.v[l].get(n_node * s.np));
-  put_rows(in.e, 0, n_edge, s.ep, b.e[l].get(n_edge * s.ep));
-  if (s.with_angles) put_rows(in.a, 0, n_angle, s.ap, b.a[l].get(n_angle * s.ap));
-  put_numbers(in.sw, b.sw.get(n_edge));
-  put_numbers(in.asw, b.asw.get(n_angle));
-  const T* sw = in.sw.data<T>();
-  const T* h = in.h.data<T>();
-  const auto norm = static_cast<T>(std::sqrt(s.edge_norm));
-  T* scaled = b.h.get(4 * n_edge);
+  const LayerShape& shape = packed_.weights().shapes[layer];
+  const int64_t n_node = graph.n_node;
+  const int64_t n_edge = graph.n_edge;
+  const int64_t n_angle = graph.n_angle;
+  LayerBuffers<Real>& buffers = layers_.buffers();
+  put_rows(in.node, 0, n_node, shape.n_padded, buffers.node[layer].get(n_node * shape.n_padded));
+  put_rows(in.edge, 0, n_edge, shape.e_padded, buffers.edge[layer].get(n_edge * shape.e_padded));
+  if (shape.with_angles)
+    put_rows(in.angle, 0, n_angle, shape.a_padded, buffers.angle[layer].get(n_angle * shape.a_padded));
+  put_numbers(in.switch_edge, buffers.switch_edge.get(n_edge));
+  put_numbers(in.switch_angle, buffers.switch_angle.get(n_angle));
+  const Real* switch_edge = in.switch_edge.data<Real>();
+  const Real* directions = in.directions.data<Real>();
+  const auto norm = static_cast<Real>(std::sqrt(shape.edge_norm));
+  Real* scaled = buffers.directions.get(4 * n_edge);
   for (int64_t e = 0; e < n_edge; ++e) {
-    for (int c = 0; c < 3; ++c) scaled[4 * e + c] = h[3 * e + c] * sw[e] / norm;
-    scaled[4 * e + 3] = T(0);
+    for (int c = 0; c < 3; ++c) scaled[4 * e + c] = directions[3 * e + c] * switch_edge[e] / norm;
+    scaled[4 * e + 3] = Real(0);
   }
-  layers_.layer_forward(l, /*from_geometry=*/false);
+  layers_.layer_forward(layer, /*from_geometry=*/false);
   LayerArrays out;
-  out.v = unpadded(b.v[l + 1].get(0), graph.n_local, s.n, s.np);
-  out.e = s.live_edge ? unpadded(b.e[l + 1].get(0), n_edge, s.e, s.ep) : in.e;
-  out.a = s.live_angle ? unpadded(b.a[l + 1].get(0), n_angle, s.a, s.ap) : in.a;
+  out.node = unpadded(buffers.node[layer + 1].get(0), graph.n_local, shape.n, shape.n_padded);
+  out.edge =
+      shape.live_edge ? unpadded(buffers.edge[layer + 1].get(0), n_edge, shape.e, shape.e_padded) : in.edge;
+  out.angle = shape.live_angle ? unpadded(buffers.angle[layer + 1].get(0), n_angle, shape.a, shape.a_padded)
+                               : in.angle;
   return out;
 }
 
-template <class T>
-LayerArrays ModelOf<T>::backward(size_t l, const LayerArrays& in, const LayerArrays& gradients) {
-  const LayerShape& s = packed_.weights().shapes[l];
-  const GraphView& g = layers_.graph();
-  LayerBuffers<T>& b = layers_.buffers();
-  layers_.start_backward(gradients.v, l);
-  put_rows(gradients.e, 0, g.n_edge, s.ep, b.de.get(g.n_edge * s.ep));
+template <class Real>
+LayerArrays ModelOf<Real>::backward(size_t layer, const LayerArrays& in, const LayerArrays& gradients) {
+  const LayerShape& shape = packed_.weights().shapes[layer];
+  const GraphView& graph = layers_.graph();
+  LayerBuffers<Real>& buffers = layers_.buffers();
+  layers_.start_backward(gradients.node, layer);
+  put_rows(gradients.edge, 0, graph.n_edge, shape.e_padded,
+           buffers.d_edge.get(graph.n_edge * shape.e_padded));
   layers_.use_edge_gradients();
-  if (s.with_angles) {
-    put_rows(gradients.a, 0, g.n_angle, s.ap, b.da.get(g.n_angle * s.ap));
+  if (shape.with_angles) {
+    put_rows(gradients.angle, 0, graph.n_angle, shape.a_padded,
+             buffers.d_angle.get(graph.n_angle * shape.a_padded));
     layers_.use_angle_gradients();
   }
-  layers_.layer_backward(l, /*nodes=*/true, /*from_geometry=*/false);
+  layers_.layer_backward(layer, /*nodes=*/true, /*from_geometry=*/false);
   LayerArrays out;
-  out.v = unpadded(b.dv.get(0), g.n_node, s.n, s.np);
-  out.e = unpadded(b.de.get(0), g.n_edge, s.e, s.ep);
-  out.a = s.with_angles ? unpadded(b.da.get(0), g.n_angle, s.a, s.ap) : gradients.a;
-  // the kernels' h is h sw / sqrt(edge_norm)
-  out.sw = Array::empty({g.n_edge}, dtype_of<T>);
-  out.h = Array::empty({g.n_edge, 3}, dtype_of<T>);
-  const T* sw = in.sw.data<T>();
-  const T* h = in.h.data<T>();
-  const double norm = std::sqrt(s.edge_norm);
-  for (int64_t e = 0; e < g.n_edge; ++e) {
-    double to_sw = 0.0;
+  out.node = unpadded(buffers.d_node.get(0), graph.n_node, shape.n, shape.n_padded);
+  out.edge = unpadded(buffers.d_edge.get(0), graph.n_edge, shape.e, shape.e_padded);
+  out.angle = shape.with_angles ? unpadded(buffers.d_angle.get(0), graph.n_angle, shape.a, shape.a_padded)
+                                : gradients.angle;
+  // the kernels' directions are h sw / sqrt(edge_norm)
+  out.switch_edge = Array::empty({graph.n_edge}, dtype_of<Real>);
+  out.directions = Array::empty({graph.n_edge, 3}, dtype_of<Real>);
+  const Real* switch_edge = in.switch_edge.data<Real>();
+  const Real* directions = in.directions.data<Real>();
+  const double norm = std::sqrt(shape.edge_norm);
+  for (int64_t e = 0; e < graph.n_edge; ++e) {
+    double to_switch = 0.0;
     for (int c = 0; c < 3; ++c) {
-      const double dh = b.dh.get(0)[4 * e + c] / norm;
-      out.h.template data<T>()[3 * e + c] = T(dh * sw[e]);
-      to_sw += dh * h[3 * e + c];
+      const double d_row = buffers.d_directions.get(0)[4 * e + c] / norm;
+      out.directions.template data<Real>()[3 * e + c] = Real(d_row * switch_edge[e]);
+      to_switch += d_row * directions[3 * e + c];
     }
-    out.sw.template data<T>()[e] = T(b.dsw.get(0)[e] + to_sw);
+    out.switch_edge.template data<Real>()[e] = Real(buffers.d_switch_edge.get(0)[e] + to_switch);
   }
-  out.asw = unpadded(b.dasw.get(0), g.n_angle, 1, 1).reshape({g.n_angle});
+  out.switch_angle = unpadded(buffers.d_switch_angle.get(0), graph.n_angle, 1, 1).reshape({graph.n_angle});
   return out;
 }
 

@@ -13,7 +13,7 @@
 namespace moecalc {
 
 /// The edges of a structure whose atoms are all owned, in model order: atoms by routing group, edges by
-/// centre, angle neighbours first. Rows of the layer's inputs are then those of these arrays.
+/// centre, angle neighbors first. Rows of the layer's inputs are then those of these arrays.
 struct LayerGraph {
   Array types;       // (n,) int64
   Array edge_index;  // (2, E) int64

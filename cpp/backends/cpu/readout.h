@@ -19,9 +19,10 @@ class Readout {
   virtual ~Readout() = default;
   /// Tables of the types from now on: before the first evaluation.
   virtual void set_tables(const TypeTables& tables) = 0;
-  /// `v` (n_local, n_dim) in the dtype of the layers; `types`: of n_local rows or more. Returns energies
-  /// (n_local,) float64 in eV; if `dv` is given, it becomes the gradient of their sum, as `v`.
-  virtual Array evaluate(const Array& v, const std::vector<int64_t>& types, Array* dv) = 0;
+  /// `features` (n_local, n_dim) in the dtype of the layers; `types`: of n_local rows or more. Returns
+  /// energies (n_local,) float64 in eV; if `d_features` is given, it becomes the gradient of their sum, as
+  /// `features`.
+  virtual Array evaluate(const Array& features, const std::vector<int64_t>& types, Array* d_features) = 0;
 };
 
 /// The net computes in the dtype of `source`, which may be another than that of the layers. Throws

@@ -7,6 +7,7 @@
 #include "backends/cpu/weight_blocks.h"
 #include "core/settings.h"
 #include "core/threads.h"
+#include "core/transpose.h"
 #include "graph/graph.h"
 #include "moecalc/error.h"
 #include "package/architecture.h"
@@ -25,7 +26,7 @@ const std::vector<std::string>& group_weight_names() {
 
 namespace {
 
-using namespace ops;
+using namespace kernels;
 
 /// The layers of either dtype.
 class TrainableModel {
@@ -34,36 +35,18 @@ class TrainableModel {
   /// Throws Error where a shape does not fit.
   virtual void set_weights(const TrainingWeights& weights) = 0;
   virtual Array forward(const PreparedGraph& graph, bool keep_for_weights) = 0;
-  virtual Array backward(const PreparedGraph& graph, const Array& dv) = 0;
-  virtual TrainingWeights backward_to_weights(const PreparedGraph& graph, const Array& dv) = 0;
+  virtual Array backward(const PreparedGraph& graph, const Array& d_node) = 0;
+  virtual TrainingWeights backward_to_weights(const PreparedGraph& graph, const Array& d_node) = 0;
 };
 
-/// (rows, columns) -> (columns, rows), in tiles that stay in cache.
-template <class T>
-Array transposed(const Array& from, int64_t rows, int64_t columns) {
-  constexpr int64_t tile = 16;
-  Array out = Array::empty({columns, rows}, dtype_of<T>);
-  const T* source = from.data<T>();
-  T* to = out.data<T>();
-  for (int64_t r0 = 0; r0 < rows; r0 += tile) {
-    for (int64_t c0 = 0; c0 < columns; c0 += tile) {
-      const int64_t r1 = std::min(r0 + tile, rows), c1 = std::min(c0 + tile, columns);
-      for (int64_t c = c0; c < c1; ++c) {
-        for (int64_t r = r0; r < r1; ++r) to[c * rows + r] = source[r * columns + c];
-      }
-    }
-  }
-  return out;
-}
-
-template <class T>
+template <class Real>
 class TrainableLayers final : public TrainableModel {
  public:
   /// Throws Unsupported.
-  TrainableLayers(const Architecture& model, const Kernels<T>& kernels, ThreadPool& threads,
+  TrainableLayers(const Architecture& model, const Kernels<Real>& kernels, ThreadPool& threads,
                   std::optional<int64_t> keep_bytes)
       : kernels_(kernels),
-        weights_(PackedWeights<T>(model, kernels, std::nullopt).weights()),
+        weights_(PackedWeights<Real>(model, kernels, std::nullopt).weights()),
         layers_(weights_, model.geometry, kernels, threads, keep_bytes) {
     // those of the package's groups are not read
     weights_.groups.clear();
@@ -76,11 +59,11 @@ class TrainableLayers final : public TrainableModel {
     check_weights(graph);
     return keep_for_weights ? layers_.forward_to_train(graph) : layers_.forward(graph, nullptr, true);
   }
-  Array backward(const PreparedGraph& graph, const Array& dv) override {
-    check_gradient(graph, dv);
-    return layers_.backward(graph, dv, nullptr);
+  Array backward(const PreparedGraph& graph, const Array& d_node) override {
+    check_gradient(graph, d_node);
+    return layers_.backward(graph, d_node, nullptr);
   }
-  TrainingWeights backward_to_weights(const PreparedGraph& graph, const Array& dv) override;
+  TrainingWeights backward_to_weights(const PreparedGraph& graph, const Array& d_node) override;
 
  private:
   size_t n_layer() const { return weights_.shapes.size(); }
@@ -91,48 +74,50 @@ class TrainableLayers final : public TrainableModel {
     }
     for (const int64_t group : groups_in_use(graph.node_splits)) {
       for (const auto& of_layer : weights_.groups) {
-        const auto g = static_cast<size_t>(group);
-        if (g < of_layer.size() && of_layer[g].node != nullptr) continue;
+        const auto index = static_cast<size_t>(group);
+        if (index < of_layer.size() && of_layer[index].node != nullptr) continue;
         throw Error("expected weights of group " + std::to_string(group) + ", which has atoms, got none");
       }
     }
   }
-  void check_gradient(const PreparedGraph& graph, const Array& dv) const {
+  void check_gradient(const PreparedGraph& graph, const Array& d_node) const {
     check_weights(graph);
-    check_array(dv, "dv", dtype_of<T>, {graph.n_local, weights_.shapes.back().n});
+    check_array(d_node, "dv", dtype_of<Real>, {graph.n_local, weights_.shapes.back().n});
   }
-  const T* hold(const Array& values) {
+  const Real* hold(const Array& values) {
     memory_.push_back(values);
-    return values.data<T>();
+    return values.data<Real>();
   }
-  void set_layer(size_t l, const TrainingWeights::Layer& layer);
-  void count_experts(size_t l, const NamedArrays& from);
-  GroupWeights<T> group_weights(size_t l, const NamedArrays& from);
-  void fold_first_layer(const LayerShape& s, GroupWeights<T>& w);
-  void fold_far_edges(const LayerShape& s, GroupWeights<T>& w);
+  void set_layer(size_t index, const TrainingWeights::Layer& layer);
+  void count_experts(size_t layer, const NamedArrays& from);
+  GroupWeights<Real> group_weights(size_t layer, const NamedArrays& from);
+  void fold_first_layer(const LayerShape& shape, GroupWeights<Real>& weights);
+  void fold_far_edges(const LayerShape& shape, GroupWeights<Real>& weights);
 
-  TrainingWeights::Layer layer_gradients(size_t l);
-  void collect_group(size_t l, size_t g, const GroupGradients<T>& from, TrainingWeights::Layer& into);
-  void add_far_edges(size_t l, size_t g, const GroupGradients<T>& from, Array& bias_gradient);
+  TrainingWeights::Layer layer_gradients(size_t layer);
+  void collect_group(size_t layer, size_t group, const GroupGradients<Real>& from,
+                     TrainingWeights::Layer& into);
+  void add_far_edges(size_t layer, size_t group, const GroupGradients<Real>& from, Array& bias_gradient);
   void embedding_gradients(const PreparedGraph& graph, TrainingWeights& out);
+  void add_edge_embedding(int64_t n_edge, TrainingWeights& out);
 
-  const Kernels<T>& kernels_;
-  ModelWeights<T> weights_;
-  FusedLayers<T> layers_;
-  std::vector<Array> memory_;               // what weights_ points to
-  std::vector<Buffer<T>> gradient_memory_;  // per thread
+  const Kernels<Real>& kernels_;
+  ModelWeights<Real> weights_;
+  FusedLayers<Real> layers_;
+  std::vector<Array> memory_;                  // what weights_ points to
+  std::vector<Buffer<Real>> gradient_memory_;  // per thread
 };
 
 // --- setting weights ---
 
-template <class T>
-std::vector<T> values_of(const Array& values) {
-  const T* data = values.data<T>();
-  return std::vector<T>(data, data + values.numel());
+template <class Real>
+std::vector<Real> values_of(const Array& values) {
+  const Real* data = values.data<Real>();
+  return std::vector<Real>(data, data + values.numel());
 }
 
-template <class T>
-void TrainableLayers<T>::set_weights(const TrainingWeights& weights) {
+template <class Real>
+void TrainableLayers<Real>::set_weights(const TrainingWeights& weights) {
   if (weights.layers.size() != n_layer()) {
     throw Error("expected weights of " + std::to_string(n_layer()) + " layers, got " +
                 std::to_string(weights.layers.size()));
@@ -140,29 +125,30 @@ void TrainableLayers<T>::set_weights(const TrainingWeights& weights) {
   memory_.clear();
   weights_.groups.clear();
   weights_.updates.clear();
-  weights_.edge_matrix = values_of<T>(weights.edge_matrix);
-  weights_.edge_bias = values_of<T>(weights.edge_bias);
-  if (weights_.shapes[0].with_angles) weights_.angle_direction = values_of<T>(weights.direction);
-  weights_.node_table = values_of<T>(weights.node_table);
-  for (size_t l = 0; l < n_layer(); ++l) set_layer(l, weights.layers[l]);
+  weights_.edge_matrix = values_of<Real>(weights.edge_matrix);
+  weights_.edge_bias = values_of<Real>(weights.edge_bias);
+  if (weights_.shapes[0].with_angles) weights_.angle_direction = values_of<Real>(weights.direction);
+  weights_.node_table = values_of<Real>(weights.node_table);
+  for (size_t layer = 0; layer < n_layer(); ++layer) set_layer(layer, weights.layers[layer]);
 }
 
-template <class T>
-void TrainableLayers<T>::set_layer(size_t l, const TrainingWeights::Layer& layer) {
-  const LayerShape& s = weights_.shapes[l];
-  if (s.np != s.n || s.ep != s.e || (s.with_angles && (s.ap != s.a || s.edge_in != s.e))) {
-    throw Error("training needs widths that are multiples of " + std::to_string(kRowBytes / sizeof(T)) +
-                " and uncompressed angles, got n_dim " + std::to_string(s.n) + ", e_dim " +
-                std::to_string(s.e) + ", a_dim " + std::to_string(s.a));
+template <class Real>
+void TrainableLayers<Real>::set_layer(size_t index, const TrainingWeights::Layer& layer) {
+  const LayerShape& shape = weights_.shapes[index];
+  const bool angles_fit = shape.a_padded == shape.a && shape.edge_inputs == shape.e;
+  if (shape.n_padded != shape.n || shape.e_padded != shape.e || (shape.with_angles && !angles_fit)) {
+    throw Error("training needs widths that are multiples of " + std::to_string(kRowBytes / sizeof(Real)) +
+                " and uncompressed angles, got n_dim " + std::to_string(shape.n) + ", e_dim " +
+                std::to_string(shape.e) + ", a_dim " + std::to_string(shape.a));
   }
-  UpdateVectors<T> update;
-  update.n = hold(layer.update_n);
-  if (s.live_edge) update.e = hold(layer.update_e);
-  if (s.live_angle) update.a = hold(layer.update_a);
+  UpdateVectors<Real> update;
+  update.node = hold(layer.update_node);
+  if (shape.live_edge) update.edge = hold(layer.update_edge);
+  if (shape.live_angle) update.angle = hold(layer.update_angle);
   weights_.updates.push_back(update);
-  std::vector<GroupWeights<T>> groups(layer.groups.size());
-  for (size_t g = 0; g < groups.size(); ++g) {
-    if (!layer.groups[g].empty()) groups[g] = group_weights(l, layer.groups[g]);
+  std::vector<GroupWeights<Real>> groups(layer.groups.size());
+  for (size_t group = 0; group < groups.size(); ++group) {
+    if (!layer.groups[group].empty()) groups[group] = group_weights(index, layer.groups[group]);
   }
   weights_.groups.push_back(std::move(groups));
 }
@@ -174,274 +160,307 @@ const Array& named(const NamedArrays& arrays, const char* name) {
 }
 
 /// The numbers of experts that are active, which are the same in every group.
-template <class T>
-void TrainableLayers<T>::count_experts(size_t l, const NamedArrays& from) {
-  LayerShape& s = weights_.shapes[l];
-  s.k_node = named(from, "p_node").numel();
-  s.k_sym = named(from, "p_sym").numel();
-  s.k_message = named(from, "p_message").numel();
-  s.k_edge = named(from, "p_edge").numel();
-  s.k_angle = named(from, "p_angle").numel();
-  if (!s.with_angles) return;
-  s.k_angle1 = named(from, "p_angle1").numel();
-  s.k_angle2 = named(from, "p_angle2").numel();
+template <class Real>
+void TrainableLayers<Real>::count_experts(size_t layer, const NamedArrays& from) {
+  LayerShape& shape = weights_.shapes[layer];
+  shape.experts_node = named(from, "p_node").numel();
+  shape.experts_sym = named(from, "p_sym").numel();
+  shape.experts_message = named(from, "p_message").numel();
+  shape.experts_edge = named(from, "p_edge").numel();
+  shape.experts_angle = named(from, "p_angle").numel();
+  if (!shape.with_angles) return;
+  shape.experts_angle_message = named(from, "p_angle1").numel();
+  shape.experts_message_map = named(from, "p_angle2").numel();
 }
 
-template <class T>
-GroupWeights<T> TrainableLayers<T>::group_weights(size_t l, const NamedArrays& from) {
-  count_experts(l, from);
-  const LayerShape& s = weights_.shapes[l];
-  GroupWeights<T> w;
-  for (const WeightEntry<T>& entry : weight_entries<T>(s)) {
+template <class Real>
+GroupWeights<Real> TrainableLayers<Real>::group_weights(size_t layer, const NamedArrays& from) {
+  count_experts(layer, from);
+  const LayerShape& shape = weights_.shapes[layer];
+  GroupWeights<Real> weights;
+  for (const WeightEntry<Real>& entry : weight_entries<Real>(shape)) {
     const Array& values = named(from, entry.name);
     if (values.numel() != entry.size()) {
-      throw Error(std::string("expected ") + entry.name + " of layer " + std::to_string(l) + " with " +
+      throw Error(std::string("expected ") + entry.name + " of layer " + std::to_string(layer) + " with " +
                   std::to_string(entry.rows) + " x " + std::to_string(entry.columns) + " elements, got " +
                   std::to_string(values.numel()));
     }
     if (entry.size() == 0) continue;
-    w.*entry.weights = hold(values);
+    weights.*entry.weights = hold(values);
     if (entry.transposed != nullptr) {
-      w.*entry.transposed = hold(transposed<T>(values, entry.rows, entry.columns));
+      const Array transposed = Array::empty({entry.columns, entry.rows}, dtype_of<Real>);
+      transpose(values.data<Real>(), entry.rows, entry.columns, transposed.data<Real>());
+      weights.*entry.transposed = hold(transposed);
     }
   }
-  if (l == 0) fold_first_layer(s, w);
-  if (s.with_angles) fold_far_edges(s, w);
-  return w;
+  if (layer == 0) fold_first_layer(shape, weights);
+  if (shape.with_angles) fold_far_edges(shape, weights);
+  return weights;
 }
 
 /// What stands for the weights of edge and angle features in the first layer: see GroupWeights.
-template <class T>
-void TrainableLayers<T>::fold_first_layer(const LayerShape& s, GroupWeights<T>& w) {
-  using Products = std::initializer_list<std::pair<const std::vector<T>*, const T*>>;
-  const auto sums = [&](const T* start, Products products, int64_t columns) {
-    Array out = Array::empty({columns}, dtype_of<T>);
-    sum_products<T>(start, products, columns, out.data<T>());
+template <class Real>
+void TrainableLayers<Real>::fold_first_layer(const LayerShape& shape, GroupWeights<Real>& weights) {
+  using Products = std::initializer_list<std::pair<const std::vector<Real>*, const Real*>>;
+  const auto sums = [&](const Real* start, Products products, int64_t columns) {
+    Array out = Array::empty({columns}, dtype_of<Real>);
+    sum_products<Real>(start, products, columns, out.data<Real>());
     return hold(out);
   };
-  const std::vector<T>*matrix = &weights_.edge_matrix, *bias = &weights_.edge_bias;
-  const int64_t edge_columns = s.edge_columns(), angle_columns = s.angle_columns();
-  w.edge_r = sums(nullptr, {{matrix, w.edge_e}}, edge_columns);
-  w.edge_r_b = sums(w.edge_b, {{bias, w.edge_e}}, edge_columns);
-  if (!s.with_angles) return;
-  w.angle_j_r = sums(nullptr, {{matrix, w.angle_j}}, angle_columns);
-  w.angle_k_r = sums(nullptr, {{matrix, w.angle_k}}, angle_columns);
-  w.angle_cos = sums(nullptr, {{&weights_.angle_direction, w.angle_a}}, angle_columns);
-  w.angle_r_b = sums(w.angle_b, {{bias, w.angle_j}, {bias, w.angle_k}}, angle_columns);
+  const std::vector<Real>* matrix = &weights_.edge_matrix;
+  const std::vector<Real>* bias = &weights_.edge_bias;
+  const int64_t edge_columns = shape.edge_columns();
+  const int64_t angle_columns = shape.angle_columns();
+  weights.edge_of_distance = sums(nullptr, {{matrix, weights.edge_edge}}, edge_columns);
+  weights.edge_distance_bias = sums(weights.edge_bias, {{bias, weights.edge_edge}}, edge_columns);
+  if (!shape.with_angles) return;
+  weights.angle_first_of_distance = sums(nullptr, {{matrix, weights.angle_first}}, angle_columns);
+  weights.angle_second_of_distance = sums(nullptr, {{matrix, weights.angle_second}}, angle_columns);
+  weights.angle_of_cos = sums(nullptr, {{&weights_.angle_direction, weights.angle_angle}}, angle_columns);
+  weights.angle_distance_bias =
+      sums(weights.angle_bias, {{bias, weights.angle_first}, {bias, weights.angle_second}}, angle_columns);
 }
 
 /// The answer for an edge without message: sum_k p_k phi(b_k).
-template <class T>
-void TrainableLayers<T>::fold_far_edges(const LayerShape& s, GroupWeights<T>& w) {
-  const int64_t columns = s.k_angle2 * s.e;
-  std::vector<T> y(w.angle2_b, w.angle2_b + columns);
-  kernels_.activate(s.phi, y.data(), columns);
-  Array far = Array::empty({s.e}, dtype_of<T>);
-  for (int64_t d = 0; d < s.e; ++d) {
+template <class Real>
+void TrainableLayers<Real>::fold_far_edges(const LayerShape& shape, GroupWeights<Real>& weights) {
+  const int64_t columns = shape.experts_message_map * shape.e;
+  std::vector<Real> output(weights.message_map_bias, weights.message_map_bias + columns);
+  kernels_.activate(shape.activation, output.data(), columns);
+  Array far = Array::empty({shape.e}, dtype_of<Real>);
+  for (int64_t d = 0; d < shape.e; ++d) {
     double sum = 0.0;
-    for (int64_t k = 0; k < s.k_angle2; ++k) {
-      sum += double(w.p_angle2[k]) * double(y[static_cast<size_t>(k * s.e + d)]);
+    for (int64_t k = 0; k < shape.experts_message_map; ++k) {
+      sum += double(weights.routing_message_map[k]) * double(output[static_cast<size_t>(k * shape.e + d)]);
     }
-    far.data<T>()[d] = T(sum);
+    far.data<Real>()[d] = Real(sum);
   }
-  w.angle2_far = hold(far);
+  weights.message_map_far = hold(far);
 }
 
 // --- gradients ---
 
 /// Points the gradients of a group into `memory`, one behind the other. Returns how many numbers they are.
-template <class T>
-int64_t place_gradients(const LayerShape& s, T* memory, GroupGradients<T>& g) {
+template <class Real>
+int64_t place_gradients(const LayerShape& shape, Real* memory, GroupGradients<Real>& gradients) {
   int64_t size = 0;
-  const auto place = [&](T*& to, int64_t n) {
+  const auto place = [&](Real*& to, int64_t count) {
     to = memory + size;
-    size += n;
+    size += count;
   };
-  for (const WeightEntry<T>& entry : weight_entries<T>(s)) {
-    if (entry.gradients != nullptr) place(g.*entry.gradients, entry.size());
-    if (entry.sums != nullptr) place(g.*entry.sums, entry.size() * entry.width);
+  for (const WeightEntry<Real>& entry : weight_entries<Real>(shape)) {
+    if (entry.gradients != nullptr) place(gradients.*entry.gradients, entry.size());
+    if (entry.outputs != nullptr) place(gradients.*entry.outputs, entry.size() * entry.width);
   }
-  place(g.far, s.with_angles ? s.e : 0);
-  place(g.update_n, s.heads * s.n);
+  place(gradients.d_message_map_far, shape.with_angles ? shape.e : 0);
+  place(gradients.update_node, shape.heads * shape.n);
   return size;
 }
 
-/// Gradients of routing weights p (k) and of the coefficients of an update (width), from y (k, width): the
-/// sums over rows of an expert's activation times the gradient of its output. `coefficients` null: 1.
-template <class T>
-void split_sums(const T* y, int64_t k, int64_t width, const T* p, const T* coefficients, T* dp,
-                T* d_coefficients) {
-  for (int64_t e = 0; e < k; ++e) {
+/// What a map's routing weights and its coefficients in the update are, and where their gradients go.
+template <class Real>
+struct MixGradients {
+  const Real* routing = nullptr;       // (n_expert)
+  const Real* coefficients = nullptr;  // (width); null: 1
+  Real* d_routing = nullptr;
+  Real* d_coefficients = nullptr;  // null: not wanted
+};
+
+/// Of an update c * sum_k p_k y_k, with `outputs` (n_expert, width) the sums over rows of y_k times the
+/// gradient of the update: dp_k = sum_d c_d outputs_kd and dc_d += sum_k p_k outputs_kd.
+template <class Real>
+void split_outputs(const Real* outputs, int64_t n_expert, int64_t width, const MixGradients<Real>& mix) {
+  for (int64_t k = 0; k < n_expert; ++k) {
     double total = 0.0;
     for (int64_t d = 0; d < width; ++d) {
-      const T value = y[e * width + d];
-      total += coefficients == nullptr ? double(value) : double(coefficients[d]) * double(value);
-      if (d_coefficients != nullptr) d_coefficients[d] += p[e] * value;
+      const Real value = outputs[k * width + d];
+      const bool plain = mix.coefficients == nullptr;
+      total += plain ? double(value) : double(mix.coefficients[d]) * double(value);
+      if (mix.d_coefficients != nullptr) mix.d_coefficients[d] += mix.routing[k] * value;
     }
-    dp[e] = T(total);
+    mix.d_routing[k] = Real(total);
   }
 }
 
-template <class T>
-TrainingWeights TrainableLayers<T>::backward_to_weights(const PreparedGraph& graph, const Array& dv) {
-  check_gradient(graph, dv);
+template <class Real>
+TrainingWeights TrainableLayers<Real>::backward_to_weights(const PreparedGraph& graph, const Array& d_node) {
+  check_gradient(graph, d_node);
   TrainingWeights out;
   out.layers.resize(n_layer());
-  layers_.start_backward(dv, n_layer() - 1);
-  for (size_t l = n_layer(); l-- > 0;) {
-    out.layers[l] = layer_gradients(l);
-    if (l == 0) break;
-    LayerBuffers<T>& b = layers_.buffers();
-    std::copy_n(b.dv.get(0), graph.n_local * weights_.shapes[l].np, b.dv_out.get(0));
+  layers_.start_backward(d_node, n_layer() - 1);
+  for (size_t layer = n_layer(); layer-- > 0;) {
+    out.layers[layer] = layer_gradients(layer);
+    if (layer == 0) break;
+    LayerBuffers<Real>& buffers = layers_.buffers();
+    const int64_t size = graph.n_local * weights_.shapes[layer].n_padded;
+    std::copy_n(buffers.d_node.get(0), size, buffers.d_node_out.get(0));
   }
   embedding_gradients(graph, out);
   return out;
 }
 
 /// Backward of a layer. Every thread sums into memory of its own, which is added up at the end.
-template <class T>
-TrainingWeights::Layer TrainableLayers<T>::layer_gradients(size_t l) {
-  const LayerShape& s = weights_.shapes[l];
-  const size_t n_group = weights_.groups[l].size();
-  std::vector<Scratch<T>>& scratch = layers_.scratch();
-  gradient_memory_.resize(scratch.size());
-  GroupGradients<T> unused;
-  T none[1];
-  const int64_t per_group = place_gradients(s, none, unused);
+template <class Real>
+TrainingWeights::Layer TrainableLayers<Real>::layer_gradients(size_t layer) {
+  const LayerShape& shape = weights_.shapes[layer];
+  const size_t n_group = weights_.groups[layer].size();
+  const size_t n_thread = layers_.n_threads();
+  gradient_memory_.resize(n_thread);
+  GroupGradients<Real> unused;
+  Real none[1];
+  const int64_t per_group = place_gradients(shape, none, unused);
   std::vector<size_t> present;
-  for (size_t g = 0; g < n_group; ++g) {
-    if (weights_.groups[l][g].node != nullptr) present.push_back(g);
+  for (size_t group = 0; group < n_group; ++group) {
+    if (weights_.groups[layer][group].node != nullptr) present.push_back(group);
   }
   const int64_t size = per_group * static_cast<int64_t>(present.size());
-  std::vector<std::vector<GroupGradients<T>>> gradients(scratch.size());
-  for (size_t thread = 0; thread < scratch.size(); ++thread) {
-    T* memory = gradient_memory_[thread].get(size);
-    std::fill_n(memory, size, T(0));
+  ThreadGradients<Real> gradients(n_thread);
+  for (size_t thread = 0; thread < n_thread; ++thread) {
+    Real* memory = gradient_memory_[thread].get(size);
+    std::fill_n(memory, size, Real(0));
     gradients[thread].resize(n_group);
-    for (const size_t g : present) {
-      place_gradients(s, memory, gradients[thread][g]);
+    for (const size_t group : present) {
+      place_gradients(shape, memory, gradients[thread][group]);
       memory += per_group;
     }
-    scratch[thread].gradients = gradients[thread].data();
   }
-  layers_.layer_backward(l, /*nodes=*/true, /*from_geometry=*/false);
-  for (Scratch<T>& of_thread : scratch) of_thread.gradients = nullptr;
-  T* sum = gradient_memory_[0].get(size);
-  for (size_t thread = 1; thread < scratch.size(); ++thread) {
-    const T* part = gradient_memory_[thread].get(size);
+  layers_.layer_backward_to_train(layer, gradients);
+  Real* sum = gradient_memory_[0].get(size);
+  for (size_t thread = 1; thread < n_thread; ++thread) {
+    const Real* part = gradient_memory_[thread].get(size);
     for (int64_t k = 0; k < size; ++k) sum[k] += part[k];
   }
-  TrainingWeights::Layer layer;
-  layer.update_n = Array::zeros({2 + s.heads, s.n}, dtype_of<T>);
-  layer.update_e = Array::zeros({s.live_edge ? (s.with_angles ? 2 : 1) : 0, s.e}, dtype_of<T>);
-  layer.update_a = Array::zeros({s.live_angle ? 1 : 0, s.a}, dtype_of<T>);
-  layer.groups.resize(n_group);
-  for (const size_t g : present) collect_group(l, g, gradients[0][g], layer);
-  return layer;
+  TrainingWeights::Layer out;
+  const int64_t n_edge_update = shape.live_edge ? (shape.with_angles ? 2 : 1) : 0;
+  out.update_node = Array::zeros({2 + shape.heads, shape.n}, dtype_of<Real>);
+  out.update_edge = Array::zeros({n_edge_update, shape.e}, dtype_of<Real>);
+  out.update_angle = Array::zeros({shape.live_angle ? 1 : 0, shape.a}, dtype_of<Real>);
+  out.groups.resize(n_group);
+  for (const size_t group : present) collect_group(layer, group, gradients[0][group], out);
+  return out;
 }
 
-template <class T>
-void TrainableLayers<T>::collect_group(size_t l, size_t g, const GroupGradients<T>& from,
-                                       TrainingWeights::Layer& into) {
-  const LayerShape& s = weights_.shapes[l];
-  const UpdateVectors<T>& u = weights_.updates[l];
-  NamedArrays& group = into.groups[g];
-  for (const WeightEntry<T>& entry : weight_entries<T>(s)) {
-    Array values = Array::zeros({entry.rows, entry.columns}, dtype_of<T>);
-    if (entry.gradients != nullptr) std::copy_n(from.*entry.gradients, entry.size(), values.data<T>());
-    group.emplace(entry.name, values);
+template <class Real>
+void TrainableLayers<Real>::collect_group(size_t layer, size_t group, const GroupGradients<Real>& from,
+                                          TrainingWeights::Layer& into) {
+  const LayerShape& shape = weights_.shapes[layer];
+  const UpdateVectors<Real>& update = weights_.updates[layer];
+  NamedArrays& arrays = into.groups[group];
+  for (const WeightEntry<Real>& entry : weight_entries<Real>(shape)) {
+    Array values = Array::zeros({entry.rows, entry.columns}, dtype_of<Real>);
+    if (entry.gradients != nullptr) {
+      std::copy_n(from.*entry.gradients, entry.size(), values.data<Real>());
+    }
+    arrays.emplace(entry.name, values);
   }
-  if (s.with_angles) add_far_edges(l, g, from, group.at("angle2_b"));
-  T* dn = into.update_n.data<T>();
-  T* de = into.update_e.data<T>();
-  T* da = into.update_a.data<T>();
-  // the message has its coefficients within, and the first map of angles none
-  for (int64_t d = 0; d < s.heads * s.n; ++d) dn[2 * s.n + d] += from.update_n[d];
+  if (shape.with_angles) add_far_edges(layer, group, from, arrays.at("angle2_b"));
+  Real* d_node = into.update_node.data<Real>();
+  Real* d_edge = into.update_edge.data<Real>();
+  Real* d_angle = into.update_angle.data<Real>();
+  // the message has its coefficients within, and the angle message none
+  for (int64_t d = 0; d < shape.heads * shape.n; ++d) d_node[2 * shape.n + d] += from.update_node[d];
   struct Coefficients {
-    const T* values = nullptr;
-    T* gradient = nullptr;
+    const Real* values = nullptr;
+    Real* gradient = nullptr;
   };
-  std::map<std::string, Coefficients, std::less<>> update{{"p_node", {u.n, dn}},
-                                                          {"p_sym", {u.n + s.n, dn + s.n}}};
-  if (s.live_edge) update["p_edge"] = {u.e, de};
-  if (s.with_angles) update["p_angle2"] = {u.e + s.e, de + s.e};
-  if (s.live_angle) update["p_angle"] = {u.a, da};
-  for (const WeightEntry<T>& entry : weight_entries<T>(s)) {
-    if (entry.sums == nullptr || entry.columns == 0) continue;
-    const Coefficients c = update[entry.name];
-    const T* p = weights_.groups[l][g].*entry.weights;
-    split_sums<T>(from.*entry.sums, entry.columns, entry.width, p, c.values,
-                  group.at(entry.name).template data<T>(), c.gradient);
+  std::map<std::string, Coefficients, std::less<>> of_map;
+  of_map["p_node"] = {update.node, d_node};
+  of_map["p_sym"] = {update.node + shape.n, d_node + shape.n};
+  if (shape.live_edge) of_map["p_edge"] = {update.edge, d_edge};
+  if (shape.with_angles) of_map["p_angle2"] = {update.edge + shape.e, d_edge + shape.e};
+  if (shape.live_angle) of_map["p_angle"] = {update.angle, d_angle};
+  for (const WeightEntry<Real>& entry : weight_entries<Real>(shape)) {
+    if (entry.outputs == nullptr || entry.columns == 0) continue;
+    const Coefficients coefficients = of_map[entry.name];
+    MixGradients<Real> mix;
+    mix.routing = weights_.groups[layer][group].*entry.weights;
+    mix.coefficients = coefficients.values;
+    mix.d_routing = arrays.at(entry.name).template data<Real>();
+    mix.d_coefficients = coefficients.gradient;
+    split_outputs<Real>(from.*entry.outputs, entry.columns, entry.width, mix);
   }
 }
 
-/// Edges without a message: their update is a constant, sum_k p_k phi(b_k).
-template <class T>
-void TrainableLayers<T>::add_far_edges(size_t l, size_t g, const GroupGradients<T>& from,
-                                       Array& bias_gradient) {
-  const LayerShape& s = weights_.shapes[l];
-  const GroupWeights<T>& w = weights_.groups[l][g];
-  const T* coefficients = weights_.updates[l].e + s.e;
-  const int64_t columns = s.k_angle2 * s.e;
-  std::vector<T> y(w.angle2_b, w.angle2_b + columns), slope(y.size());
-  kernels_.activate_with_slope(s.phi, y.data(), slope.data(), columns);
-  T* db = bias_gradient.data<T>();
-  for (int64_t k = 0; k < s.k_angle2; ++k) {
-    for (int64_t d = 0; d < s.e; ++d) {
-      const int64_t at = k * s.e + d;
-      from.y_angle2[at] += y[static_cast<size_t>(at)] * from.far[d];
-      db[at] += w.p_angle2[k] * slope[static_cast<size_t>(at)] * coefficients[d] * from.far[d];
+/// Edges without a message: their update is a constant, c * sum_k p_k phi(b_k).
+template <class Real>
+void TrainableLayers<Real>::add_far_edges(size_t layer, size_t group, const GroupGradients<Real>& from,
+                                          Array& bias_gradient) {
+  const LayerShape& shape = weights_.shapes[layer];
+  const GroupWeights<Real>& weights = weights_.groups[layer][group];
+  const Real* coefficients = weights_.updates[layer].edge + shape.e;
+  const int64_t columns = shape.experts_message_map * shape.e;
+  std::vector<Real> output(weights.message_map_bias, weights.message_map_bias + columns);
+  std::vector<Real> slope(output.size());
+  kernels_.activate_with_slope(shape.activation, output.data(), slope.data(), columns);
+  Real* d_bias = bias_gradient.data<Real>();
+  const Real* d_far = from.d_message_map_far;
+  for (int64_t k = 0; k < shape.experts_message_map; ++k) {
+    for (int64_t d = 0; d < shape.e; ++d) {
+      const int64_t at = k * shape.e + d;
+      from.output_message_map[at] += output[static_cast<size_t>(at)] * d_far[d];
+      d_bias[at] +=
+          weights.routing_message_map[k] * slope[static_cast<size_t>(at)] * coefficients[d] * d_far[d];
     }
   }
 }
 
-template <class T>
-void TrainableLayers<T>::embedding_gradients(const PreparedGraph& graph, TrainingWeights& out) {
-  const LayerShape& s = weights_.shapes[0];
-  LayerBuffers<T>& b = layers_.buffers();
-  out.edge_matrix = Array::zeros({s.e}, dtype_of<T>);
-  out.edge_bias = Array::zeros({s.e}, dtype_of<T>);
-  out.direction = Array::zeros({s.with_angles ? s.a : 0}, dtype_of<T>);
-  out.node_table = Array::zeros({static_cast<int64_t>(weights_.node_table.size()) / s.n, s.n}, dtype_of<T>);
-  T* d_matrix = out.edge_matrix.data<T>();
-  T* d_bias = out.edge_bias.data<T>();
-  const T* input = b.edge_input.get(0);
-  const T* de = b.de.get(0);
-  std::vector<T> z(static_cast<size_t>(s.e)), slope(static_cast<size_t>(s.e), T(1));
-  for (int64_t edge = 0; edge < graph.n_edge; ++edge) {
-    if (!weights_.use_dist) {
-      for (size_t d = 0; d < z.size(); ++d) {
-        z[d] = input[edge] * weights_.edge_matrix[d] + weights_.edge_bias[d];
-      }
-      kernels_.activate_with_slope(weights_.phi, z.data(), slope.data(), s.e);
-    }
-    for (int64_t d = 0; d < s.e; ++d) {
-      const T dz = de[edge * s.e + d] * slope[static_cast<size_t>(d)];
-      d_matrix[d] += input[edge] * dz;
-      d_bias[d] += dz;
-    }
-  }
-  if (s.with_angles) {
-    T* d_direction = out.direction.data<T>();
-    const T* cos = b.cos.get(0);
-    const T* da = b.da.get(0);
+/// Of e = phi(x W + b), a = cos W_a / sqrt(pi) and the rows of the type table.
+template <class Real>
+void TrainableLayers<Real>::embedding_gradients(const PreparedGraph& graph, TrainingWeights& out) {
+  const LayerShape& shape = weights_.shapes[0];
+  LayerBuffers<Real>& buffers = layers_.buffers();
+  add_edge_embedding(graph.n_edge, out);
+  out.direction = Array::zeros({shape.with_angles ? shape.a : 0}, dtype_of<Real>);
+  if (shape.with_angles) {
+    Real* d_direction = out.direction.data<Real>();
+    const Real* cosine = buffers.cosine.get(0);
+    const Real* d_angle = buffers.d_angle.get(0);
     for (int64_t k = 0; k < graph.n_angle; ++k) {
-      for (int64_t d = 0; d < s.a; ++d) d_direction[d] += cos[k] * da[k * s.a + d];
+      for (int64_t d = 0; d < shape.a; ++d) d_direction[d] += cosine[k] * d_angle[k * shape.a + d];
     }
   }
-  T* d_table = out.node_table.data<T>();
-  const T* dv = b.dv.get(0);
+  const int64_t n_types = static_cast<int64_t>(weights_.node_table.size()) / shape.n;
+  out.node_table = Array::zeros({n_types, shape.n}, dtype_of<Real>);
+  Real* d_table = out.node_table.data<Real>();
+  const Real* d_node = buffers.d_node.get(0);
   for (int64_t i = 0; i < graph.n_local; ++i) {
-    T* row = d_table + graph.types[static_cast<size_t>(i)] * s.n;
-    for (int64_t d = 0; d < s.n; ++d) row[d] += dv[i * s.n + d];
+    Real* row = d_table + graph.types[static_cast<size_t>(i)] * shape.n;
+    for (int64_t d = 0; d < shape.n; ++d) row[d] += d_node[i * shape.n + d];
   }
 }
 
-template <class T>
+template <class Real>
+void TrainableLayers<Real>::add_edge_embedding(int64_t n_edge, TrainingWeights& out) {
+  const int64_t width = weights_.shapes[0].e;
+  LayerBuffers<Real>& buffers = layers_.buffers();
+  out.edge_matrix = Array::zeros({width}, dtype_of<Real>);
+  out.edge_bias = Array::zeros({width}, dtype_of<Real>);
+  Real* d_matrix = out.edge_matrix.data<Real>();
+  Real* d_bias = out.edge_bias.data<Real>();
+  const Real* input = buffers.edge_input.get(0);
+  const Real* d_edge = buffers.d_edge.get(0);
+  std::vector<Real> pre_activation(static_cast<size_t>(width));
+  std::vector<Real> slope(static_cast<size_t>(width), Real(1));
+  for (int64_t edge = 0; edge < n_edge; ++edge) {
+    if (!weights_.use_dist) {
+      for (size_t d = 0; d < pre_activation.size(); ++d) {
+        pre_activation[d] = input[edge] * weights_.edge_matrix[d] + weights_.edge_bias[d];
+      }
+      kernels_.activate_with_slope(weights_.phi, pre_activation.data(), slope.data(), width);
+    }
+    for (int64_t d = 0; d < width; ++d) {
+      const Real d_pre = d_edge[edge * width + d] * slope[static_cast<size_t>(d)];
+      d_matrix[d] += input[edge] * d_pre;
+      d_bias[d] += d_pre;
+    }
+  }
+}
+
+template <class Real>
 std::unique_ptr<TrainableModel> make_model(const Architecture& model, const Settings& settings,
                                            ThreadPool& threads) {
-  return std::make_unique<TrainableLayers<T>>(model, kernels<T>(settings.instruction_set.c_str()), threads,
-                                              settings.keep_bytes);
+  return std::make_unique<TrainableLayers<Real>>(
+      model, select_kernels<Real>(settings.instruction_set.c_str()), threads, settings.keep_bytes);
 }
 
 }  // namespace
@@ -485,12 +504,12 @@ Trainer::Trainer(const std::string& path, const std::string& dtype)
 
 Trainer::~Trainer() = default;
 
-void Trainer::set_num_threads(int64_t n) {
-  if (n < 0 || n > 4096) {
+void Trainer::set_num_threads(int64_t n_threads) {
+  if (n_threads < 0 || n_threads > 4096) {
     throw Error("expected a number of threads from 1 to 4096, or 0 for the default, got " +
-                std::to_string(n));
+                std::to_string(n_threads));
   }
-  impl_->n_threads = n;
+  impl_->n_threads = n_threads;
 }
 
 int64_t Trainer::num_threads() const { return impl_->num_threads(); }
@@ -529,10 +548,10 @@ Array Trainer::forward(bool keep_for_weights) {
   return impl_->ready().forward(impl_->graph, keep_for_weights);
 }
 
-Array Trainer::backward(const Array& dv) { return impl_->ready().backward(impl_->graph, dv); }
+Array Trainer::backward(const Array& d_node) { return impl_->ready().backward(impl_->graph, d_node); }
 
-TrainingWeights Trainer::backward_to_weights(const Array& dv) {
-  return impl_->ready().backward_to_weights(impl_->graph, dv);
+TrainingWeights Trainer::backward_to_weights(const Array& d_node) {
+  return impl_->ready().backward_to_weights(impl_->graph, d_node);
 }
 
 }  // namespace moecalc

@@ -21,14 +21,18 @@ using NamedArrays = std::map<std::string, Array, std::less<>>;
 /// dtype of the network.
 struct MOECALC_API TrainingWeights {
   struct Layer {
-    Array update_n, update_e, update_a;  // (2 + heads, n), (2, e), (1, a)
+    Array update_node;   // (2 + heads, n)
+    Array update_edge;   // (2, e)
+    Array update_angle;  // (1, a)
     /// Of every routing group: matrices (rows, active experts side by side), biases and vectors of routing
     /// weights by the names of group_weight_names(), zero elements where the layer has no such map. Empty for
     /// a group without atoms.
     std::vector<NamedArrays> groups;
   };
-  Array edge_matrix, edge_bias, direction;  // (e), (e), (a)
-  Array node_table;                         // (n_types, n): phi of the type table
+  Array edge_matrix;  // (e)
+  Array edge_bias;    // (e)
+  Array direction;    // (a)
+  Array node_table;   // (n_types, n): phi of the type table
   std::vector<Layer> layers;
 };
 
@@ -44,7 +48,7 @@ class MOECALC_API Trainer {
   ~Trainer();
 
   /// Threads of the calls to come; 0: the default (core/threads.h). Sums over atoms depend on their number.
-  void set_num_threads(int64_t n);
+  void set_num_threads(int64_t n_threads);
   int64_t num_threads() const;
 
   /// types (n,), edge_index (2, E) and system_index (n,) int64, edge_vec (E, 3) float64. Sorts the graph; the
@@ -60,9 +64,9 @@ class MOECALC_API Trainer {
   /// (n, n_dim) node features; `keep_for_weights`: so that backward_to_weights can follow instead of
   /// backward.
   Array forward(bool keep_for_weights);
-  /// d(sum(dv * v)) / d(edge_vec), (E, 3) float64.
-  Array backward(const Array& dv);
-  TrainingWeights backward_to_weights(const Array& dv);
+  /// d(sum(d_node * node)) / d(edge_vec), (E, 3) float64.
+  Array backward(const Array& d_node);
+  TrainingWeights backward_to_weights(const Array& d_node);
 
  private:
   class Impl;

@@ -7,27 +7,39 @@
 #include <vector>
 
 #include "backends/cuda/memory.h"
+#include "kernels/common/layer.h"
+#include "kernels/cuda/geometry.cuh"
+#include "kernels/cuda/readout.cuh"
 #include "moecalc/evaluator.h"
-#include "ops/cuda/layer.cuh"
-#include "ops/cuda/readout.cuh"
-#include "ops/layer.h"
 
 namespace moecalc::cuda {
 
 /// Extent of a system, or capacity for one.
 struct Sizes {
-  int64_t n_local = 0, n_node = 0, n_list = 0, n_slot = 0, n_systems = 1, edges = 0, close = 0, angles = 0;
+  int64_t n_local = 0;
+  int64_t n_node = 0;
+  int64_t n_list = 0;
+  int64_t n_slot = 0;
+  int64_t n_systems = 1;
+  int64_t n_edge = 0;
+  int64_t n_close = 0;
+  int64_t n_angle = 0;
 };
 
-/// Where the results of a request lie, in numbers: counts, energies, and what else was asked for. What was
-/// not is not there: nobody writes it.
+/// Where the results of a request lie, in numbers: counts, energies, and what else was asked for. -1: not
+/// asked for, and nobody writes it.
 struct ResultPlaces {
-  int64_t energy = 0, energies = 0, forces = -1, virial = -1, atom_virial = -1, total = 0;
+  int64_t energy = 0;
+  int64_t energies = 0;
+  int64_t forces = -1;
+  int64_t virial = -1;
+  int64_t atom_virial = -1;
+  int64_t total = 0;
 
   ResultPlaces(const Sizes& sizes, const Request& request) {
-    const auto place = [&](bool wanted, int64_t n) {
+    const auto place = [&](bool wanted, int64_t count) {
       const int64_t first = total;
-      if (wanted) total += n;
+      if (wanted) total += count;
       return wanted ? first : -1;
     };
     place(true, kCounts);
@@ -39,207 +51,357 @@ struct ResultPlaces {
   }
 };
 
+/// Memory of everything that a step writes. Names as in LayerView, Graph and EdgeGeometry, which have the
+/// shapes.
+template <class Real>
 struct Buffers {
-  // Per layer: features of nodes, edges and angles, angle messages, sums over edges.
-  std::vector<Memory> v, e, a, m, big_h;
-  std::vector<Memory> x, slope;  // of the fitting net
-  Memory n_close, first_edge, first_close, first_angle, problem, edge_list, edge_centre, edge_of_list, counts;
-  Memory vec, r, ds, angle_switch, unit, sw, h, input, cos, asw;
-  Memory zc, zn, zca, pq, message, sym;
-  Memory de[2], da, dcos, dasw, dsw, dh, dm, dpq, dz, dz_node, dzc, dzca, dbig_h, dsym, dmessage;
-  Memory dzn, dv_slot, dv_own, dv, dx[2], gradient, centre;
-  Memory results;
+  Buffers(size_t n_layer, size_t n_fitting)
+      : node(n_layer + 1),
+        edge(n_layer + 1),
+        angle(n_layer + 1),
+        angle_message(n_layer),
+        moments(n_layer),
+        fitting(n_fitting + 1),
+        fitting_slope(n_fitting) {}
+
+  // the graph of the step
+  Values<int> n_close;
+  Values<int> first_edge;
+  Values<int> first_close;
+  Values<int> first_angle;
+  Values<int> problem;
+  Values<int> edge_list;
+  Values<int> edge_centre;
+  Values<int> edge_of_list;
+  Values<int64_t> counts;
+
+  // its geometry
+  Values<double> vector;
+  Values<double> distance;
+  Values<double> unit;
+  Values<SwitchValue> angle_switch;
+  Values<Real> switch_edge;
+  Values<Real> directions;
+  Values<Real> input;
+  Values<Real> cosine;
+  Values<Real> switch_angle;
+
+  // Of every layer, for its backward: inputs (and outputs of the last), angle messages, moments
+  std::vector<Values<Real>> node;
+  std::vector<Values<Real>> edge;
+  std::vector<Values<Real>> angle;
+  std::vector<Values<Real>> angle_message;
+  std::vector<Values<Real>> moments;
+
+  // of the layer at hand
+  Values<Real> edge_centre_part;
+  Values<Real> edge_neighbor_part;
+  Values<Real> angle_centre_part;
+  Values<Real> angle_edge_parts;
+  Values<Real> message;
+  Values<Real> invariants;
+
+  // its backward; gradients of outputs and inputs in the two buffers of d_edge by turns
+  Values<Real> d_edge[2];
+  Values<Real> d_angle;
+  Values<Real> d_angle_message;
+  Values<Real> d_angle_edge_parts;
+  Values<Real> d_edge_pre;
+  Values<Real> d_node_pre;
+  Values<Real> d_edge_centre_part;
+  Values<Real> d_angle_centre_part;
+  Values<Real> d_moments;
+  Values<Real> d_invariants;
+  Values<Real> d_message;
+  Values<Real> d_neighbor_part;
+  Values<Real> d_node_slot;
+  Values<Real> d_node_own;
+  Values<Real> d_node;
+
+  // gradients of the geometry, sums over all layers
+  Values<Real> d_cosine;
+  Values<Real> d_switch_angle;
+  Values<double> d_switch_edge;
+  Values<double> d_directions;
+  Values<double> d_vector;
+  Values<double> centre_sums;
+
+  // the fitting net: features before every layer and after the last, slopes, gradients in two buffers by
+  // turns
+  std::vector<Values<Real>> fitting;
+  std::vector<Values<Real>> fitting_slope;
+  Values<Real> d_fitting[2];
+
+  Values<double> results;
 };
 
 /// What the buffers depend on besides the system.
-template <class T>
-struct ModelWidths {
-  const std::vector<ops::LayerShape>& layers;
-  const std::vector<FittingLayer<T>>& fitting;
-  int64_t fitting_out;  // width of the fitting net's last features, padded
+template <class Real>
+class ModelWidths {
+ public:
+  /// `fitting_out`: width of the fitting net's last features, padded. The vectors must outlive this.
+  ModelWidths(const std::vector<kernels::LayerShape>& layers, const std::vector<FittingLayer<Real>>& fitting,
+              int64_t fitting_out)
+      : layers_(layers), fitting_(fitting), fitting_out_(fitting_out) {}
 
-  /// f(buffer, bytes) for everything that a system of these sizes needs besides the weights and the list.
-  template <class F>
-  void plan(Buffers& b, const Sizes& s, const F& f) const;
+  Buffers<Real> buffers() const { return {layers_.size(), fitting_.size()}; }
+
+  /// visit(Values<V>&, count) for everything that a system of these sizes needs besides the weights and the
+  /// list. `buffers`: constant or not.
+  template <class AnyBuffers, class Visit>
+  void for_each(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+    visit_graph(buffers, sizes, visit);
+    visit_geometry(buffers, sizes, visit);
+    visit_features(buffers, sizes, visit);
+    visit_layer(buffers, sizes, visit);
+    visit_layer_backward(buffers, sizes, visit);
+    visit_fitting(buffers, sizes, visit);
+    visit(buffers.d_vector, 3 * sizes.n_edge);
+    visit(buffers.centre_sums, 12 * sizes.n_local);
+    visit(buffers.results, ResultPlaces(sizes, {true, true, true}).total);
+  }
+
+ private:
+  /// Largest widths of all layers, which share buffers.
+  struct Widest {
+    int64_t edge_columns = 0;
+    int64_t angle_columns = 0;
+    int64_t node_columns = 0;  // node and sym map side by side
+    int64_t message = 0;
+    int64_t sym_width = 0;
+    int64_t sym_inputs = 0;
+    bool any_angle_gradient = false;
+  };
+  Widest widest() const;
+
+  template <class AnyBuffers, class Visit>
+  void visit_graph(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+  template <class AnyBuffers, class Visit>
+  void visit_geometry(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+  template <class AnyBuffers, class Visit>
+  void visit_features(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+  template <class AnyBuffers, class Visit>
+  void visit_layer(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+  template <class AnyBuffers, class Visit>
+  void visit_layer_backward(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+  template <class AnyBuffers, class Visit>
+  void visit_fitting(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+
+  const std::vector<kernels::LayerShape>& layers_;
+  const std::vector<FittingLayer<Real>>& fitting_;
+  int64_t fitting_out_;
 };
 
-template <class T>
-template <class F>
-void ModelWidths<T>::plan(Buffers& b, const Sizes& s, const F& f) const {
-  const auto values = [&](Memory& to, int64_t n) { f(to, n * static_cast<int64_t>(sizeof(T))); };
-  const auto doubles = [&](Memory& to, int64_t n) { f(to, n * 8); };
-  const auto ints = [&](Memory& to, int64_t n) { f(to, n * 4); };
-  const size_t n_layer = layers.size();
-  const ops::LayerShape& s0 = layers[0];
-  for (std::vector<Memory>* features : {&b.v, &b.e, &b.a}) features->resize(n_layer + 1);
-  for (std::vector<Memory>* sums : {&b.m, &b.big_h}) sums->resize(n_layer);
-  b.x.resize(fitting.size() + 1);
-  b.slope.resize(fitting.size());
-
-  // the graph of the step
-  for (Memory* offsets : {&b.n_close, &b.first_edge, &b.first_close, &b.first_angle, &b.problem}) {
-    ints(*offsets, s.n_local + 1);
+template <class Real>
+auto ModelWidths<Real>::widest() const -> Widest {
+  Widest widest;
+  for (const kernels::LayerShape& shape : layers_) {
+    const bool first_layer = &shape == &layers_.front();
+    const auto grow = [](int64_t& most, int64_t width) { most = std::max(most, width); };
+    grow(widest.edge_columns, shape.edge_columns());
+    if (shape.with_angles) grow(widest.angle_columns, shape.angle_columns());
+    grow(widest.node_columns, (shape.experts_node + shape.experts_sym) * shape.n_padded);
+    grow(widest.message, shape.heads * shape.n_padded);
+    grow(widest.sym_width, shape.sym_width());
+    grow(widest.sym_inputs, shape.sym_inputs());
+    if (shape.live_angle || (shape.with_angles && !first_layer)) widest.any_angle_gradient = true;
   }
-  ints(b.edge_list, s.edges);
-  ints(b.edge_centre, s.edges);
-  ints(b.edge_of_list, s.n_list);
-  doubles(b.counts, kCounts);
-  doubles(b.vec, 3 * s.edges);
-  doubles(b.r, s.edges);
-  doubles(b.ds, s.edges);
-  doubles(b.angle_switch, 2 * s.edges);
-  doubles(b.unit, 3 * s.edges);
-  values(b.sw, s.edges);
-  values(b.h, 4 * s.edges);
-  values(b.input, s.edges);
-  for (Memory* angles : {&b.cos, &b.asw, &b.dcos, &b.dasw}) values(*angles, s.angles);
-  doubles(b.dsw, s.edges);
-  doubles(b.dh, 4 * s.edges);
-
-  // features, kept for the backward
-  int64_t ce = 0, ca = 0, nodes = 0, width = 0, sym = 0, sym_in = 0;
-  values(b.v[0], s.n_node * s0.np);
-  values(b.e[0], s.edges * s0.ep);
-  bool da = false;
-  for (size_t l = 0; l < n_layer; ++l) {
-    const ops::LayerShape& shape = layers[l];
-    ce = std::max(ce, shape.edge_columns());
-    if (shape.with_angles) ca = std::max(ca, shape.angle_columns());
-    nodes = std::max(nodes, (shape.k_node + shape.k_sym) * shape.np);
-    width = std::max(width, shape.heads * shape.np);
-    sym = std::max(sym, shape.sym_width());
-    sym_in = std::max(sym_in, shape.sym_in());
-    values(b.v[l + 1], s.n_node * shape.np);
-    if (shape.live_edge) values(b.e[l + 1], s.edges * shape.ep);
-    if (shape.live_angle) values(b.a[l + 1], s.angles * shape.ap);
-    if (shape.with_angles) values(b.m[l], (shape.keep_far ? s.edges : s.close) * shape.ep);
-    values(b.big_h[l], s.n_local * 3 * shape.sym_width());
-    da = da || (shape.with_angles && l > 0) || shape.live_angle;
-  }
-
-  // intermediate values and gradients, which all layers share
-  const int64_t message_rows = s0.keep_far && s0.with_angles ? s.edges : s.close;
-  values(b.zc, s.n_local * ce);
-  values(b.zn, s.n_slot * ce);
-  values(b.zca, s.n_local * ca);
-  values(b.pq, 2 * s.close * ca);
-  values(b.message, s.n_local * width);
-  values(b.sym, s.n_local * sym_in);
-  for (Memory& gradients : b.de) values(gradients, s.edges * s0.ep);
-  values(b.da, da ? s.angles * s0.ap : 0);
-  values(b.dm, s0.with_angles ? message_rows * s0.ep : 0);
-  values(b.dpq, 2 * s.close * ca);
-  values(b.dz, s.edges * ce);
-  values(b.dz_node, s.n_local * nodes);
-  values(b.dzc, s.n_local * ce);
-  values(b.dzca, s.n_local * ca);
-  values(b.dbig_h, s.n_local * 3 * sym);
-  values(b.dsym, s.n_local * sym_in);
-  values(b.dmessage, s.n_local * width);
-  values(b.dzn, s.n_slot * ce);
-  values(b.dv_slot, s.n_slot * s0.np);
-  values(b.dv_own, s.n_local * s0.np);
-  values(b.dv, s.n_node * s0.np);
-
-  // the fitting net
-  int64_t widest = fitting_out;
-  for (size_t l = 0; l < fitting.size(); ++l) {
-    values(b.x[l], s.n_local * fitting[l].in);
-    values(b.slope[l], s.n_local * fitting[l].out);
-    widest = std::max<int64_t>({widest, fitting[l].in, fitting[l].out});
-  }
-  values(b.x.back(), s.n_local * fitting_out);
-  for (Memory& gradients : b.dx) values(gradients, s.n_local * widest);
-
-  doubles(b.gradient, 3 * s.edges);
-  doubles(b.centre, 12 * s.n_local);
-  doubles(b.results, ResultPlaces(s, {true, true, true}).total);
+  return widest;
 }
 
-template <class T>
-int64_t planned_bytes(const ModelWidths<T>& widths, const Sizes& sizes) {
-  Buffers unused;
+template <class Real>
+template <class AnyBuffers, class Visit>
+void ModelWidths<Real>::visit_graph(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+  visit(buffers.n_close, sizes.n_local + 1);
+  visit(buffers.first_edge, sizes.n_local + 1);
+  visit(buffers.first_close, sizes.n_local + 1);
+  visit(buffers.first_angle, sizes.n_local + 1);
+  visit(buffers.problem, sizes.n_local + 1);
+  visit(buffers.edge_list, sizes.n_edge);
+  visit(buffers.edge_centre, sizes.n_edge);
+  visit(buffers.edge_of_list, sizes.n_list);
+  visit(buffers.counts, kCounts);
+}
+
+template <class Real>
+template <class AnyBuffers, class Visit>
+void ModelWidths<Real>::visit_geometry(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+  visit(buffers.vector, 3 * sizes.n_edge);
+  visit(buffers.distance, sizes.n_edge);
+  visit(buffers.unit, 3 * sizes.n_edge);
+  visit(buffers.angle_switch, sizes.n_edge);
+  visit(buffers.switch_edge, sizes.n_edge);
+  visit(buffers.directions, 4 * sizes.n_edge);
+  visit(buffers.input, sizes.n_edge);
+  visit(buffers.cosine, sizes.n_angle);
+  visit(buffers.switch_angle, sizes.n_angle);
+  visit(buffers.d_cosine, sizes.n_angle);
+  visit(buffers.d_switch_angle, sizes.n_angle);
+  visit(buffers.d_switch_edge, sizes.n_edge);
+  visit(buffers.d_directions, 4 * sizes.n_edge);
+}
+
+/// Features are kept for the backward.
+template <class Real>
+template <class AnyBuffers, class Visit>
+void ModelWidths<Real>::visit_features(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+  visit(buffers.node[0], sizes.n_node * layers_[0].n_padded);
+  visit(buffers.edge[0], sizes.n_edge * layers_[0].e_padded);
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const kernels::LayerShape& shape = layers_[l];
+    const int64_t n_message = shape.keep_far ? sizes.n_edge : sizes.n_close;
+    visit(buffers.node[l + 1], sizes.n_node * shape.n_padded);
+    if (shape.live_edge) visit(buffers.edge[l + 1], sizes.n_edge * shape.e_padded);
+    if (shape.live_angle) visit(buffers.angle[l + 1], sizes.n_angle * shape.a_padded);
+    if (shape.with_angles) visit(buffers.angle_message[l], n_message * shape.e_padded);
+    visit(buffers.moments[l], sizes.n_local * 3 * shape.sym_width());
+  }
+}
+
+template <class Real>
+template <class AnyBuffers, class Visit>
+void ModelWidths<Real>::visit_layer(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+  const Widest most = widest();
+  visit(buffers.edge_centre_part, sizes.n_local * most.edge_columns);
+  visit(buffers.edge_neighbor_part, sizes.n_slot * most.edge_columns);
+  visit(buffers.angle_centre_part, sizes.n_local * most.angle_columns);
+  visit(buffers.angle_edge_parts, 2 * sizes.n_close * most.angle_columns);
+  visit(buffers.message, sizes.n_local * most.message);
+  visit(buffers.invariants, sizes.n_local * most.sym_inputs);
+}
+
+template <class Real>
+template <class AnyBuffers, class Visit>
+void ModelWidths<Real>::visit_layer_backward(AnyBuffers& buffers, const Sizes& sizes,
+                                             const Visit& visit) const {
+  const Widest most = widest();
+  const kernels::LayerShape& shape = layers_[0];
+  const int64_t n_message = shape.keep_far ? sizes.n_edge : sizes.n_close;
+  for (auto& gradients : buffers.d_edge) visit(gradients, sizes.n_edge * shape.e_padded);
+  visit(buffers.d_angle, most.any_angle_gradient ? sizes.n_angle * shape.a_padded : 0);
+  visit(buffers.d_angle_message, shape.with_angles ? n_message * shape.e_padded : 0);
+  visit(buffers.d_angle_edge_parts, 2 * sizes.n_close * most.angle_columns);
+  visit(buffers.d_edge_pre, sizes.n_edge * most.edge_columns);
+  visit(buffers.d_node_pre, sizes.n_local * most.node_columns);
+  visit(buffers.d_edge_centre_part, sizes.n_local * most.edge_columns);
+  visit(buffers.d_angle_centre_part, sizes.n_local * most.angle_columns);
+  visit(buffers.d_moments, sizes.n_local * 3 * most.sym_width);
+  visit(buffers.d_invariants, sizes.n_local * most.sym_inputs);
+  visit(buffers.d_message, sizes.n_local * most.message);
+  visit(buffers.d_neighbor_part, sizes.n_slot * most.edge_columns);
+  visit(buffers.d_node_slot, sizes.n_slot * shape.n_padded);
+  visit(buffers.d_node_own, sizes.n_local * shape.n_padded);
+  visit(buffers.d_node, sizes.n_node * shape.n_padded);
+}
+
+template <class Real>
+template <class AnyBuffers, class Visit>
+void ModelWidths<Real>::visit_fitting(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+  int64_t widest = fitting_out_;
+  for (size_t l = 0; l < fitting_.size(); ++l) {
+    const FittingLayer<Real>& layer = fitting_[l];
+    visit(buffers.fitting[l], sizes.n_local * layer.in_padded);
+    visit(buffers.fitting_slope[l], sizes.n_local * layer.out_padded);
+    widest = std::max<int64_t>({widest, layer.in_padded, layer.out_padded});
+  }
+  visit(buffers.fitting.back(), sizes.n_local * fitting_out_);
+  for (auto& gradients : buffers.d_fitting) visit(gradients, sizes.n_local * widest);
+}
+
+/// Bytes that a system of these sizes takes.
+template <class Real>
+int64_t planned_bytes(const ModelWidths<Real>& widths, const Sizes& sizes) {
+  constexpr int64_t unit = 512;  // of the memory's blocks
+  const Buffers<Real> unused = widths.buffers();
   int64_t total = 0;
-  widths.plan(unused, sizes, [&](Memory&, int64_t bytes) { total += (bytes + 511) / 512 * 512; });
+  widths.for_each(unused, sizes, [&](const auto& values, int64_t count) {
+    total += (values.bytes_for(count) + unit - 1) / unit * unit;
+  });
   return total;
 }
 
-template <class T>
-int64_t held_bytes(const ModelWidths<T>& widths, const Buffers& buffers) {
+template <class Real>
+int64_t held_bytes(const ModelWidths<Real>& widths, const Buffers<Real>& buffers) {
   int64_t total = 0;
-  // the buffers are only looked at
-  widths.plan(const_cast<Buffers&>(buffers), {}, [&](Memory& to, int64_t) { total += to.bytes(); });
+  widths.for_each(buffers, {}, [&](const auto& values, int64_t) { total += values.memory.bytes(); });
   return total;
 }
 
-/// Bytes that are missing for `sizes`, and those of the buffers that would be replaced.
+/// Bytes that are missing for a system, and those of the buffers that would be replaced.
 struct Missing {
-  int64_t more = 0, released = 0;
+  int64_t more = 0;
+  int64_t released = 0;
 };
-template <class T>
-Missing missing_bytes(const ModelWidths<T>& widths, Buffers& buffers, const Sizes& sizes) {
+template <class Real>
+Missing missing_bytes(const ModelWidths<Real>& widths, const Buffers<Real>& buffers, const Sizes& sizes) {
   Missing missing;
-  widths.plan(buffers, sizes, [&](Memory& to, int64_t bytes) {
-    if (to.bytes() >= bytes) return;
-    missing.more += bytes;
-    missing.released += to.bytes();
+  widths.for_each(buffers, sizes, [&](const auto& values, int64_t count) {
+    if (values.holds(count)) return;
+    missing.more += values.bytes_for(count);
+    missing.released += values.memory.bytes();
   });
   return missing;
 }
 
-/// Makes every buffer large enough for `sizes`.
-template <class T, class Target>
-void allocate(const ModelWidths<T>& widths, Buffers& buffers, const Sizes& sizes, Target& target) {
+/// Makes every buffer large enough for a system.
+template <class Real, class Target>
+void allocate(const ModelWidths<Real>& widths, Buffers<Real>& buffers, const Sizes& sizes, Target& target) {
   // release first: old and new need not fit together
-  widths.plan(buffers, sizes, [&](Memory& to, int64_t bytes) {
-    if (to.bytes() < bytes) to.reset();
+  widths.for_each(buffers, sizes, [&](auto& values, int64_t count) {
+    if (!values.holds(count)) values.memory.reset();
   });
-  widths.plan(buffers, sizes, [&](Memory& to, int64_t bytes) {
-    if (to.bytes() < bytes) to = target.memory(bytes);
+  widths.for_each(buffers, sizes, [&](auto& values, int64_t count) {
+    if (!values.holds(count)) values.memory = target.memory(values.bytes_for(count));
   });
   target.trim();  // what the smaller buffers left over is of no use
 }
 
-/// Points the kernels' structs at the buffers.
-inline void view(const Buffers& b, const Sizes& capacity, Graph& g) {
-  g.n_close = b.n_close.as<int>();
-  g.first_edge = b.first_edge.as<int>();
-  g.first_close = b.first_close.as<int>();
-  g.first_angle = b.first_angle.as<int>();
-  g.problem = b.problem.as<int>();
-  g.edge_list = b.edge_list.as<int>();
-  g.edge_centre = b.edge_centre.as<int>();
-  g.edge_of_list = b.edge_of_list.as<int>();
-  g.counts = b.counts.as<int64_t>();
-  g.most_edges = capacity.edges;
-  g.most_close = capacity.close;
-  g.most_angles = capacity.angles;
+/// Points the graph's values of the step at the buffers.
+template <class Real>
+void set_step_buffers(Graph& graph, const Buffers<Real>& buffers, const Sizes& capacity) {
+  graph.n_close = buffers.n_close;
+  graph.first_edge = buffers.first_edge;
+  graph.first_close = buffers.first_close;
+  graph.first_angle = buffers.first_angle;
+  graph.problem = buffers.problem;
+  graph.edge_list = buffers.edge_list;
+  graph.edge_centre = buffers.edge_centre;
+  graph.edge_of_list = buffers.edge_of_list;
+  graph.counts = buffers.counts;
+  graph.most_edges = capacity.n_edge;
+  graph.most_close = capacity.n_close;
+  graph.most_angles = capacity.n_angle;
 }
-template <class T>
-EdgeGeometry<T> edge_geometry(const Buffers& b) {
-  EdgeGeometry<T> edges;
-  edges.vec = b.vec.as<double>();
-  edges.r = b.r.as<double>();
-  edges.slope = b.ds.as<double>();
-  edges.angle_switch = b.angle_switch.as<double>();
-  edges.unit = b.unit.as<double>();
-  edges.sw = b.sw.as<T>();
-  edges.h = b.h.as<T>();
-  edges.input = b.input.as<T>();
+
+template <class Real>
+EdgeGeometry<Real> edge_geometry(const Buffers<Real>& buffers) {
+  EdgeGeometry<Real> edges;
+  edges.vector = buffers.vector;
+  edges.distance = buffers.distance;
+  edges.unit = buffers.unit;
+  edges.angle_switch = buffers.angle_switch;
+  edges.switch_edge = buffers.switch_edge;
+  edges.directions = buffers.directions;
+  edges.input = buffers.input;
   return edges;
 }
 
 /// A system of one structure without ghosts, for estimates.
 inline Sizes estimated_sizes(int64_t n_node, int64_t n_edge, int64_t n_angle, int64_t n_group) {
-  Sizes s;
-  s.n_local = s.n_node = n_node;
-  s.edges = s.n_list = n_edge;
-  s.angles = n_angle;
-  // of the angles m^2 of a centre, m close edges
-  const auto nodes = static_cast<double>(n_node);
-  if (n_node > 0) s.close = static_cast<int64_t>(std::sqrt(static_cast<double>(n_angle) / nodes) * nodes);
-  s.n_slot = std::min(n_edge, n_node * n_group);
-  return s;
+  Sizes sizes;
+  sizes.n_local = n_node;
+  sizes.n_node = n_node;
+  sizes.n_edge = n_edge;
+  sizes.n_list = n_edge;
+  sizes.n_angle = n_angle;
+  sizes.n_slot = std::min(n_edge, n_node * n_group);
+  if (n_node > 0) {
+    // n_close^2 angles of a centre
+    const auto nodes = static_cast<double>(n_node);
+    const double close_edges = std::sqrt(static_cast<double>(n_angle) / nodes);
+    sizes.n_close = static_cast<int64_t>(close_edges * nodes);
+  }
+  return sizes;
 }
 
 }  // namespace moecalc::cuda

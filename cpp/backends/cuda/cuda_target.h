@@ -21,14 +21,14 @@ namespace {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // so that the next call does not report it again
+  (void)cudaGetLastError();  // or the next call reports it again
   throw Error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
 /// Three blocks of the kernels that multiply fit on a multiprocessor: 168 registers per thread suffice.
-template <class K>
-__global__ void __launch_bounds__(K::kThreads, K::kThreads == 128 ? 3 : 1)
-    run_kernel(const __grid_constant__ K kernel) {
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kThreads == 128 ? 3 : 1)
+    run_kernel(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(16) char memory[];
   DeviceBlock block(memory);
   kernel(block);
@@ -152,17 +152,18 @@ class CudaTarget {
   /// What the driver has left, and what is held without being used.
   int64_t free_bytes() const {
     const Scope scope(*this);
-    size_t free = 0, total = 0;
+    size_t free = 0;
+    size_t total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
     return static_cast<int64_t>(free) + cache_.idle_bytes();
   }
   Memory memory(int64_t bytes) { return Memory(cache_, bytes); }
   Memory pinned(int64_t bytes) { return Memory(pinned_cache_, bytes); }
   char* staging(size_t bytes) {
-    const auto n = static_cast<int64_t>(bytes);
-    if (staging_.bytes() < n) {
+    const auto need = static_cast<int64_t>(bytes);
+    if (staging_.bytes() < need) {
       staging_.reset();
-      staging_ = pinned(n + n / 8);
+      staging_ = pinned(need + need / 8);
     }
     return staging_.as<char>();
   }
@@ -175,17 +176,17 @@ class CudaTarget {
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "copying from the device");
   }
 
-  template <class K>
-  void launch(const K& kernel) {
+  template <class Kernel>
+  void launch(const Kernel& kernel) {
     const int64_t blocks = kernel.blocks();
     if (blocks == 0) return;
     const auto bytes = static_cast<size_t>(kernel.shared_bytes());
     if (bytes > (48u << 10)) {
-      check(cudaFuncSetAttribute(run_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      check(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(bytes)),
             "asking for shared memory");
     }
-    run_kernel<K><<<static_cast<unsigned>(blocks), K::kThreads, bytes, stream_>>>(kernel);
+    run_kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, bytes, stream_>>>(kernel);
     check(cudaGetLastError(), "launching a kernel");
   }
 
@@ -196,7 +197,8 @@ class CudaTarget {
     const cudaError_t status = cudaFuncGetAttributes(&attributes, run_kernel<ScanCentres>);
     if (status == cudaSuccess) return;
     (void)cudaGetLastError();
-    int major = 0, minor = 0;
+    int major = 0;
+    int minor = 0;
     (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_);
     (void)cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_);
     throw Error("device '" + place() + "': expected a GPU that the kernels were compiled for (" +
@@ -210,7 +212,8 @@ class CudaTarget {
   MemoryCache cache_{std::make_unique<DeviceSource>(device_), MemoryCache::no_limit};
   MemoryCache pinned_cache_{std::make_unique<PinnedSource>(), 0};
   Memory staging_;
-  int shared_limit_ = 0, n_multiprocessor_ = 0;
+  int shared_limit_ = 0;
+  int n_multiprocessor_ = 0;
 };
 
 }  // namespace

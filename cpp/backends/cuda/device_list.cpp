@@ -14,7 +14,8 @@ namespace {
 
 /// Items of every key, ascending.
 struct Grouped {
-  std::vector<int64_t> first, items;  // (n_key + 1), (n_item)
+  std::vector<int64_t> first;  // (n_key + 1) into items
+  std::vector<int64_t> items;  // (n_item)
 };
 Grouped group_by(const std::vector<int64_t>& keys, size_t n_key) {
   Grouped grouped;
@@ -92,14 +93,58 @@ void sort_edges(ListTables& tables, const NeighborList& list) {
   }
 }
 
+/// Atoms of every type in every structure, (n_systems * n_types).
+std::vector<double> composition_of_list(const NeighborList& list, int64_t n_types) {
+  std::vector<double> composition(static_cast<size_t>(list.n_systems * n_types), 0.0);
+  const auto* type = list.types.data<int64_t>();
+  const auto* system = list.system_index.data<int64_t>();
+  for (int64_t atom = 0; atom < list.system_index.size(0); ++atom) {
+    composition[static_cast<size_t>(system[atom] * n_types + type[atom])] += 1.0;
+  }
+  return composition;
+}
+
+void add_runs(const std::vector<Run>& runs, Runs& to, Upload& upload) {
+  to = {nullptr, static_cast<int64_t>(runs.size())};
+  upload.add(runs, &to.first);
+}
+
+/// Cell shifts of `edges`, in this order.
+void add_shifts(const NeighborList& list, const std::vector<int64_t>& edges, Upload& upload,
+                const double** place) {
+  const auto* shifts = list.edge_shift.data<int64_t>();
+  const auto write = [shifts, &edges](double* to) {
+    for (const int64_t edge : edges) {
+      for (int64_t c = 0; c < 3; ++c) *to++ = static_cast<double>(shifts[3 * edge + c]);
+    }
+  };
+  upload.add(3 * edges.size(), write, place);
+}
+
+/// Of an edge of the engine's list.
+void edge_vector(const NeighborList& list, int64_t edge, const double* positions, const double* cells,
+                 double (&vector)[3]) {
+  const int64_t from = list.edge_from.data<int64_t>()[edge];
+  const int64_t to = list.edge_to.data<int64_t>()[edge];
+  for (int c = 0; c < 3; ++c) vector[c] = positions[3 * to + c] - positions[3 * from + c];
+  if (!list.edge_shift.defined()) return;
+  const int64_t centre = list.edge_index.data<int64_t>()[edge];
+  const int64_t* shift = list.edge_shift.data<int64_t>() + 3 * edge;
+  const double* cell = cells + 9 * list.system_index.data<int64_t>()[centre];
+  for (int c = 0; c < 3; ++c) {
+    for (int row = 0; row < 3; ++row) vector[c] += static_cast<double>(shift[row]) * cell[3 * row + c];
+  }
+}
+
 }  // namespace
 
 void check_list_size(const NeighborList& list) {
   constexpr int64_t limit = std::numeric_limits<int>::max();
-  const int64_t n_node = list.types.size(0), n_edge = list.edge_index.size(1);
+  const int64_t n_node = list.types.size(0);
+  const int64_t n_edge = list.edge_index.size(1);
   if (n_node > limit || n_edge > limit) {
     throw Error("expected at most " + std::to_string(limit) +
-                " atoms and listed neighbours per process, got " + std::to_string(n_node) + " and " +
+                " atoms and listed neighbors per process, got " + std::to_string(n_node) + " and " +
                 std::to_string(n_edge) + ": use more processes");
   }
 }
@@ -122,40 +167,61 @@ ListTables make_list_tables(const NeighborList& list, const GraphRules& rules, c
   return tables;
 }
 
-std::vector<int64_t> used_groups(const AtomOrder& atoms) { return groups_in_use(atoms.node_splits); }
-
-std::vector<double> composition_of_list(const NeighborList& list, int64_t n_types) {
-  std::vector<double> composition(static_cast<size_t>(list.n_systems * n_types), 0.0);
-  const auto* type = list.types.data<int64_t>();
-  const auto* system = list.system_index.data<int64_t>();
-  for (int64_t i = 0; i < list.system_index.size(0); ++i) {
-    composition[static_cast<size_t>(system[i] * n_types + type[i])] += 1.0;
-  }
-  return composition;
+void DeviceList::add_tables(const NeighborList& list, const ListTables& tables, Upload& upload) {
+  graph_ = Graph();
+  graph_.n_node = static_cast<int>(tables.atoms.engine_row.size());
+  graph_.n_local = static_cast<int>(tables.atoms.model_row.size());
+  graph_.n_list = static_cast<int>(tables.edges.edges.size());
+  graph_.n_slot = static_cast<int>(tables.slots.node.size());
+  graph_.n_systems = static_cast<int>(list.n_systems);
+  upload.add(tables.edges.begin, &graph_.list_first);
+  upload.add(tables.from, &graph_.list_from);
+  upload.add(tables.to, &graph_.list_to);
+  upload.add(tables.centre, &graph_.list_centre);
+  upload.add(tables.neighbor, &graph_.list_neighbor);
+  upload.add(tables.slots.of_edge, &graph_.list_slot);
+  upload.add(tables.slots.node, &graph_.slot_node);
+  upload.add(tables.slots.first, &graph_.slot_first);
+  upload.add(tables.slots.edges, &graph_.slot_list);
+  upload.add(tables.node_first, &graph_.node_first);
+  upload.add(tables.node_slot, &graph_.node_slot);
+  upload.add(tables.atoms.types, &graph_.type);
+  upload.add(tables.atoms.engine_row, &graph_.engine_row);
+  upload.add(tables.system, &graph_.system);
+  upload.add(tables.system_first, &graph_.system_first);
+  upload.add(tables.system_row, &graph_.system_row);
+  add_runs(tables.edge_runs, edge_runs_, upload);
+  add_runs(tables.angle_runs, angle_runs_, upload);
+  add_runs(tables.row_runs, row_runs_, upload);
+  add_runs(tables.slot_runs, slot_runs_, upload);
+  if (list.edge_shift.defined()) add_shifts(list, tables.edges.edges, upload, &graph_.list_shift);
 }
 
-void report_edge(const NeighborList& list, int64_t e, const double* positions, const double* cells) {
-  const auto* centre = list.edge_index.data<int64_t>();
-  const int64_t i = centre[e], j = centre[list.edge_index.size(1) + e];
-  const int64_t from = list.edge_from.data<int64_t>()[e], to = list.edge_to.data<int64_t>()[e];
-  double vec[3];
-  for (int c = 0; c < 3; ++c) vec[c] = positions[3 * to + c] - positions[3 * from + c];
-  if (list.edge_shift.defined()) {
-    const int64_t* shift = list.edge_shift.data<int64_t>() + 3 * e;
-    const double* cell = cells + 9 * list.system_index.data<int64_t>()[i];
-    for (int c = 0; c < 3; ++c) {
-      for (int y = 0; y < 3; ++y) vec[c] += static_cast<double>(shift[y]) * cell[3 * y + c];
-    }
+void DeviceList::keep(const NeighborList& list, const GraphRules& rules, ListTables tables) {
+  used_ = groups_in_use(tables.atoms.node_splits);
+  edges_ = std::move(tables.edges.edges);
+  engine_rows_ = std::move(tables.atoms.engine_row);
+  composition_ = composition_of_list(list, rules.n_types);
+  list_ = list;
+}
+
+void DeviceList::report_problem(int64_t edge, const double* positions, const double* cells) const {
+  const int64_t e = edges_[static_cast<size_t>(edge)];
+  const auto* centres = list_.edge_index.data<int64_t>();
+  const int64_t centre = centres[e];
+  const int64_t neighbor = centres[list_.edge_index.size(1) + e];
+  double vector[3];
+  edge_vector(list_, e, positions, cells, vector);
+  const std::string atoms =
+      " between atoms " + std::to_string(centre) + " and " + std::to_string(neighbor) + ": ";
+  if (!std::isfinite(vector[0] + vector[1] + vector[2])) {
+    throw NotFiniteError("expected finite `edge_vec`, got (" + std::to_string(vector[0]) + ", " +
+                             std::to_string(vector[1]) + ", " + std::to_string(vector[2]) + ") Angstrom" +
+                             atoms + "check the positions and the cell",
+                         centre);
   }
-  const std::string atoms = " between atoms " + std::to_string(i) + " and " + std::to_string(j) + ": ";
-  if (!std::isfinite(vec[0] + vec[1] + vec[2])) {
-    throw NotFiniteError("expected finite `edge_vec`, got (" + std::to_string(vec[0]) + ", " +
-                             std::to_string(vec[1]) + ", " + std::to_string(vec[2]) + ") Angstrom" + atoms +
-                             "check the positions and the cell",
-                         i);
-  }
-  throw OverlapError("expected distinct positions, got distance 0" + atoms + "remove the duplicate atom", i,
-                     j);
+  throw OverlapError("expected distinct positions, got distance 0" + atoms + "remove the duplicate atom",
+                     centre, neighbor);
 }
 
 }  // namespace moecalc::cuda

@@ -31,17 +31,18 @@
 
 namespace moecalc::cuda {
 
-template <class N, class Target>
+template <class Format, class Target>
 class Model final : public Backend {
  public:
-  using T = typename N::type;
+  using Real = typename Format::Real;
 
   /// Throws Unsupported.
   explicit Model(const BackendInputs& inputs)
       : target_(inputs.options),
         memory_limit_(inputs.options.device_bytes),
         model_(inputs.package.architecture),
-        weights_(inputs, target_) {
+        weights_(inputs, target_),
+        buffers_(widths().buffers()) {
     tables_.rules = model_.rules;
     check_shared_memory();
   }
@@ -55,7 +56,7 @@ class Model final : public Backend {
   void set_list(const NeighborList& list) override;
   Evaluation evaluate(const Array& positions, const Array& cells, const Request& request,
                       GhostExchange* exchange) override;
-  std::string name() const override { return target_.name() + " " + N::name; }
+  std::string name() const override { return target_.name() + " " + Format::name; }
   bool survives_fork() const override { return Target::survives_fork; }
   int64_t bytes() const override { return fixed_bytes() + held_bytes(widths(), buffers_); }
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const override {
@@ -72,14 +73,15 @@ class Model final : public Backend {
 
  private:
   struct Staged {
-    Memory host, device;
+    Memory host;
+    Memory device;
   };
 
   void check_shared_memory() const;
   void route_systems(GhostExchange* exchange);
-  ModelWidths<T> widths() const {
-    const Constants<T>& constants = weights_.constants();
-    return {weights_.shapes(), constants.fitting, ops::padded<T>(constants.out_width)};
+  ModelWidths<Real> widths() const {
+    const Constants<Real>& constants = weights_.constants();
+    return {weights_.shapes(), constants.fitting, kernels::padded<Real>(constants.out_width)};
   }
   /// Bytes of weights and the list.
   int64_t fixed_bytes() const { return weights_.bytes() + list_.bytes(); }
@@ -90,40 +92,36 @@ class Model final : public Backend {
   void reserve_for_counts(const int64_t* counts);
   const double* send(const Array& values, Staged& staged);
   Positions send_positions(const Array& positions, const Array& cells);
-  Step<N, Target> step(const Positions& positions) {
+  Step<Format, Target> step(const Positions& positions) {
     return {target_, weights_, list_, buffers_, capacity_, positions};
   }
   void count_first(const Positions& positions);
   void check_counts(int64_t problem) const;
   const double* run(const Positions& positions, const Request& request, const ResultPlaces& places,
-                    Ghosts<T, Target>* ghosts);
+                    Ghosts<Real, Target>* ghosts);
   Evaluation collect(const double* results, const ResultPlaces& places) const;
 
   Target target_;  // before everything that has memory of it
   std::optional<int64_t> memory_limit_;
   const Architecture& model_;
-  DeviceWeights<N, Target> weights_;
+  DeviceWeights<Format, Target> weights_;
   TypeTables tables_;
   DeviceList list_;
   Sizes capacity_;
-  Buffers buffers_;
-  Staged positions_, cells_;
-  Memory results_, counts_;  // of the host
+  Buffers<Real> buffers_;
+  Staged positions_;
+  Staged cells_;
+  Memory results_;  // of the host
+  Memory counts_;   // of the host
   GhostMemory ghost_memory_;
 };
 
 /// Package widths decide how much shared memory the kernels want; a device has only so much.
-template <class N, class Target>
-void Model<N, Target>::check_shared_memory() const {
+template <class Format, class Target>
+void Model<Format, Target>::check_shared_memory() const {
   int64_t most = 0;
-  for (const ops::LayerShape& shape : weights_.shapes()) {
-    Layer<T> x;
-    x.ep = static_cast<int>(shape.ep);
-    x.ap = static_cast<int>(shape.ap);
-    x.np = static_cast<int>(shape.np);
-    x.sym_width = static_cast<int>(shape.sym_width());
-    most = std::max({most, EdgeBackward<N>{x}.shared_bytes(), AngleBackward<N>{x}.shared_bytes(),
-                     InvariantsBackward<T>{x}.shared_bytes()});
+  for (const kernels::LayerShape& shape : weights_.shapes()) {
+    most = std::max(most, most_shared_bytes<Format>(layer_widths<Real>(shape)));
   }
   if (most > target_.shared_limit()) {
     throw Unsupported{"features this wide (the kernels need " + std::to_string(most) +
@@ -132,10 +130,10 @@ void Model<N, Target>::check_shared_memory() const {
   }
 }
 
-template <class N, class Target>
-void Model<N, Target>::set_list(const NeighborList& list) {
+template <class Format, class Target>
+void Model<Format, Target>::set_list(const NeighborList& list) {
   const typename Target::Scope scope(target_);
-  list_.set(list, tables_.rules, {N::kRows, target_.wanted_blocks()}, target_);
+  list_.set(list, tables_.rules, {Format::kRows, target_.wanted_blocks()}, target_);
   // where groups are structures, weights follow from compositions, which other ranks know of as well
   if (tables_.rules.group_by_system) return;
   try {
@@ -147,16 +145,16 @@ void Model<N, Target>::set_list(const NeighborList& list) {
 }
 
 /// Has the weights of the structures' compositions on the target.
-template <class N, class Target>
-void Model<N, Target>::route_systems(GhostExchange* exchange) {
+template <class Format, class Target>
+void Model<Format, Target>::route_systems(GhostExchange* exchange) {
   PreparedGraph counted;
   counted.n_systems = list_.graph().n_systems;
   counted.composition = list_.composition();
   weights_.set_groups(features_of(counted, model_, tables_, exchange), list_.used_groups());
 }
 
-template <class N, class Target>
-Sizes Model<N, Target>::sizes() const {
+template <class Format, class Target>
+Sizes Model<Format, Target>::sizes() const {
   const Graph& graph = list_.graph();
   Sizes sizes;
   sizes.n_local = graph.n_local;
@@ -168,8 +166,8 @@ Sizes Model<N, Target>::sizes() const {
 }
 
 /// Makes the buffers large enough for `capacity`; throws OutOfMemoryError before anything is allocated.
-template <class N, class Target>
-void Model<N, Target>::reserve(const Sizes& capacity) {
+template <class Format, class Target>
+void Model<Format, Target>::reserve(const Sizes& capacity) {
   const Missing missing = missing_bytes(widths(), buffers_, capacity);
   if (missing.more > 0) {
     const auto free_bytes = [&] { return memory_limit_ ? *memory_limit_ - bytes() : target_.free_bytes(); };
@@ -186,15 +184,16 @@ void Model<N, Target>::reserve(const Sizes& capacity) {
   capacity_ = capacity;
 }
 
-template <class N, class Target>
-void Model<N, Target>::refuse(const Sizes& capacity, int64_t free) const {
-  const int64_t need = planned_bytes(widths(), capacity), fixed = fixed_bytes();
+template <class Format, class Target>
+void Model<Format, Target>::refuse(const Sizes& capacity, int64_t free) const {
+  const int64_t need = planned_bytes(widths(), capacity);
+  const int64_t fixed = fixed_bytes();
   const int64_t most = std::max<int64_t>(0, bytes() - fixed + free);
   const double share = static_cast<double>(most) / static_cast<double>(std::max<int64_t>(1, need));
   const int64_t n_local = list_.graph().n_local;
   throw OutOfMemoryError("expected a system that fits on " + target_.place() + ", got " +
-                         std::to_string(n_local) + " atoms with " + std::to_string(capacity.edges) +
-                         " edges and " + std::to_string(capacity.angles) + " angles, which need " +
+                         std::to_string(n_local) + " atoms with " + std::to_string(capacity.n_edge) +
+                         " edges and " + std::to_string(capacity.n_angle) + " angles, which need " +
                          std::to_string(need >> 20) + " MiB of " + std::to_string((most + fixed) >> 20) +
                          " MiB for weights (" + std::to_string(fixed >> 20) +
                          " MiB) and system: at this density at most about " +
@@ -204,12 +203,12 @@ void Model<N, Target>::refuse(const Sizes& capacity, int64_t free) const {
 
 /// The first list has what it needs. Later ones that need more get some slack, because lists differ a little
 /// from rebuild to rebuild.
-template <class N, class Target>
-void Model<N, Target>::reserve_for_list() {
+template <class Format, class Target>
+void Model<Format, Target>::reserve_for_list() {
   const Sizes need = sizes();
   Sizes capacity = capacity_;
-  const auto grow = [](int64_t& held, int64_t n) {
-    if (n > held) held = held == 0 ? n : n + n / 32;
+  const auto grow = [](int64_t& held, int64_t count) {
+    if (count > held) held = held == 0 ? count : count + count / 32;
   };
   grow(capacity.n_local, need.n_local);
   grow(capacity.n_node, need.n_node);
@@ -220,28 +219,28 @@ void Model<N, Target>::reserve_for_list() {
 }
 
 /// Capacities with some slack: edges come and go from step to step.
-template <class N, class Target>
-void Model<N, Target>::reserve_for_counts(const int64_t* counts) {
+template <class Format, class Target>
+void Model<Format, Target>::reserve_for_counts(const int64_t* counts) {
   constexpr int64_t limit = std::numeric_limits<int>::max();
   if (counts[kAngles] > limit) {
     throw Error("expected at most " + std::to_string(limit) + " angles per process, got " +
                 std::to_string(counts[kAngles]) + ": use more processes");
   }
-  const auto grown = [](int64_t held, int64_t n, int64_t most) {
-    if (n <= held) return held;
-    return std::max(held, std::min(n + n * 3 / 20 + 64, most));
+  const auto grown = [](int64_t held, int64_t count, int64_t most) {
+    if (count <= held) return held;
+    return std::max(held, std::min(count + count * 3 / 20 + 64, most));
   };
   Sizes capacity = capacity_;
   const int64_t n_list = list_.graph().n_list;
-  capacity.edges = grown(capacity.edges, counts[kEdges], n_list);
-  capacity.close = grown(capacity.close, counts[kClose], n_list);
-  capacity.angles = grown(capacity.angles, counts[kAngles], limit);
+  capacity.n_edge = grown(capacity.n_edge, counts[kEdges], n_list);
+  capacity.n_close = grown(capacity.n_close, counts[kClose], n_list);
+  capacity.n_angle = grown(capacity.n_angle, counts[kAngles], limit);
   reserve(capacity);
 }
 
 /// Starts the copy of `values` to the target.
-template <class N, class Target>
-const double* Model<N, Target>::send(const Array& values, Staged& staged) {
+template <class Format, class Target>
+const double* Model<Format, Target>::send(const Array& values, Staged& staged) {
   if (!values.defined() || values.numel() == 0) return nullptr;
   const auto bytes = static_cast<int64_t>(values.bytes());
   if (staged.host.bytes() < bytes) {
@@ -255,80 +254,81 @@ const double* Model<N, Target>::send(const Array& values, Staged& staged) {
   return staged.device.template as<double>();
 }
 
-template <class N, class Target>
-Positions Model<N, Target>::send_positions(const Array& positions, const Array& cells) {
+template <class Format, class Target>
+Positions Model<Format, Target>::send_positions(const Array& positions, const Array& cells) {
   Positions sent;
-  sent.x = send(positions, positions_);
+  sent.atoms = send(positions, positions_);
   sent.cells = send(cells, cells_);
   sent.cutoff = tables_.rules.cutoff;
   sent.angle_cutoff = tables_.rules.angle_cutoff;
   return sent;
 }
 
-template <class N, class Target>
-void Model<N, Target>::check_counts(int64_t problem) const {
+template <class Format, class Target>
+void Model<Format, Target>::check_counts(int64_t problem) const {
   if (problem >= list_.graph().n_list) return;
   list_.report_problem(problem, positions_.host.template as<double>(), cells_.host.template as<double>());
 }
 
 /// Counts edges and angles before anything is computed, and makes room for them.
-template <class N, class Target>
-void Model<N, Target>::count_first(const Positions& positions) {
+template <class Format, class Target>
+void Model<Format, Target>::count_first(const Positions& positions) {
   step(positions).count();
   constexpr size_t bytes = kCounts * sizeof(int64_t);
   if (counts_.bytes() == 0) counts_ = target_.pinned(bytes);
   const auto* counts = counts_.template as<int64_t>();
-  target_.to_host(counts_.template as<char>(), buffers_.counts.template as<char>(), bytes);
+  target_.to_host(counts_.template as<char>(), buffers_.counts.memory.template as<char>(), bytes);
   target_.synchronize();
   check_counts(counts[kProblem]);
   reserve_for_counts(counts);
 }
 
 /// Runs the step until the capacities suffice, and returns its results on the host.
-template <class N, class Target>
-const double* Model<N, Target>::run(const Positions& positions, const Request& request,
-                                    const ResultPlaces& places, Ghosts<T, Target>* ghosts) {
+template <class Format, class Target>
+const double* Model<Format, Target>::run(const Positions& positions, const Request& request,
+                                         const ResultPlaces& places, Ghosts<Real, Target>* ghosts) {
   const int64_t bytes = places.total * static_cast<int64_t>(sizeof(double));
   if (results_.bytes() < bytes) results_ = target_.pinned(bytes + bytes / 8);
   const auto* results = results_.template as<double>();
   for (;;) {
     step(positions).run(request, places, ghosts);
-    target_.to_host(results_.template as<char>(), buffers_.results.template as<char>(),
+    target_.to_host(results_.template as<char>(), buffers_.results.memory.template as<char>(),
                     static_cast<size_t>(bytes));
     target_.synchronize();
     check_counts(static_cast<int64_t>(results[kProblem]));
     if (results[kOverflow] == 0.0) return results;
     int64_t counts[kCounts];
-    std::transform(results, results + kCounts, counts, [](double n) { return static_cast<int64_t>(n); });
+    std::transform(results, results + kCounts, counts,
+                   [](double count) { return static_cast<int64_t>(count); });
     reserve_for_counts(counts);
   }
 }
 
-template <class N, class Target>
-Evaluation Model<N, Target>::collect(const double* results, const ResultPlaces& places) const {
+template <class Format, class Target>
+Evaluation Model<Format, Target>::collect(const double* results, const ResultPlaces& places) const {
   Evaluation result;
   result.n_edge = static_cast<int64_t>(results[kEdges]);
   result.n_angle = static_cast<int64_t>(results[kAngles]);
   result.max_neighbors = static_cast<int64_t>(results[kMostEdges]);
   result.max_angle_neighbors = static_cast<int64_t>(results[kMostClose]);
-  const Sizes s = sizes();
+  const Sizes size = sizes();
   const auto take = [&](int64_t place, Shape shape) {
     return place < 0 ? Array() : Array::of(results + place, std::move(shape));
   };
-  result.energy = take(places.energy, {s.n_systems});
-  result.energies = take(places.energies, {s.n_local});
-  result.forces = take(places.forces, {s.n_node, 3});
-  result.virial = take(places.virial, {s.n_systems, 3, 3});
-  result.atom_virial = take(places.atom_virial, {s.n_node, 3, 3});
+  result.energy = take(places.energy, {size.n_systems});
+  result.energies = take(places.energies, {size.n_local});
+  result.forces = take(places.forces, {size.n_node, 3});
+  result.virial = take(places.virial, {size.n_systems, 3, 3});
+  result.atom_virial = take(places.atom_virial, {size.n_node, 3, 3});
   return result;
 }
 
 /// Waits for the target only for the final copy, unless ranks exchange ghosts.
-template <class N, class Target>
-Evaluation Model<N, Target>::evaluate(const Array& positions, const Array& cells, const Request& request,
-                                      GhostExchange* exchange) {
+template <class Format, class Target>
+Evaluation Model<Format, Target>::evaluate(const Array& positions, const Array& cells, const Request& request,
+                                           GhostExchange* exchange) {
   if (!list_.is_set()) {
-    throw Error("expected a neighbour list before `evaluate`, got none: call `set_list` first");
+    throw Error("expected a neighbor list before `evaluate`, got none: call `set_list` first");
   }
   const auto start = std::chrono::steady_clock::now();
   const typename Target::Scope scope(target_);
@@ -336,8 +336,8 @@ Evaluation Model<N, Target>::evaluate(const Array& positions, const Array& cells
   const Positions sent = send_positions(positions, cells);
   reserve_for_list();
   // the first evaluation counts before it allocates; ranks must not repeat a step, because others would not
-  if (capacity_.edges == 0 || exchange != nullptr) count_first(sent);
-  std::optional<Ghosts<T, Target>> ghosts;
+  if (capacity_.n_edge == 0 || exchange != nullptr) count_first(sent);
+  std::optional<Ghosts<Real, Target>> ghosts;
   if (exchange != nullptr) ghosts.emplace(target_, list_, weights_.shapes()[0], ghost_memory_, *exchange);
   const ResultPlaces places(sizes(), request);
   Evaluation result = collect(run(sent, request, places, ghosts ? &*ghosts : nullptr), places);

@@ -2,44 +2,53 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <map>
 #include <set>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "backends/backend.h"
 #include "backends/cuda/memory.h"
-#include "ops/cuda/layer.cuh"
-#include "ops/cuda/readout.cuh"
+#include "kernels/common/layer.h"
+#include "kernels/cuda/formats.cuh"
+#include "kernels/cuda/geometry.cuh"
+#include "kernels/cuda/readout.cuh"
+#include "package/edge_rules.h"
 #include "package/packed_weights.h"
 #include "package/routing.h"
 
 namespace moecalc::cuda {
 
 /// Weights that do not belong to a group, and tables of the types; pointers of the target.
-template <class T>
+template <class Real>
 struct Constants {
-  const T *node_table = nullptr, *edge_matrix = nullptr, *edge_bias = nullptr, *angle_row = nullptr;
-  const T *fitting_constant = nullptr, *out_matrix = nullptr;
-  const double *shift = nullptr, *energy_weight = nullptr;  // (K n_types)
-  int64_t n_constant = 0, out_width = 0;                    // out_width: unpadded
+  const Real* node_table = nullptr;        // (K n_types, n_padded)
+  const Real* edge_matrix = nullptr;       // (e_padded)
+  const Real* edge_bias = nullptr;         // (e_padded)
+  const Real* angle_direction = nullptr;   // (a_padded)
+  const Real* fitting_constant = nullptr;  // (K n_types, n_constant)
+  const Real* out_matrix = nullptr;        // (out_width, padded)
+  const double* shift = nullptr;           // (K n_types)
+  const double* energy_weight = nullptr;   // (K n_types)
+  int64_t n_constant = 0;
+  int64_t out_width = 0;
   double out_bias = 0.0;
-  std::vector<FittingLayer<T>> fitting;
-  Rules geometry;
+  std::vector<FittingLayer<Real>> fitting;
+  GeometryTables geometry;
 };
 
-template <class N, class Target>
+template <class Format, class Target>
 class DeviceWeights {
  public:
-  using T = typename N::type;
+  using Real = typename Format::Real;
 
   /// Throws Unsupported.
   DeviceWeights(const BackendInputs& inputs, Target& target)
       : target_(target),
         model_(inputs.package.architecture),
-        packed_(model_, ops::kernels<T>(), inputs.options.weight_bytes,
+        packed_(model_, kernels::select_kernels<Real>(), inputs.options.weight_bytes,
                 [&target] { return target.free_bytes() / 4; }) {
     const Dtype fitting = inputs.options.dtype.value_or(model_.readout.dtype);
     if (fitting != inputs.dtype) throw Unsupported{"a fitting net of another precision than the layers"};
@@ -66,12 +75,12 @@ class DeviceWeights {
   }
 
   size_t n_layer() const { return shapes().size(); }
-  const std::vector<ops::LayerShape>& shapes() const { return packed_.weights().shapes; }
-  const ModelWeights<T>& model() const { return packed_.weights(); }
-  const Constants<T>& constants() const { return constants_; }
+  const std::vector<kernels::LayerShape>& shapes() const { return packed_.weights().shapes; }
+  const ModelWeights<Real>& model() const { return packed_.weights(); }
+  const Constants<Real>& constants() const { return constants_; }
   /// Of all groups, on the target.
-  const ops::GroupWeights<T>* groups(size_t layer) const { return groups_[layer]; }
-  const ops::UpdateVectors<T>& update(size_t layer) const { return updates_[layer]; }
+  const kernels::GroupWeights<Real>* groups(size_t layer) const { return groups_[layer]; }
+  const kernels::UpdateVectors<Real>& update(size_t layer) const { return updates_[layer]; }
 
   int64_t n_packed_groups() const { return packed_.n_packed_groups(); }
   int64_t group_bytes() const {
@@ -84,23 +93,25 @@ class DeviceWeights {
   }
 
  private:
-  using Block = WeightBlock<T>;
+  using Block = WeightBlock<Real>;
   struct Held {
     Memory memory;
-    std::vector<const T*> parts;
+    std::vector<const Real*> parts;
   };
   /// Pointer of the host, and where it went.
-  using Places = std::vector<std::pair<const T*, const T*>>;
+  using Places = std::vector<std::pair<const Real*, const Real*>>;
 
   void set_fitting_widths();
   Held upload_block(const Block& block);
   void upload_blocks();
   void upload_updates();
   void upload_groups();
+  Places block_places() const;
   void upload_constants(const TypeTables& tables);
+  void add_fitting(Upload& upload);
   void add_padded(Upload& upload, const Array& matrix, bool transposed, int64_t rows, int64_t columns,
-                  const T** place) const;
-  void add_row(Upload& upload, const Array& row, int64_t columns, const T** place) const;
+                  const Real** place) const;
+  void add_row(Upload& upload, const Array& row, int64_t columns, const Real** place) const;
   static Places sorted(Places places) {
     std::sort(places.begin(), places.end());
     return places;
@@ -110,41 +121,43 @@ class DeviceWeights {
 
   Target& target_;
   const Architecture& model_;
-  PackedWeights<T> packed_;
+  PackedWeights<Real> packed_;
   bool are_up_ = false;
   std::map<uint64_t, Held> blocks_;  // by id
-  Memory update_memory_, pointer_memory_, constant_memory_;
-  std::vector<const ops::GroupWeights<T>*> groups_;
-  std::vector<ops::UpdateVectors<T>> updates_;
-  Constants<T> constants_;
+  Memory update_memory_;
+  Memory pointer_memory_;
+  Memory constant_memory_;
+  std::vector<const kernels::GroupWeights<Real>*> groups_;
+  std::vector<kernels::UpdateVectors<Real>> updates_;
+  Constants<Real> constants_;
 };
 
 /// A block as the products read it. The host's copy of it is given back.
-template <class N, class Target>
-auto DeviceWeights<N, Target>::upload_block(const Block& block) -> Held {
+template <class Format, class Target>
+auto DeviceWeights<Format, Target>::upload_block(const Block& block) -> Held {
   Held held;
   held.parts.resize(block.parts.size());
   Upload upload;
-  for (size_t x = 0; x < block.parts.size(); ++x) {
-    const auto& part = block.parts[x];
-    const T* values = block.part(x);
-    const auto write = [&part, values](T* to) {
+  for (size_t index = 0; index < block.parts.size(); ++index) {
+    const auto& part = block.parts[index];
+    const Real* values = block.part(index);
+    const auto write = [&part, values](Real* to) {
       if (part.matrix) {
-        const std::vector<T> laid_out = fragments<N>(values, part.rows, part.columns);
+        const std::vector<Real> laid_out = fragments<Format>(values, part.rows, part.columns);
         std::copy(laid_out.begin(), laid_out.end(), to);
       } else {
         std::copy_n(values, part.rows * part.columns, to);
       }
     };
-    upload.add(static_cast<size_t>(part.rows * part.columns), write, &held.parts[x]);
+    upload.add(static_cast<size_t>(part.rows * part.columns), write, &held.parts[index]);
   }
   held.memory = upload.send(target_);
   return held;
 }
 
 /// Has those blocks on the target that are packed.
-template <class N, class Target>
-void DeviceWeights<N, Target>::upload_blocks() {
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::upload_blocks() {
   std::set<uint64_t> packed;
   for (const auto& group : packed_.groups()) {
     for (const auto& block : group.blocks) packed.insert(block->id);
@@ -160,54 +173,64 @@ void DeviceWeights<N, Target>::upload_blocks() {
 }
 
 /// `pointers`: a struct of nothing but pointers to packed values.
-template <class N, class Target>
+template <class Format, class Target>
 template <class Pointers>
-Pointers DeviceWeights<N, Target>::translated(Pointers pointers, const Places& places) {
-  static_assert(sizeof(Pointers) % sizeof(const T*) == 0);
-  auto* p = reinterpret_cast<const T**>(&pointers);
-  for (size_t x = 0; x < sizeof(Pointers) / sizeof(const T*); ++x) {
-    if (p[x] == nullptr) continue;
-    const std::pair<const T*, const T*> host(p[x], nullptr);
-    p[x] = std::lower_bound(places.begin(), places.end(), host)->second;
+Pointers DeviceWeights<Format, Target>::translated(Pointers pointers, const Places& places) {
+  static_assert(sizeof(Pointers) % sizeof(const Real*) == 0);
+  auto* first = reinterpret_cast<const Real**>(&pointers);
+  for (const Real*& pointer : std::span(first, sizeof(Pointers) / sizeof(const Real*))) {
+    if (pointer == nullptr) continue;
+    const std::pair<const Real*, const Real*> host(pointer, nullptr);
+    pointer = std::lower_bound(places.begin(), places.end(), host)->second;
   }
   return pointers;
 }
 
-template <class N, class Target>
-void DeviceWeights<N, Target>::upload_updates() {
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::upload_updates() {
   if (!updates_.empty()) return;
-  const std::vector<std::vector<T>>& memory = packed_.update_memory();
+  const std::vector<std::vector<Real>>& memory = packed_.update_memory();
   Places places;
-  for (const std::vector<T>& values : memory) places.emplace_back(values.data(), nullptr);
+  for (const std::vector<Real>& values : memory) places.emplace_back(values.data(), nullptr);
   Upload upload;
-  for (size_t x = 0; x < memory.size(); ++x) upload.add(memory[x], &places[x].second);
+  for (size_t index = 0; index < memory.size(); ++index) upload.add(memory[index], &places[index].second);
   update_memory_ = upload.send(target_);
   const Places by_host = sorted(places);
-  for (const ops::UpdateVectors<T>& update : packed_.weights().updates) {
+  for (const kernels::UpdateVectors<Real>& update : packed_.weights().updates) {
     updates_.push_back(translated(update, by_host));
   }
 }
 
-/// Uploads what the target does not hold of the packed weights, and drops what is no longer packed.
-template <class N, class Target>
-void DeviceWeights<N, Target>::upload_groups() {
-  const typename Target::Scope scope(target_);
-  upload_blocks();
-  upload_updates();
+/// Of the parts of all blocks that are packed.
+template <class Format, class Target>
+auto DeviceWeights<Format, Target>::block_places() const -> Places {
   Places places;
   std::set<uint64_t> placed;
   for (const auto& group : packed_.groups()) {
     for (const auto& block : group.blocks) {
       if (!placed.insert(block->id).second) continue;
       const Held& held = blocks_.at(block->id);
-      for (size_t x = 0; x < held.parts.size(); ++x) places.emplace_back(block->part(x), held.parts[x]);
+      for (size_t index = 0; index < held.parts.size(); ++index) {
+        places.emplace_back(block->part(index), held.parts[index]);
+      }
     }
   }
-  const Places by_host = sorted(places);
-  std::vector<std::vector<ops::GroupWeights<T>>> pointers;
+  return sorted(std::move(places));
+}
+
+/// Uploads what the target does not hold of the packed weights, and drops what is no longer packed.
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::upload_groups() {
+  const typename Target::Scope scope(target_);
+  upload_blocks();
+  upload_updates();
+  const Places by_host = block_places();
+  std::vector<std::vector<kernels::GroupWeights<Real>>> pointers;
   for (const auto& of_layer : packed_.weights().groups) {
     pointers.emplace_back();
-    for (const ops::GroupWeights<T>& group : of_layer) pointers.back().push_back(translated(group, by_host));
+    for (const kernels::GroupWeights<Real>& group : of_layer) {
+      pointers.back().push_back(translated(group, by_host));
+    }
   }
   groups_.assign(pointers.size(), nullptr);
   Upload upload;
@@ -216,93 +239,97 @@ void DeviceWeights<N, Target>::upload_groups() {
   pointer_memory_ = upload.send(target_);
 }
 
-template <class N, class Target>
-void DeviceWeights<N, Target>::set_fitting_widths() {
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::set_fitting_widths() {
   const ReadoutSource& readout = model_.readout;
   constants_.out_width = readout.out_matrix.numel();
   constants_.out_bias = readout.out_bias;
   for (const FittingLayerSource& source : readout.layers) {
-    FittingLayer<T> layer;
-    layer.n_in = static_cast<int>(source.matrix.size(0));
-    layer.n_out = static_cast<int>(source.matrix.size(1));
-    layer.in = static_cast<int>(ops::padded<T>(layer.n_in));
-    layer.out = static_cast<int>(ops::padded<T>(layer.n_out));
+    FittingLayer<Real> layer;
+    layer.in = static_cast<int>(source.matrix.size(0));
+    layer.out = static_cast<int>(source.matrix.size(1));
+    layer.in_padded = static_cast<int>(kernels::padded<Real>(layer.in));
+    layer.out_padded = static_cast<int>(kernels::padded<Real>(layer.out));
     layer.residual = static_cast<int>(source.residual);
-    layer.phi = Phi<T>(*kernel_activation(source.phi));
+    layer.activation = ActivationFunction<Real>(*kernel_activation(source.phi));
     constants_.fitting.push_back(layer);
   }
 }
 
 /// `matrix` float64, or its transpose, padded with zeros, as the products read it.
-template <class N, class Target>
-void DeviceWeights<N, Target>::add_padded(Upload& upload, const Array& matrix, bool transposed, int64_t rows,
-                                          int64_t columns, const T** place) const {
-  const auto write = [matrix, transposed, rows, columns](T* to) {
-    std::vector<T> padded(static_cast<size_t>(rows * columns), T(0));
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::add_padded(Upload& upload, const Array& matrix, bool transposed,
+                                               int64_t rows, int64_t columns, const Real** place) const {
+  const auto write = [matrix, transposed, rows, columns](Real* to) {
+    std::vector<Real> padded(static_cast<size_t>(rows * columns), Real(0));
     const double* from = matrix.data<double>();
     for (int64_t i = 0; i < matrix.size(0); ++i) {
       for (int64_t k = 0; k < matrix.size(1); ++k) {
-        padded[static_cast<size_t>(transposed ? k * columns + i : i * columns + k)] = static_cast<T>(*from++);
+        const int64_t at = transposed ? k * columns + i : i * columns + k;
+        padded[static_cast<size_t>(at)] = static_cast<Real>(*from++);
       }
     }
-    const std::vector<T> laid_out = fragments<N>(padded.data(), rows, columns);
+    const std::vector<Real> laid_out = fragments<Format>(padded.data(), rows, columns);
     std::copy(laid_out.begin(), laid_out.end(), to);
   };
   upload.add(static_cast<size_t>(rows * columns), write, place);
 }
 
 /// `row` float64, padded with zeros.
-template <class N, class Target>
-void DeviceWeights<N, Target>::add_row(Upload& upload, const Array& row, int64_t columns,
-                                       const T** place) const {
-  const auto write = [row, columns](T* to) {
-    std::fill_n(to, columns, T(0));
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::add_row(Upload& upload, const Array& row, int64_t columns,
+                                            const Real** place) const {
+  const auto write = [row, columns](Real* to) {
+    std::fill_n(to, columns, Real(0));
     const double* from = row.data<double>();
-    for (int64_t k = 0; k < row.numel(); ++k) to[k] = static_cast<T>(from[k]);
+    for (int64_t k = 0; k < row.numel(); ++k) to[k] = static_cast<Real>(from[k]);
   };
   upload.add(static_cast<size_t>(columns), write, place);
 }
 
-template <class N, class Target>
-void DeviceWeights<N, Target>::upload_constants(const TypeTables& tables) {
-  const typename Target::Scope scope(target_);
-  const ModelWeights<T>& weights = packed_.weights();
-  const ops::LayerShape& shape = weights.shapes[0];
+/// The fitting net's layers, whose widths are set, and its last map.
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::add_fitting(Upload& upload) {
   const ReadoutSource& readout = model_.readout;
-  Constants<T>& c = constants_;
-  Upload upload;
-  upload.add(weights.node_table, &c.node_table);
-  upload.add(weights.edge_matrix, &c.edge_matrix);
-  upload.add(weights.edge_bias, &c.edge_bias);
-  std::vector<T> angle_row(static_cast<size_t>(shape.ap), T(0));
-  std::copy(weights.angle_direction.begin(), weights.angle_direction.end(), angle_row.begin());
-  upload.add(angle_row, &c.angle_row);
-  upload.add(tables.mean, &c.geometry.mean);
-  upload.add(tables.stddev, &c.geometry.stddev);
-  upload.add(tables.energy_shift, &c.shift);
-  upload.add(tables.energy_weight, &c.energy_weight);
-  for (size_t l = 0; l < c.fitting.size(); ++l) {
+  for (size_t l = 0; l < constants_.fitting.size(); ++l) {
     const FittingLayerSource& source = readout.layers[l];
-    FittingLayer<T>& layer = c.fitting[l];
-    add_padded(upload, source.matrix, false, layer.in, layer.out, &layer.w);
-    add_padded(upload, source.matrix, true, layer.out, layer.in, &layer.w_t);
-    add_row(upload, source.bias, layer.out, &layer.b);
-    const std::vector<double> ones(static_cast<size_t>(layer.n_out), 1.0);
-    add_row(upload, source.idt.defined() ? source.idt : Array::of(ones), layer.out, &layer.idt);
+    FittingLayer<Real>& layer = constants_.fitting[l];
+    add_padded(upload, source.matrix, false, layer.in_padded, layer.out_padded, &layer.matrix);
+    add_padded(upload, source.matrix, true, layer.out_padded, layer.in_padded, &layer.matrix_transposed);
+    add_row(upload, source.bias, layer.out_padded, &layer.bias);
+    const std::vector<double> ones(static_cast<size_t>(layer.out), 1.0);
+    const Array timestep = source.idt.defined() ? source.idt : Array::of(ones);
+    add_row(upload, timestep, layer.out_padded, &layer.timestep);
   }
-  add_row(upload, readout.out_matrix, ops::padded<T>(c.out_width), &c.out_matrix);
-  c.n_constant = tables.fitting.defined() ? tables.fitting.size(1) : 0;
-  if (c.n_constant > 0) add_row(upload, tables.fitting, tables.fitting.numel(), &c.fitting_constant);
+  const int64_t out_padded = kernels::padded<Real>(constants_.out_width);
+  add_row(upload, readout.out_matrix, out_padded, &constants_.out_matrix);
+}
+
+template <class Format, class Target>
+void DeviceWeights<Format, Target>::upload_constants(const TypeTables& tables) {
+  const typename Target::Scope scope(target_);
+  const ModelWeights<Real>& weights = packed_.weights();
+  const kernels::LayerShape& shape = weights.shapes[0];
+  Upload upload;
+  upload.add(weights.node_table, &constants_.node_table);
+  upload.add(weights.edge_matrix, &constants_.edge_matrix);
+  upload.add(weights.edge_bias, &constants_.edge_bias);
+  std::vector<Real> angle_direction(static_cast<size_t>(shape.a_padded), Real(0));
+  std::copy(weights.angle_direction.begin(), weights.angle_direction.end(), angle_direction.begin());
+  upload.add(angle_direction, &constants_.angle_direction);
+  upload.add(tables.mean, &constants_.geometry.mean);
+  upload.add(tables.stddev, &constants_.geometry.stddev);
+  upload.add(tables.energy_shift, &constants_.shift);
+  upload.add(tables.energy_weight, &constants_.energy_weight);
+  add_fitting(upload);
+  constants_.n_constant = tables.fitting.defined() ? tables.fitting.size(1) : 0;
+  if (constants_.n_constant > 0) {
+    add_row(upload, tables.fitting, tables.fitting.numel(), &constants_.fitting_constant);
+  }
   constant_memory_.reset();
   constant_memory_ = upload.send(target_);
-
-  const GeometryRules& rules = model_.geometry;
-  c.geometry.edge = rules.edge;
-  c.geometry.angle = rules.angle;
-  c.geometry.use_dist = rules.use_dist;
-  c.geometry.protection = rules.protection;
-  c.geometry.with_angles = shape.with_angles;
-  c.geometry.norm = 1.0 / std::sqrt(shape.edge_norm);
+  constants_.geometry.edge = edge_rules(model_.geometry, shape.edge_norm);
+  constants_.geometry.with_angles = shape.with_angles;
 }
 
 }  // namespace moecalc::cuda

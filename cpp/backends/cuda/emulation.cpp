@@ -36,7 +36,7 @@ class HostTarget {
   std::string place() const { return name(); }
   int64_t shared_limit() const { return 227 << 10; }
   int64_t free_bytes() const { return std::numeric_limits<int64_t>::max() / 4; }
-  /// Few, so that blocks of small systems have several centres, as on the device those of large systems.
+  /// Few: blocks of small systems then have several centres, as those of large systems on the device.
   int64_t wanted_blocks() const { return 4; }
   void synchronize() const {}
   void finish() const noexcept {}
@@ -55,15 +55,15 @@ class HostTarget {
   void to_device(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
   void to_host(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
 
-  template <class K>
-  void launch(const K& kernel) {
+  template <class Kernel>
+  void launch(const Kernel& kernel) {
     const auto bytes = static_cast<size_t>(kernel.shared_bytes());
     shared_.resize(bytes / sizeof(Line) + 1);
     const int64_t blocks = kernel.blocks();
-    for (int64_t x = 0; x < blocks; ++x) {
-      const int64_t index = reversed_ ? blocks - 1 - x : x;
+    for (int64_t turn = 0; turn < blocks; ++turn) {
+      const int64_t index = reversed_ ? blocks - 1 - turn : turn;
       std::memset(static_cast<void*>(shared_.data()), kPoison, shared_.size() * sizeof(Line));
-      HostBlock block(index, K::kThreads, reinterpret_cast<char*>(shared_.data()),
+      HostBlock block(index, Kernel::kThreads, reinterpret_cast<char*>(shared_.data()),
                       static_cast<int64_t>(bytes), reversed_);
       kernel(block);
     }
@@ -82,8 +82,8 @@ class HostTarget {
 }  // namespace
 
 std::unique_ptr<Backend> make_emulated_model(const BackendInputs& inputs, std::string& reason) {
-  return make_in_format(inputs, reason, [&]<class N>() -> std::unique_ptr<Backend> {
-    return std::make_unique<Model<N, HostTarget>>(inputs);
+  return make_in_format(inputs, reason, [&]<class Format>() -> std::unique_ptr<Backend> {
+    return std::make_unique<Model<Format, HostTarget>>(inputs);
   });
 }
 

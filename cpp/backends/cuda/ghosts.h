@@ -7,87 +7,92 @@
 
 #include "backends/cuda/device_list.h"
 #include "backends/cuda/memory.h"
+#include "kernels/common/layer.h"
 #include "moecalc/evaluator.h"
-#include "ops/layer.h"
 
 namespace moecalc::cuda {
 
 /// Rows of the nodes: padded in the model's order, as they are on the target, and in the engine's order.
 struct GhostMemory {
-  Memory model, engine;
+  Memory model;
+  Memory engine;
 };
 
 /// Of one evaluation. Everything waits for the target, on the calling thread.
-template <class T, class Target>
+template <class Real, class Target>
 class Ghosts {
  public:
   /// `shape`: of a layer. `memory` grows as needed.
-  Ghosts(Target& target, const DeviceList& list, const ops::LayerShape& shape, GhostMemory& memory,
+  Ghosts(Target& target, const DeviceList& list, const kernels::LayerShape& shape, GhostMemory& memory,
          GhostExchange& exchange)
       : target_(target),
         exchange_(exchange),
         rows_(list.engine_rows()),
         n_node_(list.graph().n_node),
         n_local_(list.graph().n_local),
-        n_(shape.n),
-        np_(shape.np) {
-    grow(memory.model, n_node_ * np_);
-    grow(memory.engine, n_node_ * n_);
-    model_ = memory.model.template as<T>();
-    engine_ = memory.engine.template as<T>();
+        width_(shape.n),
+        padded_(shape.n_padded) {
+    grow(memory.model, n_node_ * padded_);
+    grow(memory.engine, n_node_ * width_);
+    model_ = memory.model.template as<Real>();
+    engine_ = memory.engine.template as<Real>();
   }
 
-  /// Fills the ghosts' rows of the features `v` (n_node x np).
-  void forward(T* v) {
-    down(v, n_local_);
+  /// Fills the ghosts' rows of the features `node` (n_node x n_padded).
+  void forward(Real* node) {
+    down(node, n_local_);
     to_engine_order(n_local_);
-    std::fill(engine_ + n_local_ * n_, engine_ + n_node_ * n_, T(0));
+    std::fill(engine_ + n_local_ * width_, engine_ + n_node_ * width_, Real(0));
     exchange_.forward(engine_array());
     // padding meets weights that are zero, and must be finite
-    std::fill(model_ + n_local_ * np_, model_ + n_node_ * np_, T(0));
+    std::fill(model_ + n_local_ * padded_, model_ + n_node_ * padded_, Real(0));
     to_model_order(n_local_, n_node_);
-    up(v, n_local_, n_node_);
+    up(node, n_local_, n_node_);
   }
 
-  /// Adds the gradients `dv` (n_node x np) of ghosts to those of their owners.
-  void reverse(T* dv) {
-    down(dv, n_node_);
+  /// Adds the gradients `d_node` (n_node x n_padded) of ghosts to those of their owners.
+  void reverse(Real* d_node) {
+    down(d_node, n_node_);
     to_engine_order(n_node_);
     exchange_.reverse(engine_array());
     to_model_order(0, n_local_);
-    up(dv, 0, n_local_);
+    up(d_node, 0, n_local_);
   }
 
  private:
-  void grow(Memory& memory, int64_t n) {
-    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  void grow(Memory& memory, int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Real));
     if (memory.bytes() < bytes) memory = target_.pinned(bytes + bytes / 8);
   }
-  T* engine_row(int64_t row) const { return engine_ + rows_[static_cast<size_t>(row)] * n_; }
-  Array engine_array() const { return Array::view(engine_, {n_node_, n_}, dtype_of<T>); }
+  Real* engine_row(int64_t row) const { return engine_ + rows_[static_cast<size_t>(row)] * width_; }
+  Array engine_array() const { return Array::view(engine_, {n_node_, width_}, dtype_of<Real>); }
 
-  /// The first `n` rows.
-  void down(const T* values, int64_t n) {
-    target_.to_host(model_, values, static_cast<size_t>(n * np_) * sizeof(T));
+  /// The first `count` rows.
+  void down(const Real* values, int64_t count) {
+    target_.to_host(model_, values, static_cast<size_t>(count * padded_) * sizeof(Real));
     target_.synchronize();
   }
   /// Rows begin..end-1.
-  void up(T* values, int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>((end - begin) * np_) * sizeof(T);
-    if (bytes > 0) target_.to_device(values + begin * np_, model_ + begin * np_, bytes);
+  void up(Real* values, int64_t begin, int64_t end) {
+    const size_t bytes = static_cast<size_t>((end - begin) * padded_) * sizeof(Real);
+    if (bytes > 0) target_.to_device(values + begin * padded_, model_ + begin * padded_, bytes);
   }
-  void to_engine_order(int64_t n) {
-    for (int64_t row = 0; row < n; ++row) std::copy_n(model_ + row * np_, n_, engine_row(row));
+  void to_engine_order(int64_t count) {
+    for (int64_t row = 0; row < count; ++row) std::copy_n(model_ + row * padded_, width_, engine_row(row));
   }
   void to_model_order(int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) std::copy_n(engine_row(row), n_, model_ + row * np_);
+    for (int64_t row = begin; row < end; ++row) std::copy_n(engine_row(row), width_, model_ + row * padded_);
   }
 
   Target& target_;
   GhostExchange& exchange_;
   const std::vector<int64_t>& rows_;  // engine row of every row of the model
-  int64_t n_node_, n_local_, n_, np_;
-  T *model_ = nullptr, *engine_ = nullptr;
+  int64_t n_node_;
+  int64_t n_local_;
+  int64_t width_;
+  int64_t padded_;
+  Real* model_ = nullptr;
+  Real* engine_ = nullptr;
 };
 
 }  // namespace moecalc::cuda

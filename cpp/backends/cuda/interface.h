@@ -20,7 +20,7 @@ inline std::string build_id() {
   for (const size_t size :
        {sizeof(Array), sizeof(Evaluation), sizeof(NeighborList), sizeof(EvaluatorOptions),
         sizeof(Architecture), sizeof(LoadedPackage), sizeof(TypeTables), sizeof(BackendInputs),
-        sizeof(PackedWeights<double>), sizeof(WeightBlock<double>), sizeof(ops::GroupWeights<double>)}) {
+        sizeof(PackedWeights<double>), sizeof(WeightBlock<double>), sizeof(kernels::GroupWeights<double>)}) {
     id += ' ';
     id += std::to_string(size);
   }

@@ -50,13 +50,16 @@ std::string device_info(int index) {
 }
 
 std::string info() {
-  int runtime = 0, driver = 0, n = 0;
+  int runtime = 0;
+  int driver = 0;
+  int n_device = 0;
   (void)cudaRuntimeGetVersion(&runtime);
   (void)cudaDriverGetVersion(&driver);  // 0 where there is none
-  const cudaError_t status = cudaGetDeviceCount(&n);
+  const cudaError_t status = cudaGetDeviceCount(&n_device);
   (void)cudaGetLastError();
+  if (status != cudaSuccess) n_device = 0;
   std::string devices;
-  for (int x = 0; status == cudaSuccess && x < n; ++x) devices += (x == 0 ? "" : ", ") + device_info(x);
+  for (int index = 0; index < n_device; ++index) devices += (index == 0 ? "" : ", ") + device_info(index);
   return "{\"runtime\": " + in_quotes(shown_version(runtime)) +
          ", \"driver\": " + (driver == 0 ? std::string("null") : in_quotes(shown_version(driver))) +
          ", \"kernels\": " + in_quotes(MOECALC_CUDA_ARCHITECTURES) + ", \"error\": " +
@@ -75,8 +78,8 @@ const char* moecalc_cuda_build() {
 }
 
 int moecalc_cuda_device_count() {
-  int n = 0;
-  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   (void)cudaGetLastError();
   return 0;
 }
@@ -89,9 +92,10 @@ const char* moecalc_cuda_info() {
 
 moecalc::Backend* moecalc_make_cuda_backend(const moecalc::BackendInputs* inputs, std::string* reason) {
   using namespace moecalc;
-  return cuda::make_in_format(
-             *inputs, *reason,
-             [&]<class N>() -> std::unique_ptr<Backend> { return cuda::make_cuda_model<N>(*inputs); })
+  return cuda::make_in_format(*inputs, *reason,
+                              [&]<class Format>() -> std::unique_ptr<Backend> {
+                                return cuda::make_cuda_model<Format>(*inputs);
+                              })
       .release();
 }
 }

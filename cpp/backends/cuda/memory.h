@@ -84,7 +84,7 @@ class MemoryCache {
   int64_t idle_bytes() const { return static_cast<int64_t>(idle_bytes_); }
 
  private:
-  /// Rounded as the driver does, so that blocks of nearly the same size replace each other.
+  /// Rounded as the driver does: blocks of nearly the same size can replace each other.
   static size_t size_class(size_t bytes) {
     constexpr size_t mebibyte = size_t{1} << 20;
     const size_t unit = bytes <= mebibyte ? 512 : 2 * mebibyte;
@@ -124,9 +124,9 @@ class Memory {
   }
   int64_t bytes() const { return bytes_; }
   /// Null if there are no bytes.
-  template <class V>
-  V* as() const {
-    return static_cast<V*>(data_);
+  template <class Value>
+  Value* as() const {
+    return static_cast<Value*>(data_);
   }
 
  private:
@@ -143,32 +143,40 @@ class Memory {
   int64_t bytes_ = 0;
 };
 
+/// Memory of values of one type. Stands for the pointer to them where one is asked for.
+template <class Value>
+struct Values {
+  Memory memory;
+
+  operator Value*() const { return memory.as<Value>(); }
+  static int64_t bytes_for(int64_t count) { return count * static_cast<int64_t>(sizeof(Value)); }
+  bool holds(int64_t count) const { return memory.bytes() >= bytes_for(count); }
+};
+
 /// Values of the host that go to the target in one copy.
 class Upload {
  public:
-  /// `write(V*)` writes `n` values, when they are sent; `*place` will point to them on the target.
-  template <class V, class Write>
-  void add(size_t n, Write write, const V** place) {
+  /// `write(Value*)` writes `count` values, when they are sent; `*place` will point to them on the target.
+  template <class Value, class Write>
+  void add(size_t count, Write write, const Value** place) {
     constexpr size_t alignment = 64;
     const size_t first = (bytes_ + alignment - 1) / alignment * alignment;
-    bytes_ = first + n * sizeof(V);
+    bytes_ = first + count * sizeof(Value);
     pieces_.push_back([first, write = std::move(write), place](char* host, char* target) {
       if (host != nullptr) {
-        write(reinterpret_cast<V*>(host + first));
+        write(reinterpret_cast<Value*>(host + first));
       } else {
-        *place = reinterpret_cast<const V*>(target + first);
+        *place = reinterpret_cast<const Value*>(target + first);
       }
     });
   }
   /// `values`, which must stay until they are sent, in the type of `place`.
-  template <class V, class From>
-  void add(const std::vector<From>& values, const V** place) {
-    add(
-        values.size(),
-        [&values](V* to) {
-          for (const From& value : values) *to++ = static_cast<V>(value);
-        },
-        place);
+  template <class Value, class From>
+  void add(const std::vector<From>& values, const Value** place) {
+    const auto write = [&values](Value* to) {
+      for (const From& value : values) *to++ = static_cast<Value>(value);
+    };
+    add(values.size(), write, place);
   }
 
   /// `target`: its staging memory is used. Waits for the copy.

@@ -5,12 +5,12 @@
 #include <string>
 
 #include "backends/backend.h"
-#include "ops/cuda/product.cuh"
+#include "kernels/cuda/formats.cuh"
 
 namespace moecalc::cuda {
 
-/// make.template operator()<N>() with N: Float64, Float32, Tf32 or Bf16x3. Null, with `reason`, where the
-/// kernels do not cover the package.
+/// make.template operator()<Format>() with Format: Float64, Float32, Tf32 or Bf16x3. Null, with `reason`,
+/// where the kernels do not cover the package.
 template <class Make>
 std::unique_ptr<Backend> make_in_format(const BackendInputs& inputs, std::string& reason, const Make& make) {
   try {
@@ -29,8 +29,8 @@ std::unique_ptr<Backend> make_in_format(const BackendInputs& inputs, std::string
   return nullptr;
 }
 
-/// The model of the format N on a GPU: compiled in kernels_*.cu. Throws Unsupported.
-template <class N>
+/// The model of the format on a GPU: compiled in kernels_*.cu. Throws Unsupported.
+template <class Format>
 std::unique_ptr<Backend> make_cuda_model(const BackendInputs& inputs);
 
 }  // namespace moecalc::cuda

@@ -2,57 +2,60 @@
 
 namespace moecalc::plain {
 
-template <class T>
-auto Experts<T>::matrix(size_t layer, size_t position, int64_t expert) -> Pointer {
+template <class Real>
+auto Experts<Real>::matrix(size_t layer, size_t position, int64_t expert) -> Pointer {
   Pointer& kept = matrices_[{static_cast<int64_t>(layer), static_cast<int64_t>(position), expert}];
   if (kept == nullptr) {
     const StoredArray& stored = model_.layers[layer].positions[position].matrix;
-    const Array values = stored.select({expert}, dtype_of<T>);
-    kept = std::make_shared<const Matrix<T>>(
-        Matrix<T>::of(values.template data<T>(), stored.size(1), stored.size(2)));
+    const Array values = stored.select({expert}, dtype_of<Real>);
+    kept = std::make_shared<const Matrix<Real>>(
+        Matrix<Real>::of(values.template data<Real>(), stored.size(1), stored.size(2)));
   }
   return kept;
 }
 
-template <class T>
-GroupMaps<T> Experts<T>::side_by_side(size_t layer, size_t position, const std::vector<int64_t>& experts,
-                                      const std::vector<double>& weights) {
+template <class Real>
+GroupMaps<Real> Experts<Real>::side_by_side(size_t layer, size_t position,
+                                            const std::vector<int64_t>& experts,
+                                            const std::vector<double>& weights) {
   const Array& bias = model_.layers[layer].positions[position].bias;
-  GroupMaps<T> group;
+  GroupMaps<Real> group;
   for (const int64_t expert : experts) {
     group.matrices.push_back(matrix(layer, position, expert));
     const double* row = bias.data<double>() + expert * bias.size(1);
-    for (int64_t c = 0; c < bias.size(1); ++c) group.bias.push_back(T(row[c]));
+    for (int64_t c = 0; c < bias.size(1); ++c) group.bias.push_back(Real(row[c]));
   }
-  for (const double weight : weights) group.weights.push_back(T(weight));
+  for (const double weight : weights) group.weights.push_back(Real(weight));
   return group;
 }
 
 /// The experts' mean with these weights, as one expert (MoLE).
-template <class T>
-GroupMaps<T> Experts<T>::merged(size_t layer, size_t position, const std::vector<int64_t>& experts,
-                                const std::vector<double>& weights) {
+template <class Real>
+GroupMaps<Real> Experts<Real>::merged(size_t layer, size_t position, const std::vector<int64_t>& experts,
+                                      const std::vector<double>& weights) {
   const PositionSource& source = model_.layers[layer].positions[position];
-  const int64_t n_in = source.matrix.size(1), n_out = source.matrix.size(2);
-  std::vector<double> sum(static_cast<size_t>(n_in * n_out), 0.0), bias(static_cast<size_t>(n_out), 0.0);
+  const int64_t n_in = source.matrix.size(1);
+  const int64_t n_out = source.matrix.size(2);
+  std::vector<double> sum(static_cast<size_t>(n_in * n_out), 0.0);
+  std::vector<double> bias(static_cast<size_t>(n_out), 0.0);
   for (size_t k = 0; k < experts.size(); ++k) {
-    const T* values = matrix(layer, position, experts[k])->data();
+    const Real* values = matrix(layer, position, experts[k])->data();
     for (size_t i = 0; i < sum.size(); ++i) sum[i] += weights[k] * static_cast<double>(values[i]);
     const double* row = source.bias.template data<double>() + experts[k] * n_out;
     for (size_t c = 0; c < bias.size(); ++c) bias[c] += weights[k] * row[c];
   }
-  GroupMaps<T> group;
-  group.matrices.push_back(std::make_shared<const Matrix<T>>(Matrix<T>::of(sum.data(), n_in, n_out)));
-  for (const double value : bias) group.bias.push_back(T(value));
-  group.weights = {T(1)};
+  GroupMaps<Real> group;
+  group.matrices.push_back(std::make_shared<const Matrix<Real>>(Matrix<Real>::of(sum.data(), n_in, n_out)));
+  for (const double value : bias) group.bias.push_back(Real(value));
+  group.weights = {Real(1)};
   return group;
 }
 
-template <class T>
-LinearMap<T> Experts<T>::map(size_t layer, size_t position, const Routes* routes,
-                             const std::vector<int64_t>& used, int64_t n_group) {
+template <class Real>
+LinearMap<Real> Experts<Real>::map(size_t layer, size_t position, const Routes* routes,
+                                   const std::vector<int64_t>& used, int64_t n_group) {
   const PositionSource& source = model_.layers[layer].positions[position];
-  LinearMap<T> map;
+  LinearMap<Real> map;
   map.n_in = source.matrix.size(1);
   map.n_out = source.matrix.size(2);
   map.routed = routes != nullptr;
@@ -62,8 +65,8 @@ LinearMap<T> Experts<T>::map(size_t layer, size_t position, const Routes* routes
   }
   map.summed = !source.merge;
   map.groups.resize(static_cast<size_t>(n_group));
-  for (const int64_t g : used) {
-    const auto index = static_cast<size_t>(g);
+  for (const int64_t group : used) {
+    const auto index = static_cast<size_t>(group);
     const std::vector<int64_t>& experts = routes->experts[index];
     const std::vector<double>& weights = routes->weights[index];
     map.groups[index] = source.merge ? merged(layer, position, experts, weights)
@@ -73,11 +76,11 @@ LinearMap<T> Experts<T>::map(size_t layer, size_t position, const Routes* routes
   return map;
 }
 
-template <class T>
-int64_t Experts<T>::bytes() const {
+template <class Real>
+int64_t Experts<Real>::bytes() const {
   int64_t sum = 0;
   for (const auto& entry : matrices_) {  // null: could not be read
-    if (entry.second != nullptr) sum += entry.second->size() * static_cast<int64_t>(sizeof(T));
+    if (entry.second != nullptr) sum += entry.second->size() * static_cast<int64_t>(sizeof(Real));
   }
   return sum;
 }

@@ -7,17 +7,21 @@
 
 namespace moecalc::plain {
 
-/// Row r belongs to row of[r] of n others. Its inverse makes sums by index parallel, and their order fixed.
+/// Row r belongs to row of[r] of n_target others. Its inverse makes sums by index parallel, and their order
+/// fixed.
 class Index {
  public:
   Index() = default;
-  Index(std::vector<int64_t> of, int64_t n) : of_(std::move(of)), begin_(static_cast<size_t>(n) + 1, 0) {
+  Index(std::vector<int64_t> of, int64_t n_target)
+      : of_(std::move(of)), begin_(static_cast<size_t>(n_target) + 1, 0) {
     for (const int64_t target : of_) ++begin_[static_cast<size_t>(target) + 1];
     for (size_t target = 1; target < begin_.size(); ++target) begin_[target] += begin_[target - 1];
     members_.resize(of_.size());
     std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
     for (size_t r = 0; r < of_.size(); ++r) {
-      members_[static_cast<size_t>(next[static_cast<size_t>(of_[r])]++)] = static_cast<int64_t>(r);
+      int64_t& place = next[static_cast<size_t>(of_[r])];
+      members_[static_cast<size_t>(place)] = static_cast<int64_t>(r);
+      ++place;
     }
   }
 
@@ -32,7 +36,7 @@ class Index {
 
  private:
   std::vector<int64_t> of_;
-  std::vector<int64_t> begin_;    // (n + 1) into members_
+  std::vector<int64_t> begin_;    // (n_target + 1) into members_
   std::vector<int64_t> members_;  // rows by target
 };
 

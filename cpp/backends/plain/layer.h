@@ -22,40 +22,46 @@ struct Connections {
   const PreparedGraph& graph;
   Index centre;                      // edges -> local nodes
   Index neighbor;                    // edges -> nodes
-  Index first, second;               // angles -> edges
-  Index slot;                        // edges -> (routing group, neighbour) pairs that occur
+  Index first;                       // angles -> edges ij
+  Index second;                      // angles -> edges ik
+  Index slot;                        // edges -> (routing group, neighbor) pairs that occur
   Index slot_node;                   // these -> nodes
   std::vector<int64_t> slot_splits;  // (n_group + 1)
   std::vector<uint8_t> close;        // (n_edge) whether an edge has angles
 };
 
 /// Features of nodes, edges and angles.
-template <class T>
+template <class Real>
 struct Features {
-  Variable<T> v, e, a;
+  Variable<Real> node;
+  Variable<Real> edge;
+  Variable<Real> angle;
 };
 
-/// What all layers read of the geometry: switches (E, 1), directions (E, 3), angle switches (A, 1).
-template <class T>
+/// What all layers read of the geometry.
+template <class Real>
 struct Directions {
-  Variable<T> sw, h, asw;
+  Variable<Real> switch_edge;   // (E, 1)
+  Variable<Real> directions;    // (E, 3)
+  Variable<Real> switch_angle;  // (A, 1)
 };
 
 /// A layer's maps by position, and those that compress the angle input ("" where nothing is multiplied).
-template <class T>
+template <class Real>
 struct LayerMaps {
-  std::map<std::string, LinearMap<T>> positions;
-  LinearMap<T> compress_n, compress_e;
+  std::map<std::string, LinearMap<Real>> positions;
+  LinearMap<Real> compress_n;
+  LinearMap<Real> compress_e;
 };
 
-template <class T>
+template <class Real>
 class Layer {
  public:
-  using Var = Variable<T>;
+  using Var = Variable<Real>;
 
   /// All arguments must outlive the tape's backward.
-  Layer(const LayerSource& source, const LayerMaps<T>& maps, const Connections& connections,
-        const Directions<T>& directions, Tape<T>& tape)
+  Layer(const LayerSource& source, const LayerMaps<Real>& maps, const Connections& connections,
+        const Directions<Real>& directions, Tape<Real>& tape)
       : source_(source),
         maps_(maps),
         graph_(connections.graph),
@@ -63,33 +69,40 @@ class Layer {
         directions_(directions),
         tape_(tape) {}
 
-  /// v (n_node, n_dim) -> (n_local, n_dim); e (E, e_dim), a (A, a_dim).
-  Features<T> run(const Features<T>& in) const;
+  /// Nodes (n_node, n_dim) -> (n_local, n_dim); edges (E, e_dim), angles (A, a_dim).
+  Features<Real> run(const Features<Real>& in) const;
 
  private:
-  Features<T> at_once(const Features<T>& in, const Var& v_local) const;
-  Features<T> in_sequence(const Features<T>& in, const Var& v_local) const;
-  Var updated_nodes(const Var& v, const Var& v_local, const Var& e) const;
-  Var angle_to_edge(const Var& e, const Var& a, const Var& vc, const Var& ec) const;
-  Var compressed_nodes(const Var& v_local) const;
-  Var compressed_edges(const Var& e) const;
+  /// What angles read: their features, and the compressed ones of centre and edges.
+  struct AngleInputs {
+    Var angle;
+    Var node;
+    Var edge;
+  };
+
+  Features<Real> at_once(const Features<Real>& in, const Var& local) const;
+  Features<Real> in_sequence(const Features<Real>& in, const Var& local) const;
+  Var updated_nodes(const Var& node, const Var& local, const Var& edge) const;
+  Var angle_to_edge(const Var& edge, const AngleInputs& in) const;
+  Var compressed_nodes(const Var& local) const;
+  Var compressed_edges(const Var& edge) const;
 
   /// Outputs of a position on rows that carry their whole input, on edges, on angles.
-  Var on_rows(const char* position, const Var& x, const std::vector<int64_t>& splits) const;
-  Var on_edges(const char* position, const Var& v, const Var& v_local, const Var& e) const;
-  Var on_angles(const char* position, const Var& a, const Var& vc, const Var& ec) const;
-  Var finished(Var z, const LinearMap<T>& map, const std::vector<int64_t>& splits) const;
+  Var on_rows(const char* position, const Var& rows, const std::vector<int64_t>& splits) const;
+  Var on_edges(const char* position, const Var& node, const Var& local, const Var& edge) const;
+  Var on_angles(const char* position, const AngleInputs& in) const;
+  Var finished(Var pre_activation, const LinearMap<Real>& map, const std::vector<int64_t>& splits) const;
 
-  /// keep * x plus the updates times the rows first.. of `coefficients`.
-  Var update(const Var& x, double keep, const std::vector<Var>& updates, const Array& coefficients,
+  /// keep * in plus the updates times the rows first.. of `coefficients`.
+  Var update(const Var& in, double keep, const std::vector<Var>& updates, const Array& coefficients,
              int64_t first = 0) const;
 
   const LayerSource& source_;
-  const LayerMaps<T>& maps_;
+  const LayerMaps<Real>& maps_;
   const PreparedGraph& graph_;
   const Connections& at_;
-  const Directions<T>& directions_;
-  Tape<T>& tape_;
+  const Directions<Real>& directions_;
+  Tape<Real>& tape_;
 };
 
 }  // namespace moecalc::plain

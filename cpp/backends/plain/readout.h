@@ -16,9 +16,10 @@ class Readout {
  public:
   virtual ~Readout() = default;
   virtual void set_tables(const TypeTables& tables) = 0;
-  /// v (n, n_dim), types (n or more): energies (n) in eV. If `dv` is given, it becomes dE/dv.
-  virtual std::vector<double> evaluate(const Matrix<double>& v, const std::vector<int64_t>& types,
-                                       Matrix<double>* dv) = 0;
+  /// features (n_atom, n_dim), types (n_atom or more): energies (n_atom) in eV. If `d_features` is given, it
+  /// becomes dE/d(features).
+  virtual std::vector<double> evaluate(const Matrix<double>& features, const std::vector<int64_t>& types,
+                                       Matrix<double>* d_features) = 0;
   virtual int64_t bytes() const = 0;
 };
 

@@ -20,16 +20,6 @@ using namespace torchscript;
 const char* const rebuild =
     "run `pip install .` in the folder of moecalc's sources";  // as BUILD_HERE of moecalc/_install.py
 
-/// Where `file` has to be: beside this library.
-std::string place_of(const char* file) {
-  Dl_info info;
-  const auto* here_we_are = reinterpret_cast<const void*>(&place_of);
-  if (dladdr(here_we_are, &info) == 0 || info.dli_fname == nullptr) return file;
-  const std::string here = info.dli_fname;
-  const size_t slash = here.rfind('/');
-  return slash == std::string::npos ? file : here.substr(0, slash + 1) + file;
-}
-
 /// Version of torch that a library was compiled against, from its bytes; "" if there is none.
 std::string version_in_file(const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
@@ -56,7 +46,8 @@ std::string loaded_torch() {
 }
 
 [[noreturn]] void refuse_to_load(const std::string& path, const std::string& reason) {
-  const std::string built = version_in_file(path), running = loaded_torch();
+  const std::string built = version_in_file(path);
+  const std::string running = loaded_torch();
   throw Error(std::string("backend 'torchscript': ") + library_file + ", compiled against torch " +
               (built.empty() ? "of an unknown version" : built) + ", does not load" +
               (running.empty() ? "" : " with torch " + running) + " (" + printable(reason, 300) +
@@ -94,7 +85,7 @@ void check_library(void* library) {
 }  // namespace
 
 std::unique_ptr<Backend> make_torchscript_backend(const BackendInputs& inputs) {
-  const std::string path = place_of(library_file);
+  const std::string path = place_of_library(library_file);
   if (access(path.c_str(), F_OK) != 0) {
     throw Error(std::string("backend 'torchscript' needs ") + library_file +
                 ", which this installation does not have: install torch, then " + rebuild);

@@ -13,7 +13,8 @@ class TorchThreads {
   TorchThreads& operator=(const TorchThreads&) = delete;
 
  private:
-  int openmp_ = 1, mkl_ = 0;
+  int openmp_ = 1;
+  int mkl_ = 0;
 };
 
 }  // namespace moecalc

@@ -10,7 +10,6 @@
 #include <unistd.h>
 
 #include <array>
-#include <chrono>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -19,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "backends/laps.h"
 #include "backends/torchscript/clean_state.h"
 #include "backends/torchscript/interface.h"
 #include "backends/torchscript/package_reader.h"
@@ -83,10 +83,6 @@ void check_differentiated(bool differentiated) {
         "expected an energy that depends on the positions, got one without gradients, so there are no "
         "forces: package the checkpoint again");
   }
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // --- devices and types ---------------------------------------------------------------------------
@@ -155,11 +151,11 @@ void copy_to(const at::Tensor& tensor, const Array& result) {
   }
 }
 
-/// f(tensor) for all parameters and buffers.
-template <class F>
-void for_tensors(const Module& module, const F& f) {
-  for (at::Tensor tensor : module.parameters()) f(tensor);
-  for (at::Tensor tensor : module.buffers()) f(tensor);
+/// change(tensor) for all parameters and buffers.
+template <class Function>
+void for_tensors(const Module& module, const Function& change) {
+  for (at::Tensor tensor : module.parameters()) change(tensor);
+  for (at::Tensor tensor : module.buffers()) change(tensor);
 }
 
 /// Sets the dtype of all floating-point parameters and buffers (Module::to converts integer buffers too).
@@ -207,7 +203,9 @@ class Segment {
   /// Gradients with respect to the leaves, given those of the outputs; undefined tensors stand for zero.
   /// Frees the segment's autograd graph.
   std::vector<at::Tensor> backward(const std::vector<at::Tensor>& output_gradients) {
-    std::vector<at::Tensor> inputs, outputs, gradients;
+    std::vector<at::Tensor> inputs;
+    std::vector<at::Tensor> outputs;
+    std::vector<at::Tensor> gradients;
     for (const at::Tensor& leaf : leaves_) {
       if (leaf.requires_grad()) inputs.push_back(leaf);
     }
@@ -233,7 +231,8 @@ class Segment {
 
  private:
   Module module_;
-  std::vector<at::Tensor> leaves_, outputs_;
+  std::vector<at::Tensor> leaves_;
+  std::vector<at::Tensor> outputs_;
 };
 
 void accumulate(at::Tensor& sum, const at::Tensor& gradient) {
@@ -254,11 +253,12 @@ struct GraphTensors {
     angle_index = at::stack({tensor_of(angles.first), tensor_of(angles.second)}).to(device);
   }
 
-  at::Tensor types;                 // (n_node,) condition * n_types + element
-  at::Tensor elements, conditions;  // (n_node,)
-  at::Tensor edge_index;            // (2, n_edge)
-  at::Tensor edge_vec;              // (n_edge, 3) float64
-  at::Tensor angle_index;           // (2, n_angle)
+  at::Tensor types;        // (n_node,) condition * n_types + element
+  at::Tensor elements;     // (n_node,)
+  at::Tensor conditions;   // (n_node,)
+  at::Tensor edge_index;   // (2, n_edge)
+  at::Tensor edge_vec;     // (n_edge, 3) float64
+  at::Tensor angle_index;  // (2, n_angle)
 };
 
 /// `scatter_gradients` on a device: results leave it only once they are summed.
@@ -266,11 +266,14 @@ void scatter_on_device(const PreparedGraph& graph, const GraphTensors& in, const
                        const Request& request, Evaluation& result) {
   const at::Device device = gradient.device();
   const at::Tensor row = tensor_of(graph.engine_row).to(device);
-  const at::Tensor i = row.index_select(0, in.edge_index[0]), j = row.index_select(0, in.edge_index[1]);
+  const at::Tensor centre = row.index_select(0, in.edge_index[0]);
+  const at::Tensor neighbor = row.index_select(0, in.edge_index[1]);
   const auto options = cpu_double().device(device);
   if (request.forces) {
-    copy_to(at::zeros({graph.n_node, 3}, options).index_add_(0, i, gradient).index_add_(0, j, -gradient),
-            result.forces);
+    at::Tensor forces = at::zeros({graph.n_node, 3}, options);
+    forces.index_add_(0, centre, gradient);
+    forces.index_add_(0, neighbor, -gradient);
+    copy_to(forces, result.forces);
   }
   if (!request.virial && !request.atom_virial) return;
   const at::Tensor share = in.edge_vec.unsqueeze(2) * gradient.unsqueeze(1);
@@ -281,7 +284,7 @@ void scatter_on_device(const PreparedGraph& graph, const GraphTensors& in, const
     copy_to(at::zeros({graph.n_systems, 3, 3}, options).index_add_(0, system, -share), result.virial);
   }
   if (request.atom_virial) {
-    copy_to(at::zeros({graph.n_node, 3, 3}, options).index_add_(0, j, -share), result.atom_virial);
+    copy_to(at::zeros({graph.n_node, 3, 3}, options).index_add_(0, neighbor, -share), result.atom_virial);
   }
 }
 
@@ -302,16 +305,18 @@ class TorchScriptBackend final : public Backend {
   int64_t bytes() const override { return 0; }
 
  private:
+  class Run;
+
   void load(const BackendInputs& inputs);
   void check_model(const Module& model) const;
   void place(const Module& model, bool converted) const;
   void run(const PreparedGraph& graph, const Request& request, GhostExchange* exchange, Evaluation& result);
   at::Tensor features_of_elements();
   at::Tensor group_features(const PreparedGraph& graph, GhostExchange* exchange);
-  std::vector<IValue> readout_arguments(const at::Tensor& v, const GraphTensors& in, int64_t n_local) const;
-  at::Tensor extended(const PreparedGraph& graph, const at::Tensor& v, GhostExchange* exchange) const;
+  std::vector<IValue> readout_arguments(const at::Tensor& node, const GraphTensors& in,
+                                        int64_t n_local) const;
+  at::Tensor extended(const PreparedGraph& graph, const at::Tensor& node, GhostExchange* exchange) const;
   at::Tensor reduced(const PreparedGraph& graph, const at::Tensor& gradient, GhostExchange* exchange) const;
-  void add_energies(Evaluation& result) const;
   void refuse_after_fork() const;
   c10::OptionalDeviceGuard device_guard() const {
     return c10::OptionalDeviceGuard(device_.is_cuda() ? std::optional<at::Device>(device_) : std::nullopt);
@@ -324,12 +329,14 @@ class TorchScriptBackend final : public Backend {
   const std::string device_name_;
   const at::ScalarType dtype_;  // of the network
   const pid_t process_ = getpid();
-  Module geometry_, embedding_, readout_;
+  Module geometry_;
+  Module embedding_;
+  Module readout_;
   std::vector<Module> layers_;
   TypeTables tables_;
-  at::Tensor shift_, fitting_inputs_;  // of tables_, on the device; undefined: none
-  at::Tensor element_features_;        // router input where groups are types: the same in every call
-  NeighborList list_;
+  at::Tensor shift_;             // of tables_, on the device; undefined: none
+  at::Tensor fitting_inputs_;    // likewise
+  at::Tensor element_features_;  // router input where groups are types: the same in every call
   GraphBuilder builder_;
 };
 
@@ -457,21 +464,21 @@ at::Tensor TorchScriptBackend::group_features(const PreparedGraph& graph, GhostE
 }
 
 /// Of the scripted readout, for owned nodes in model order.
-std::vector<IValue> TorchScriptBackend::readout_arguments(const at::Tensor& v, const GraphTensors& in,
+std::vector<IValue> TorchScriptBackend::readout_arguments(const at::Tensor& node, const GraphTensors& in,
                                                           int64_t n_local) const {
   const auto owned = [&](const at::Tensor& rows) { return rows.narrow(0, 0, n_local); };
-  if (!architecture_.conditions.taken()) return {v, owned(in.elements)};
+  if (!architecture_.conditions.taken()) return {node, owned(in.elements)};
   const auto optional = [](const at::Tensor& rows) { return rows.defined() ? IValue(rows) : IValue(); };
-  return {v, owned(in.elements), owned(in.conditions), optional(fitting_inputs_), optional(shift_)};
+  return {node, owned(in.elements), owned(in.conditions), optional(fitting_inputs_), optional(shift_)};
 }
 
 /// (n_local, width) in model order -> (n_node, width): ghosts get the features of their owners.
-at::Tensor TorchScriptBackend::extended(const PreparedGraph& graph, const at::Tensor& v,
+at::Tensor TorchScriptBackend::extended(const PreparedGraph& graph, const at::Tensor& node,
                                         GhostExchange* exchange) const {
-  if (exchange == nullptr) return v;
-  const Array rows = with_ghosts(graph, array_of(v.cpu()), exchange);
-  if (graph.n_node == graph.n_local) return v;
-  return tensor_of(rows).to(device_, v.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  if (exchange == nullptr) return node;
+  const Array rows = with_ghosts(graph, array_of(node.cpu()), exchange);
+  if (graph.n_node == graph.n_local) return node;
+  return tensor_of(rows).to(device_, node.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
 }
 
 /// Gradient of (n_node, width) rows -> of the owned ones, with what other ranks' ghosts contribute.
@@ -485,10 +492,7 @@ at::Tensor TorchScriptBackend::reduced(const PreparedGraph& graph, const at::Ten
   return tensor_of(rows).to(device_, dtype_, /*non_blocking=*/false, /*copy=*/true);
 }
 
-void TorchScriptBackend::set_list(const NeighborList& list) {
-  list_ = list;
-  builder_.set_list(list_, tables_.rules);
-}
+void TorchScriptBackend::set_list(const NeighborList& list) { builder_.set_list(list, tables_.rules); }
 
 Evaluation TorchScriptBackend::evaluate(const Array& positions, const Array& cells, const Request& request,
                                         GhostExchange* exchange) {
@@ -496,14 +500,10 @@ Evaluation TorchScriptBackend::evaluate(const Array& positions, const Array& cel
   const CleanState clean;
   const TorchThreads torch_threads(threads_.size());
   const c10::OptionalDeviceGuard on_device = device_guard();
-  const auto start = std::chrono::steady_clock::now();
+  Laps laps;
   const PreparedGraph& graph = builder_.prepare(positions, cells);
-  Evaluation result = empty_result(graph.n_node, graph.n_local, graph.n_systems, request);
-  result.timings.emplace_back("graph", seconds_since(start));
-  result.n_edge = graph.n_edge;
-  result.n_angle = graph.n_angle;
-  result.max_neighbors = graph.max_neighbors;
-  result.max_angle_neighbors = graph.max_angle_neighbors;
+  Evaluation result = empty_result(graph, request);
+  result.timings.emplace_back("graph", laps.next());
   try {
     run(graph, request, exchange, result);
   } catch (const std::exception& exception) {
@@ -511,17 +511,123 @@ Evaluation TorchScriptBackend::evaluate(const Array& positions, const Array& cel
                            std::to_string(graph.n_edge) + " edges and " + std::to_string(graph.n_angle) +
                            " angles on " + device_name_);
   }
-  add_energies(result);
   return result;
 }
 
-/// Energies of the structures, summed in engine order.
-void TorchScriptBackend::add_energies(Evaluation& result) const {
-  const double* atom_energy = result.energies.data<double>();
-  const int64_t* system = list_.system_index.data<int64_t>();
-  double* energy = result.energy.data<double>();
-  for (int64_t i = 0; i < list_.system_index.size(0); ++i) energy[system[i]] += atom_energy[i];
-}
+/// One evaluation of the scripted model, segment by segment.
+class TorchScriptBackend::Run {
+ public:
+  Run(TorchScriptBackend& backend, const PreparedGraph& graph, bool gradients, GhostExchange* exchange)
+      : backend_(backend),
+        graph_(graph),
+        gradients_(gradients),
+        exchange_(exchange),
+        in_(graph, backend.tables_.rules.n_types, backend.device_),
+        geometry_(backend.geometry_, {in_.edge_vec}, {gradients}) {}
+
+  const GraphTensors& in() const { return in_; }
+
+  /// Energies of atoms in model order, (n_local,).
+  at::Tensor forward() {
+    run_geometry();
+    const at::Tensor features = backend_.group_features(graph_, exchange_);
+    run_embedding();
+    run_layers(features);
+    node_ = node_.narrow(0, 0, graph_.n_local);
+    readout_.emplace(backend_.readout_, std::vector<at::Tensor>{node_},
+                     std::vector<bool>{node_has_gradient_});
+    readout_->forward(backend_.readout_arguments(readout_->leaf(0), in_, graph_.n_local), 1);
+    return readout_->output(0);
+  }
+
+  /// dE/d(edge_vec); undefined where no energy depends on an edge.
+  at::Tensor backward() {
+    if (graph_.n_edge > 0) check_differentiated(readout_->output_requires_grad(0));
+    std::vector<at::Tensor> down = readout_->backward({at::ones_like(readout_->output(0))});
+    at::Tensor d_node = down[0];
+    at::Tensor d_edge;
+    at::Tensor d_angle;
+    at::Tensor d_switch_edge;
+    at::Tensor d_directions;
+    at::Tensor d_switch_angle;
+    while (!layers_.empty()) {
+      down = layers_.back().backward({d_node, d_edge, d_angle});
+      layers_.pop_back();
+      d_node = layers_.empty() ? down[0] : backend_.reduced(graph_, down[0], exchange_);
+      d_edge = down[1];
+      d_angle = down[2];
+      accumulate(d_switch_edge, down[3]);
+      accumulate(d_directions, down[4]);
+      accumulate(d_switch_angle, down[5]);
+    }
+    down = embedding_->backward({d_node, d_edge, d_angle});
+    at::Tensor d_edge_input;
+    at::Tensor d_cosine;
+    accumulate(d_edge_input, down[0]);
+    accumulate(d_cosine, down[1]);
+    at::Tensor d_vectors =
+        geometry_.backward({d_edge_input, d_switch_edge, d_directions, d_cosine, d_switch_angle})[0];
+    if (graph_.n_edge > 0) check_differentiated(d_vectors.defined());
+    return d_vectors.defined() ? d_vectors.detach().contiguous() : d_vectors;
+  }
+
+ private:
+  enum Invariant : size_t { edge_input, switch_edge, directions, cosine, switch_angle, n_invariant };
+
+  void run_geometry() {
+    geometry_.forward({geometry_.leaf(0), in_.elements, in_.edge_index, in_.angle_index}, n_invariant);
+    for (size_t i = 0; i < n_invariant; ++i) shape_[i] = geometry_.output(i).to(backend_.dtype_);
+    if (!gradients_) geometry_ = Segment(backend_.geometry_, {}, {});
+  }
+
+  void run_embedding() {
+    embedding_.emplace(backend_.embedding_, std::vector<at::Tensor>{shape_[edge_input], shape_[cosine]},
+                       std::vector<bool>{gradients_, gradients_});
+    std::vector<IValue> inputs{in_.elements, embedding_->leaf(0), embedding_->leaf(1)};
+    if (backend_.shift_.defined()) inputs.insert(inputs.end(), {backend_.shift_, in_.conditions});
+    embedding_->forward(std::move(inputs), 3);
+    node_ = embedding_->output(0);
+    edge_ = embedding_->output(1);
+    angle_ = embedding_->output(2);
+    // Node features come from the types alone, so layer 0 usually has no gradient to pass on.
+    node_has_gradient_ = embedding_->output_requires_grad(0);
+  }
+
+  void run_layers(const at::Tensor& features) {
+    layers_.reserve(backend_.layers_.size());
+    for (size_t index = 0; index < backend_.layers_.size(); ++index) {
+      if (index > 0) node_ = backend_.extended(graph_, node_, exchange_);
+      Segment layer(backend_.layers_[index],
+                    {node_, edge_, angle_, shape_[switch_edge], shape_[directions], shape_[switch_angle]},
+                    {node_has_gradient_, gradients_, gradients_, gradients_, gradients_, gradients_});
+      layer.forward({layer.leaf(0), layer.leaf(1), layer.leaf(2), layer.leaf(3), layer.leaf(4), layer.leaf(5),
+                     in_.edge_index, in_.angle_index, graph_.n_local, graph_.node_splits, graph_.edge_splits,
+                     graph_.angle_splits, features},
+                    3);
+      node_ = layer.output(0);
+      edge_ = layer.output(1);
+      angle_ = layer.output(2);
+      // also where this rank sees no edge: ghosts depend on other ranks' edges
+      node_has_gradient_ = gradients_;
+      if (gradients_) layers_.push_back(std::move(layer));
+    }
+  }
+
+  TorchScriptBackend& backend_;
+  const PreparedGraph& graph_;
+  const bool gradients_;
+  GhostExchange* exchange_;
+  const GraphTensors in_;
+  Segment geometry_;
+  std::optional<Segment> embedding_;
+  std::vector<Segment> layers_;
+  std::optional<Segment> readout_;
+  std::array<at::Tensor, n_invariant> shape_;  // invariants of the geometry, in the dtype of the network
+  at::Tensor node_;
+  at::Tensor edge_;
+  at::Tensor angle_;
+  bool node_has_gradient_ = false;
+};
 
 void TorchScriptBackend::run(const PreparedGraph& graph, const Request& request, GhostExchange* exchange,
                              Evaluation& result) {
@@ -529,75 +635,16 @@ void TorchScriptBackend::run(const PreparedGraph& graph, const Request& request,
   const at::AutoGradMode grad_mode(gradients);
   // No profiling and no re-specialisation: edge and angle counts change from step to step.
   const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
-  const GraphTensors in(graph, tables_.rules.n_types, device_);
-
-  Segment geometry(geometry_, {in.edge_vec}, {gradients});
-  geometry.forward({geometry.leaf(0), in.elements, in.edge_index, in.angle_index}, 5);
-  std::array<at::Tensor, 5> shape;  // edge_input, sw, h, cos, asw, in the dtype of the network
-  for (size_t i = 0; i < 5; ++i) shape[i] = geometry.output(i).to(dtype_);
-  if (!gradients) geometry = Segment(geometry_, {}, {});
-
-  const at::Tensor features = group_features(graph, exchange);
-
-  Segment embedding(embedding_, {shape[0], shape[3]}, {gradients, gradients});
-  std::vector<IValue> inputs{in.elements, embedding.leaf(0), embedding.leaf(1)};
-  if (shift_.defined()) inputs.insert(inputs.end(), {shift_, in.conditions});
-  embedding.forward(std::move(inputs), 3);
-  at::Tensor v = embedding.output(0), e = embedding.output(1), a = embedding.output(2);
-  // Node features come from the types alone, so layer 0 usually has no gradient to pass on.
-  bool v_requires_grad = embedding.output_requires_grad(0);
-
-  std::vector<Segment> segments;
-  segments.reserve(layers_.size());
-  for (size_t l = 0; l < layers_.size(); ++l) {
-    if (l > 0) v = extended(graph, v, exchange);
-    Segment layer(layers_[l], {v, e, a, shape[1], shape[2], shape[4]},
-                  {v_requires_grad, gradients, gradients, gradients, gradients, gradients});
-    layer.forward({layer.leaf(0), layer.leaf(1), layer.leaf(2), layer.leaf(3), layer.leaf(4), layer.leaf(5),
-                   in.edge_index, in.angle_index, graph.n_local, graph.node_splits, graph.edge_splits,
-                   graph.angle_splits, features},
-                  3);
-    v = layer.output(0);
-    e = layer.output(1);
-    a = layer.output(2);
-    v_requires_grad = gradients;  // also where this rank sees no edge: ghosts depend on other ranks' edges
-    if (gradients) segments.push_back(std::move(layer));
-  }
-  v = v.narrow(0, 0, graph.n_local);
-
-  Segment readout(readout_, {v}, {v_requires_grad});
-  readout.forward(readout_arguments(readout.leaf(0), in, graph.n_local), 1);
-  const at::Tensor energies = readout.output(0);
-  copy_to(
-      energies.to(at::kCPU, at::kDouble).reshape({graph.n_local}).index_select(0, tensor_of(graph.model_row)),
-      result.energies);
+  Run run(*this, graph, gradients, exchange);
+  const at::Tensor energies = run.forward();
+  put_energies(graph, array_of(energies.to(at::kCPU, at::kDouble).reshape({graph.n_local})), result);
   if (!gradients) return;
-  if (graph.n_edge > 0) check_differentiated(readout.output_requires_grad(0));
-
-  std::vector<at::Tensor> down = readout.backward({at::ones_like(energies)});
-  at::Tensor dv = down[0], de, da, d_sw, d_h, d_asw;
-  while (!segments.empty()) {
-    down = segments.back().backward({dv, de, da});
-    segments.pop_back();
-    dv = segments.empty() ? down[0] : reduced(graph, down[0], exchange);
-    de = down[1];
-    da = down[2];
-    accumulate(d_sw, down[3]);
-    accumulate(d_h, down[4]);
-    accumulate(d_asw, down[5]);
-  }
-  down = embedding.backward({dv, de, da});
-  at::Tensor d_edge_input, d_cos;
-  accumulate(d_edge_input, down[0]);
-  accumulate(d_cos, down[1]);
-  at::Tensor g = geometry.backward({d_edge_input, d_sw, d_h, d_cos, d_asw})[0];
-  if (graph.n_edge > 0) check_differentiated(g.defined());
-  if (!g.defined()) return;  // no edges: forces and virial stay zero
-  g = g.detach().contiguous();
+  const at::Tensor d_vectors = run.backward();
+  if (!d_vectors.defined()) return;  // no edges: forces and virial stay zero
   if (device_.is_cpu()) {
-    scatter_gradients(graph, g.const_data_ptr<double>(), request, result);
+    scatter_gradients(graph, d_vectors.const_data_ptr<double>(), request, result);
   } else {
-    scatter_on_device(graph, in, g, request, result);
+    scatter_on_device(graph, run.in(), d_vectors, request, result);
   }
 }
 

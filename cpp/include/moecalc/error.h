@@ -39,7 +39,8 @@ class MOECALC_API OverlapError : public Error {
   OverlapError(const std::string& message, int64_t first, int64_t second)
       : Error(message), first(first), second(second) {}
   ~OverlapError() override;
-  int64_t first, second;  // in the engine's order
+  int64_t first;  // both in the engine's order
+  int64_t second;
 };
 
 }  // namespace moecalc

@@ -1,4 +1,4 @@
-// The boundary between engines and models: an engine says `set_list` when its list of neighbours changed and
+// The boundary between engines and models: an engine says `set_list` when its list of neighbors changed and
 // `evaluate(positions)` every step; energies, forces and virials come back in its own order of atoms. Nothing
 // below knows which engine it serves, nothing above which backend computes.
 //
@@ -19,13 +19,17 @@
 
 namespace moecalc {
 
-/// Atoms and their neighbours, valid for a while: only positions and cells change from one evaluation to the
+/// Two atoms closer than this (Angstrom) are an error where a run starts: no training data is there, and the
+/// model's answer means nothing. MIN_DISTANCE of moecalc/keys.py.
+inline constexpr double min_distance = 0.5;
+
+/// Atoms and their neighbors, valid for a while: only positions and cells change from one evaluation to the
 /// next. Arrays of exactly these types.
 struct NeighborList {
   Array types;         // (n_node,) int64: index into Evaluator::elements(); owned atoms first, then ghosts
-  Array edge_index;    // (2, n_edge) int64, any order: row 0 centre < n_local, row 1 neighbour < n_node
+  Array edge_index;    // (2, n_edge) int64, any order: row 0 centre < n_local, row 1 neighbor < n_node
   Array edge_from;     // (n_edge,) int64: row of the centre in `positions`; undefined: the centre
-  Array edge_to;       // (n_edge,) int64: row of the neighbour, or of its image; undefined: the neighbour
+  Array edge_to;       // (n_edge,) int64: row of the neighbor, or of its image; undefined: the neighbor
   Array edge_shift;    // (n_edge, 3) int64 cells between them: vec = x[to] - x[from] + shift @ cell;
                        // undefined: none
   Array system_index;  // (n_local,) int64 in [0, n_systems): structure of a batch that an owned atom is of
@@ -57,13 +61,15 @@ struct Request {
 
 /// Charge (e), multiplicity 2S+1 and frame parameters, as far as a user gave them.
 struct GivenConditions {
-  std::optional<double> charge, spin;
+  std::optional<double> charge;
+  std::optional<double> spin;
   std::optional<std::vector<double>> fparam;
 };
 
 /// What a model was given: texts like "charge 0, spin 1", empty where there is nothing to tell.
 struct AppliedConditions {
-  std::string values, defaults;  // all; those that are the package's defaults
+  std::string values;    // all
+  std::string defaults;  // those that are the package's defaults
 };
 
 /// Seconds by part of an evaluation.
@@ -77,7 +83,7 @@ struct Evaluation {
   /// must add them to their owners.
   Array forces;
   Array virial;        // (n_systems, 3, 3) eV, = -dE/d(strain), contribution of this rank
-  Array atom_virial;   // (n_node, 3, 3) eV, centroid form: an edge's share is on its neighbour's row
+  Array atom_virial;   // (n_node, 3, 3) eV, centroid form: an edge's share is on its neighbor's row
   int64_t n_edge = 0;  // edges within the cutoff
   int64_t n_angle = 0;
   int64_t max_neighbors = 0;        // of one atom, within the cutoff
@@ -88,10 +94,13 @@ struct Evaluation {
 
 /// What a package says of its model that engines tell their users.
 struct Facts {
-  std::string name, citation;
+  std::string name;
+  std::string citation;
   std::vector<std::string> trained_elements;
   int64_t node_dim = 0;
-  int64_t edge_limit = 0, angle_limit = 0;  // neighbours of one atom in training, at most; 0: unknown
+  // neighbors of one atom in training, at most: within the cutoff and within the angle cutoff; 0: unknown
+  int64_t edge_limit = 0;
+  int64_t angle_limit = 0;
   std::string fixed;  // charge, spin and frame parameters that are folded: "charge 0, spin 1"
 };
 
@@ -122,7 +131,7 @@ class MOECALC_API Evaluator {
 
   /// Charge and multiplicity (K, 2) int64 and frame parameters (K, n_fparam) float64, undefined where the
   /// model takes none, of the structures to come: K is their number, or 1 for any number. A model that takes
-  /// conditions (docs/architecture.md) refuses to evaluate before. Throws Error.
+  /// conditions (docs/developer/architecture.md) refuses to evaluate before. Throws Error.
   void set_conditions(const Array& charge_spin, const Array& fparam);
   /// The same for all structures to come, from what a user gave: what is missing has the package's default.
   /// Throws Error for values that the model does not take, or that are missing or contradict each other.
@@ -152,6 +161,12 @@ class MOECALC_API Evaluator {
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const;
   const std::string& metadata() const;  // text of the package's metadata.json
   const Facts& facts() const;
+  /// Sentences that an engine shows its user once, after a beginning of its own. Empty: nothing to tell.
+  /// Of the model: that something slower than the kernels of the device evaluates it.
+  std::vector<std::string> model_warnings() const;
+  /// Of a structure: that it is denser than any in training, by the cutoff and by the angle cutoff. The
+  /// numbers are those of Evaluation, the largest of all ranks.
+  std::vector<std::string> structure_warnings(int64_t max_neighbors, int64_t max_angle_neighbors) const;
   /// Content of a record of the package, for example "extra/reference.json". Throws Error if there is none.
   std::string record(const std::string& name) const;
   /// Routing groups (elements, or structures of a batch) whose weights are laid out for the kernels: those
@@ -166,7 +181,7 @@ class MOECALC_API Evaluator {
 };
 
 /// Counts changes of this interface that leave the sizes of all objects as they are.
-inline constexpr int interface_revision = 1;
+inline constexpr int interface_revision = 2;
 
 /// What a program was compiled with that hands these objects over: version and revision of the interface, and
 /// the sizes of what passes. `version`: MOECALC_VERSION of the program.

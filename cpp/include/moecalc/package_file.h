@@ -16,7 +16,8 @@ namespace moecalc {
 
 /// Where the bytes of a record are in the file.
 struct Record {
-  uint64_t position = 0, size = 0;
+  uint64_t position = 0;
+  uint64_t size = 0;
   uint32_t checksum = 0;  // CRC-32 of its bytes, the same as in the archive's directory
 };
 /// By name, without the archive's top folder.
@@ -78,7 +79,7 @@ MOECALC_API void check_archive(const std::string& path);
 MOECALC_API void check_package(const PackageFile& file);
 
 /// Digest of the records of the model: all but those in `extra/`, and of these architecture.json and
-/// tensors.json (docs/architecture.md).
+/// tensors.json (docs/developer/package_format.md).
 MOECALC_API std::string digest_of(const PackageFile& file);
 
 /// The words of a package's code that `check_package` looks at, sorted: to compare with the allowed ones.

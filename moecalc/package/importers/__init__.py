@@ -34,7 +34,8 @@ def load_checkpoint(path: str | Path, head: str | None = None) -> ImportedModel:
         head: head of a multi-task checkpoint; None takes the one with the alias `Default`.
 
     Raises:
-        CheckpointError: missing or unreadable file, unknown layout, unsupported option, missing or unknown head.
+        CheckpointError: missing or unreadable file, unknown layout, unsupported option, missing or unknown
+            head.
     """
     path = Path(path)
     if not path.is_file():
@@ -138,7 +139,8 @@ def _check_against(imported: ImportedModel) -> None:
     config, state = imported.config, imported.state
     if max(config.descriptor.nlayers, len(config.fitting.neuron)) > len(state) + 100:
         raise CheckpointError(
-            f"option nlayers = {config.descriptor.nlayers} or the {len(config.fitting.neuron)} entries of neuron, expected "
+            f"option nlayers = {config.descriptor.nlayers} or the {len(config.fitting.neuron)} entries of "
+            "neuron, expected "
             f"fewer for a checkpoint of {len(state)} tensors"
         )
     # on the meta device, torch imports its compiler, which takes seconds: only where memory is at stake
@@ -148,7 +150,8 @@ def _check_against(imported: ImportedModel) -> None:
     surplus = sorted(set(state) - set(own))
     if missing or surplus:
         raise CheckpointError(
-            f"tensors do not fit the configuration: missing {missing[:3] or 'none'}, unexpected {surplus[:3] or 'none'}"
+            f"tensors do not fit the configuration: missing {missing[:3] or 'none'}, unexpected "
+            f"{surplus[:3] or 'none'}"
         )
     for key, value in state.items():
         in_file = imported.keys.get(key, key)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import ModelConfig
-from moecalc.package.importers.options import shown
+from moecalc.nn.deepmd_input import shown
 
 _LARGEST = 10**7
 _MOST_REPEATED = 10**8
-"""An expanded tensor claims more elements than the file holds: up to this number, so that a small file stays small in memory."""
+"""An expanded tensor claims more elements than the file holds: up to this number, memory stays small."""
 
 
 def check_tensors(tensors: Mapping[str, Any], dtype_of: Callable[[str], tuple[torch.dtype, ...]]) -> None:
@@ -34,7 +34,8 @@ def check_tensors(tensors: Mapping[str, Any], dtype_of: Callable[[str], tuple[to
         if value.dtype not in allowed:
             wanted = " or ".join(str(t).removeprefix("torch.") for t in allowed)
             raise CheckpointError(
-                f"tensor {name!r} is {str(value.dtype).removeprefix('torch.')}, expected {wanted} by the checkpoint's "
+                f"tensor {name!r} is {str(value.dtype).removeprefix('torch.')}, expected {wanted} by the "
+                "checkpoint's "
                 "precision: save it as it was trained"
             )
 
@@ -43,7 +44,8 @@ def check_kind(name: object, value: object) -> None:
     """Refuse what is no plain tensor in memory.
 
     Raises:
-        CheckpointError: no tensor, or a sparse, quantized or meta one, or one that claims more elements than the file holds.
+        CheckpointError: no tensor, or a sparse, quantized or meta one, or one that claims more elements than
+            the file holds.
     """
     if not isinstance(name, str):
         raise CheckpointError(f"state dict has an entry named {shown(name)}, expected names of tensors")
@@ -58,11 +60,13 @@ def check_kind(name: object, value: object) -> None:
     stored, distinct = value.untyped_storage().nbytes(), _distinct(value).numel() * value.element_size()
     if value.numel() > _MOST_REPEATED and value.numel() * value.element_size() > stored:
         raise CheckpointError(
-            f"tensor {name!r} of shape {tuple(value.shape)} repeats {stored:,} bytes, expected at most {_MOST_REPEATED:,} elements"
+            f"tensor {name!r} of shape {tuple(value.shape)} repeats {stored:,} bytes, expected at most "
+            f"{_MOST_REPEATED:,} elements"
         )
     if distinct > max(stored, 1):
         raise CheckpointError(
-            f"tensor {name!r} of shape {tuple(value.shape)} has overlapping elements, expected one value for each"
+            f"tensor {name!r} of shape {tuple(value.shape)} has overlapping elements, expected one value for "
+            "each"
         )
 
 
@@ -75,7 +79,9 @@ def _distinct(value: Tensor) -> Tensor:
 
 
 def check_finite(name: str, value: Tensor, in_file: str = "") -> None:
-    """Refuse NaN and infinities anywhere, used or not; `in_file` is another name that the file has for the tensor.
+    """Refuse NaN and infinities anywhere, used or not.
+
+    `in_file` is another name that the file has for the tensor.
 
     Raises:
         CheckpointError: names the tensor.
@@ -89,7 +95,8 @@ def check_finite(name: str, value: Tensor, in_file: str = "") -> None:
         bad = not bool(torch.isfinite(values).all())
     if bad:
         raise CheckpointError(
-            f"tensor {name!r} has non-finite values: the training diverged, use an earlier checkpoint{_also(in_file, name)}"
+            f"tensor {name!r} has non-finite values: the training diverged, use an earlier "
+            f"checkpoint{_also(in_file, name)}"
         )
 
 
@@ -105,7 +112,8 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], in_file: st
     """
     if tuple(value.shape) != expected:
         raise CheckpointError(
-            f"tensor {name!r} has shape {tuple(value.shape)}, expected {expected} by the configuration{_also(in_file, name)}"
+            f"tensor {name!r} has shape {tuple(value.shape)}, expected {expected} by the "
+            f"configuration{_also(in_file, name)}"
         )
 
 
@@ -138,7 +146,8 @@ def check_config(config: ModelConfig) -> None:
         for index in indices:
             if not 0 <= index < n:
                 raise CheckpointError(
-                    f"option {where} has type index {index}, expected 0 to {n - 1} for a type_map of {n} elements"
+                    f"option {where} has type index {index}, expected 0 to {n - 1} for a type_map of {n} "
+                    "elements"
                 )
     for where, name in (
         ("descriptor", config.descriptor.activation_function),
@@ -147,7 +156,8 @@ def check_config(config: ModelConfig) -> None:
         threshold = name.partition(":")[2]
         if threshold and not math.isfinite(float(threshold)):
             raise CheckpointError(
-                f"option {where}.activation_function = {shown(name)}, expected a finite threshold after the colon"
+                f"option {where}.activation_function = {shown(name)}, expected a finite threshold after the "
+                "colon"
             )
     for width in config.fitting.neuron:
         if width <= 0:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from moecalc.deepmd.options import DESCRIPTOR
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, FittingConfig, ModelConfig, MoEConfig
+from moecalc.nn.deepmd_input import (
+    DESCRIPTOR,
+    PRECISIONS,
+    OptionError,
+    first_error,
+    read_descriptor,
+    read_fitting,
+    shown,
+)
 from moecalc.package.importers.checks import check_config, check_finite, check_kind, check_statistics
-from moecalc.package.importers.options import same, shown
+from moecalc.package.importers.options import REPFLOW, same
 
 State = dict[str, Tensor]
 
@@ -145,24 +153,6 @@ def _address(value: Tensor) -> int:
     return int(value.untyped_storage().data_ptr())
 
 
-PRECISIONS = {
-    "float64": "float64",
-    "double": "float64",
-    "default": "float64",
-    "float32": "float32",
-    "single": "float32",
-}
-
-
-def precision(value: object, where: str) -> Any:
-    """Translate a DeePMD-kit precision; half precisions are refused."""
-    if str(value) not in PRECISIONS:
-        raise CheckpointError(
-            f"{where}.precision = {value!r} is not supported, expected float32 or float64: retrain with one of these"
-        )
-    return PRECISIONS[str(value)]
-
-
 # a value other than these would change the energy in a way moecalc does not implement
 _INERT: dict[str, tuple[object, ...]] = {
     "bridging_method": ("None", None, "none", ""),
@@ -175,7 +165,8 @@ _INERT: dict[str, tuple[object, ...]] = {
 
 def _reject(option: str, value: object, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"option {option} = {shown(value)} is not supported, expected {expected}: retrain without it or ask for it in an issue"
+        f"option {option} = {shown(value)} is not supported, expected {expected}: retrain without it or ask "
+        "for it in an issue"
     )
 
 
@@ -201,53 +192,38 @@ def check_supported(params: Mapping[str, Any]) -> None:
         raise _reject("fitting_net.atom_ener", atom_ener, "an empty list")
 
 
-def descriptor_config(descriptor: Mapping[str, Any]) -> DescriptorConfig:
-    """Build the descriptor configuration."""
-    repflow = descriptor.get("repflow") or {}
-    known = set(DescriptorConfig.model_fields)
-    values = {k: v for k, v in repflow.items() if k in known}
-    for key in ("concat_output_tebd", "use_tebd_bias", "use_econf_tebd", "env_protection", "exclude_types"):
-        if descriptor.get(key) is not None:
-            values[key] = descriptor[key]
-    for key in ("add_chg_spin_ebd", "default_chg_spin"):
-        values.pop(key, None)  # options of the descriptor, not of repflow
-        if descriptor.get("add_chg_spin_ebd") and descriptor.get(key) is not None:
-            values[key] = descriptor[key]
-    values["activation_function"] = descriptor.get("activation_function", "silu")
-    values["precision"] = precision(descriptor.get("precision", "float64"), "descriptor")
-    try:
-        return DescriptorConfig.model_validate(values)
-    except ValidationError as error:
-        raise CheckpointError(f"descriptor options: {first_error(error)}") from None
+def precision(section: Mapping[str, Any], where: str) -> Literal["float32", "float64"]:
+    """Precision of a section.
 
-
-def fitting_config(fitting: Mapping[str, Any], atom_exclude_types: list[int]) -> FittingConfig:
-    """Build the fitting configuration."""
-    try:
-        return FittingConfig(
-            neuron=list(fitting["neuron"]),
-            activation_function=fitting.get("activation_function", "tanh"),
-            resnet_dt=fitting.get("resnet_dt", True),
-            dim_case_embd=fitting.get("dim_case_embd", 0),
-            numb_fparam=fitting.get("numb_fparam") or 0,
-            default_fparam=(fitting.get("default_fparam") or None) if fitting.get("numb_fparam") else None,
-            precision=precision(fitting.get("precision", "float64"), "fitting_net"),
-            atom_exclude_types=list(atom_exclude_types),
+    Raises:
+        CheckpointError: a half precision, or no precision at all.
+    """
+    value = section.get("precision", "default")
+    if str(value) not in PRECISIONS:
+        raise CheckpointError(
+            f"{where}.precision = {value!r} is not supported, expected float32 or float64: retrain with one "
+            "of these"
         )
-    except ValidationError as error:
-        raise CheckpointError(f"fitting_net options: {first_error(error)}") from None
+    return PRECISIONS[str(value)]
 
 
-def first_error(error: ValidationError) -> str:
-    """One line for the first problem that pydantic found."""
-    first = error.errors()[0]
-    where = ".".join(str(x) for x in first["loc"])
-    got = (
-        ""
-        if first["type"] in {"missing", "value_error", "extra_forbidden"}
-        else f", got {shown(first['input'])}"
-    )
-    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{got}"
+def _descriptor_config(section: Mapping[str, Any]) -> DescriptorConfig:
+    """Architecture of a descriptor section; experts of the two branches are read elsewhere."""
+    precision(section, "descriptor")
+    repflow = section.get("repflow") or {}
+    own = {name: value for name, value in repflow.items() if name in REPFLOW}
+    try:
+        return read_descriptor({**section, "repflow": own})
+    except OptionError as error:
+        raise CheckpointError(f"descriptor options: {error}") from None
+
+
+def _fitting_config(section: Mapping[str, Any], atom_exclude_types: list[int]) -> FittingConfig:
+    precision(section, "fitting_net")
+    try:
+        return read_fitting(section, atom_exclude_types)
+    except OptionError as error:
+        raise CheckpointError(f"fitting_net options: {error}") from None
 
 
 def read_common(t: Tensors, config: ModelConfig) -> State:
@@ -285,26 +261,27 @@ def read_common(t: Tensors, config: ModelConfig) -> State:
                 counts["a"] = 1
             for kind, n in counts.items():
                 state[f"{dst}{kind}_residual"] = src.stack([f"{kind}_residual.{q}" for q in range(n)])
-    state.update(read_fitting(t, config))
+    state.update(read_fitting_net(t, config))
     return state
 
 
 def _statistics(flow: Tensors, name: str, config: ModelConfig) -> Tensor:
-    """Mean or standard deviation of the environment (T, 4), which the file repeats for every neighbour."""
+    """Mean or standard deviation of the environment (T, 4), which the file repeats for every neighbor."""
     n_types, n_sel = len(config.type_map), config.descriptor.e_sel
     value = flow.shaped(name, n_types, n_sel, 4)
     check_finite(flow.full(name), value)
     if not torch.equal(value, value[:, :1, :].expand_as(value)):
         raise CheckpointError(
-            f"tensor {flow.full(name)!r} differs between neighbours of one element, expected the same values for all of axis 1"
+            f"tensor {flow.full(name)!r} differs between neighbors of one element, expected the same values "
+            "for all of axis 1"
         )
     if name == "stddev":
         check_statistics(flow.full(name), value)
     return flow.named(value[:, 0, :].to(torch.float64), name)
 
 
-def read_fitting(t: Tensors, config: ModelConfig) -> State:
-    """The fitting net and the energy shifts of a DeePMD-kit state dict, which are the same for all descriptors."""
+def read_fitting_net(t: Tensors, config: ModelConfig) -> State:
+    """Fitting net and energy shifts of a DeePMD-kit state dict: the same for all descriptors."""
     state: State = {}
     f = t.under("atomic_model.fitting_net.")
     n_types = len(config.type_map)
@@ -334,7 +311,7 @@ def read_fitting(t: Tensors, config: ModelConfig) -> State:
 
 
 def read_charge_spin(d: Tensors) -> State:
-    """The charge and spin embedding of a DPA3 descriptor: of this head, for heads do not share it (SPEC section 12)."""
+    """The charge and spin embedding of this head, which heads do not share (SPEC section 12)."""
     table = "embedding.embedding.embedding_net.layers.0.matrix"
     return {
         "conditions.embedding.charge_matrix": d[f"chg_{table}"],
@@ -345,7 +322,7 @@ def read_charge_spin(d: Tensors) -> State:
 
 
 def with_stored_default(config: ModelConfig, t: Tensors) -> ModelConfig:
-    """The configuration with the default frame parameters that the tensors have, which count more than the option."""
+    """The configuration with the default frame parameters of the file, which count more than the option."""
     name = "atomic_model.fitting_net.default_fparam_tensor"
     if not config.fitting.numb_fparam or name not in t:
         return config
@@ -358,7 +335,7 @@ def with_stored_default(config: ModelConfig, t: Tensors) -> ModelConfig:
 
 
 def is_fparam_charge_spin(params: Mapping[str, Any]) -> bool:
-    """Whether the descriptor reads the two frame parameters as charge and spin (SPEC section 12, generation G2).
+    """Whether the descriptor reads the two frame parameters as charge and spin (SPEC section 12, G2).
 
     moecalc's own descriptor exists since DeePMD-kit has a separate input for them.
     """
@@ -384,22 +361,10 @@ def _filter_layers(f: Tensors) -> Tensors:
         check_finite(again.full(name), again[name])
         if name not in layers or not torch.equal(layers[name], again[name]):
             raise CheckpointError(
-                f"tensor {again.full(name)!r} differs from {layers.full(name)!r}, expected two names of one tensor"
+                f"tensor {again.full(name)!r} differs from {layers.full(name)!r}, expected two names of one "
+                "tensor"
             )
     return layers
-
-
-def live_positions(config: DescriptorConfig, layer: int) -> list[str]:
-    """Positions of a layer that can reach the energy."""
-    edge, angle = config.layer_is_live(layer)
-    names = ["node_self_mlp", "node_sym_linear", "node_edge_linear"]
-    if edge:
-        names.append("edge_self_linear")
-    if edge and config.update_angle:
-        names += ["edge_angle_linear1", "edge_angle_linear2"]
-    if angle:
-        names.append("angle_self_linear")
-    return names
 
 
 def build_config(params: Mapping[str, Any], moe: MoEConfig) -> ModelConfig:
@@ -409,8 +374,8 @@ def build_config(params: Mapping[str, Any], moe: MoEConfig) -> ModelConfig:
         CheckpointError: unsupported or inconsistent options.
     """
     check_supported(params)
-    descriptor = descriptor_config(params["descriptor"])
-    fitting = fitting_config(params["fitting_net"], params.get("atom_exclude_types") or [])
+    descriptor = _descriptor_config(params["descriptor"])
+    fitting = _fitting_config(params["fitting_net"], params.get("atom_exclude_types") or [])
     try:
         config = ModelConfig(
             type_map=list(params["type_map"]),
@@ -429,8 +394,8 @@ def build_config(params: Mapping[str, Any], moe: MoEConfig) -> ModelConfig:
 def trained_elements(params: Mapping[str, Any], t: Tensors) -> list[str]:
     """Elements that training data covered, as far as the checkpoint tells.
 
-    The trainer's own list (`info.observed_type`) where it wrote one; else an element counts as untrained when its
-    energy bias is exactly zero, or when per-type statistics were taken and it has none (SPEC section 4).
+    The trainer's own list (`info.observed_type`) where it wrote one; else an element counts as untrained when
+    its energy bias is exactly zero, or when per-type statistics were taken and it has none (SPEC section 4).
     """
     type_map = list(params["type_map"])
     observed = (params.get("info") or {}).get("observed_type")

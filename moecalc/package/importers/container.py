@@ -36,7 +36,8 @@ def check_container(path: Path) -> list[str]:
         Names of its records; empty where it is no zip archive (the older form of `torch.save`).
 
     Raises:
-        CheckpointError: a moecalc package, a model of another backend, compressed, doubled or overlong records.
+        CheckpointError: a moecalc package, a model of another backend, compressed, doubled or overlong
+            records.
     """
     if not zipfile.is_zipfile(path):
         if path.suffix in _FOREIGN:
@@ -51,7 +52,8 @@ def check_container(path: Path) -> list[str]:
     inner = {name.partition("/")[2] for name in names}
     if b"moecalc crc32=" in comment or {"extra/metadata.json", "extra/verification.json"} <= inner:
         raise CheckpointError(
-            "a package of moecalc already (.moe.pt), expected a trained checkpoint: run it in ASE or LAMMPS as it is"
+            "a package of moecalc already (.moe.pt), expected a trained checkpoint: run it in ASE or LAMMPS "
+            "as it is"
         )
     if path.suffix in _FOREIGN or any("aotinductor/" in name for name in names):
         raise CheckpointError(f"{_FOREIGN.get(path.suffix, _FOREIGN['.pt2'])}, {_EXPECTED}")
@@ -66,7 +68,8 @@ def check_container(path: Path) -> list[str]:
         source = is_torchscript(names) and record.filename.partition("/")[2].startswith("code/")
         if not source and (record.compress_type != zipfile.ZIP_STORED or record.file_size > size):
             raise CheckpointError(
-                f"record {record.filename!r} is compressed ({record.compress_size:,} to {record.file_size:,} bytes), expected "
+                f"record {record.filename!r} is compressed ({record.compress_size:,} to {record.file_size:,} "
+                "bytes), expected "
                 "the archive as torch.save wrote it: do not zip checkpoints again"
             )
     return names
@@ -92,7 +95,8 @@ def load_plain(path: Path) -> Any:
         # torch's own message advises to load the file with its code
         if name := code_in_pickle(error):
             raise CheckpointError(
-                f"not a readable checkpoint (it holds {name}, which is code), expected tensors and plain containers only: "
+                f"not a readable checkpoint (it holds {name}, which is code), expected tensors and plain "
+                "containers only: "
                 "do not load this file elsewhere unless you trust its source"
             ) from None
         raise _unreadable(path, "its content is damaged or of another kind") from None

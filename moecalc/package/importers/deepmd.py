@@ -1,4 +1,4 @@
-"""Importers of checkpoints written by DeePMD-kit, with moecalc's plugin or without, and by the two public MoE branches (SPEC section 1)."""
+"""Importers of checkpoints of DeePMD-kit, of moecalc's plugin, and of two branches (SPEC section 1)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from moecalc.deepmd.options import DESCRIPTOR, OptionError, moe_config
 from moecalc.errors import CheckpointError
 from moecalc.nn.config import DescriptorConfig, ModelConfig, MoEConfig, PositionConfig, RouterConfig
+from moecalc.nn.deepmd_input import DESCRIPTOR, GROUPS, OptionError, first_error, read_moe, shown
 from moecalc.package.importers.checks import (
     check_finite,
     check_kind,
@@ -25,21 +25,17 @@ from moecalc.package.importers.common import (
     Tensors,
     build_config,
     check_supported,
-    first_error,
-    live_positions,
     precision,
     read_common,
-    read_fitting,
+    read_fitting_net,
     trained_elements,
     with_stored_default,
 )
-from moecalc.package.importers.options import check_experts, clean_params, same, shown
+from moecalc.package.importers.options import check_experts, clean_params, same
 
-_MOE_GROUPS = {
-    "use_node_moe": ("node_self_mlp", "node_sym_linear", "node_edge_linear"),
-    "use_edge_moe": ("edge_self_linear", "edge_angle_linear2"),
-    "use_angle_moe": ("edge_angle_linear1", "angle_self_linear"),
-}
+# branch `moe`: whether `use_*_moe` is on where it is left out
+_MOE_GROUPS = {"node": True, "edge": False, "angle": False}
+# branch `0415_moe_pack`: where the experts of a map are, and their router
 _PACK_EXPERTS = {
     "node_self_mlp": ("node_self_experts", "node"),
     "node_sym_linear": ("node_sym_experts", "node"),
@@ -63,7 +59,8 @@ def detect_layout(keys: list[str]) -> str:
     if any(".repflows." in k for k in keys):
         return "dpa3"
     raise CheckpointError(
-        "no DPA3 descriptor in this checkpoint (no tensor named ...repflows...), expected DPA3 of DeePMD-kit >= 3.1, "
+        "no DPA3 descriptor in this checkpoint (no tensor named ...repflows...), expected DPA3 of DeePMD-kit "
+        ">= 3.1, "
         "branch moe, branch 0415_moe_pack, or moecalc's own form"
     )
 
@@ -73,7 +70,8 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
 
     Args:
         state_dict: the `model` entry of the checkpoint, with `_extra_state`.
-        head: head of a multi-task checkpoint; None for a single-task one, or for the head with the alias `Default`.
+        head: head of a multi-task checkpoint; None for a single-task one, or for the head with the alias
+            `Default`.
 
     Raises:
         CheckpointError: unknown layout, unsupported option, missing tensor, missing or unknown head.
@@ -93,7 +91,8 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
     config = with_stored_default(config, tensors)
     if config.fparam_is_charge_spin:
         remarks.append(
-            "charge and spin are the two frame parameters, as before DeePMD-kit 3.2 (numb_fparam 2, no default_chg_spin)"
+            "charge and spin are the two frame parameters, as before DeePMD-kit 3.2 (numb_fparam 2, no "
+            "default_chg_spin)"
         )
     trained = trained_elements(params, tensors)
     keys = tensors.names_in_file(state)
@@ -111,13 +110,13 @@ def import_deepmd(state_dict: Mapping[str, Any], head: str | None) -> ImportedMo
 def _dtypes(params: Mapping[str, Any]) -> Callable[[str], tuple[torch.dtype, ...]]:
     d, f = params["descriptor"], params["fitting_net"]
     return deepmd_dtypes(
-        precision(d.get("precision", "float64"), "descriptor"),
-        precision(f.get("precision", "float64"), "fitting_net"),
+        precision(d, "descriptor"),
+        precision(f, "fitting_net"),
     )
 
 
 def _refuse_non_finite(mine: Mapping[str, Any], others: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    """Refuse NaN and infinities in any tensor, dead ones and other heads' too: they show that the training diverged."""
+    """Refuse NaN and infinities in any tensor, of any head, used or not: the training diverged."""
     read_as = {key: name for name, key in keys.items()}
     for name, value in {**mine, **others}.items():
         check_kind(name, value)
@@ -151,7 +150,7 @@ def _model_params(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _choose(params: Mapping[str, Any], head: str | None) -> tuple[Any, str, str | None, list[str]]:
-    """Options of the chosen head, its name in the file, its name for the user (None: single-task), and remarks."""
+    """Options of the chosen head, its names in the file and for the user (None: single-task), remarks."""
     if "model_dict" not in params:
         if head is not None:
             raise CheckpointError(
@@ -166,8 +165,9 @@ def _choose(params: Mapping[str, Any], head: str | None) -> tuple[Any, str, str 
     branch = _choose_head(heads, head)
     remarks = []
     if head is None:
+        names = ", ".join(heads)
         remarks = [
-            f"head {branch} of {', '.join(heads)}, because it has the alias Default; another is chosen with --head"
+            f"head {branch} of {names}, because it has the alias Default; another is chosen with --head"
         ]
     return heads[branch], branch, branch, remarks
 
@@ -185,7 +185,8 @@ def _of_branch(state_dict: Mapping[str, Any], branch: str) -> tuple[dict[str, An
         if not owners:
             raise CheckpointError(
                 f"state dict has {shown(name)}, expected names that begin with "
-                f"{' or '.join(f'model.{h}.' for h in heads)}: the file has tensors that moecalc does not know"
+                f"{' or '.join(f'model.{h}.' for h in heads)}: the file has tensors that moecalc does not "
+                "know"
             )
         (mine if max(owners, key=len) == branch else others)[name] = value
     return mine, others
@@ -215,14 +216,16 @@ def _choose_head(heads: Mapping[str, Any], head: str | None) -> str:
         return found[0]
     if found:
         raise CheckpointError(
-            f"head {wanted!r} means {' and '.join(found)} in this checkpoint, expected one: choose with --head: {names}"
+            f"head {wanted!r} means {' and '.join(found)} in this checkpoint, expected one: choose with "
+            f"--head: {names}"
         )
     if head is None:
         raise CheckpointError(f"multi-task checkpoint: choose one of its heads with --head: {names}")
     raise CheckpointError(f"head {head!r} is not in this checkpoint, expected one of: {names}")
 
 
-# what a layer holds beside the maps that are read, by the start of its name: dead in the last layers (SPEC section 6)
+# what a layer holds beside the maps that are read, by the start of its name: dead in the last layers (SPEC
+# section 6)
 _EDGE = ("edge_self_linear.", "edge_self_linear_moe.", "e_residual.0")
 _EDGE_BY_ANGLES = (
     *(f"edge_angle_linear{i}{moe}." for i in (1, 2) for moe in ("", "_moe")),
@@ -284,16 +287,16 @@ def _read_dense(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Sta
     state = read_common(t, config)
     for layer in range(config.descriptor.nlayers):
         src = t.under(f"atomic_model.descriptor.repflows.layers.{layer}.")
-        for name in live_positions(config.descriptor, layer):
+        for name in config.descriptor.live_positions(layer):
             for key, value in _dense_position(src, name).items():
                 state[f"layers.{layer}.{name}.{key}"] = value
     return config, state
 
 
 def _read_plugin(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State]:
-    """moecalc's own descriptor in DeePMD-kit (`moecalc.deepmd`): its tensors have the names of `MoEPotential` already."""
+    """moecalc's own descriptor in DeePMD-kit, whose tensors have the names of `MoEPotential` already."""
     try:
-        moe = moe_config(params["descriptor"].get("moe"))
+        moe = read_moe(params["descriptor"].get("moe"))
     except OptionError as error:
         raise CheckpointError(f"descriptor options: {error}") from None
     config = build_config(params, moe)
@@ -306,7 +309,7 @@ def _read_plugin(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, St
             state[f"readout.net.{name.removeprefix('embedding.')}"] = state[name]
         if name.startswith("charge_spin_embedding."):
             state[f"conditions.{name.removeprefix('charge_spin_')}"] = state.pop(name)
-    state.update(read_fitting(t, config))
+    state.update(read_fitting_net(t, config))
     return config, state
 
 
@@ -336,11 +339,10 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
     n_shared = repflow.get("share_expert", 0)
     n_routed = repflow.get("n_experts", 1) - n_shared
     top_k = repflow.get("moe_top_k", 1) - n_shared
-    defaults = {"use_node_moe": True, "use_edge_moe": False, "use_angle_moe": False}
     positions: dict[str, str] = {}
-    for option, names in _MOE_GROUPS.items():
-        if repflow.get(option, defaults[option]):
-            positions.update({name: name for name in names})
+    for group, default in _MOE_GROUPS.items():
+        if repflow.get(f"use_{group}_moe", default):
+            positions.update({name: name for name in GROUPS[group]})
     fused = bool(repflow.get("fuse_moe_mlps", False))
     # fused partners share one gate; each fuses only where both are mixtures
     fused_pairs: dict[str, tuple[str, tuple[str, str]]] = {}
@@ -362,7 +364,7 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
     for layer in range(c.nlayers):
         src = t.under(f"atomic_model.descriptor.repflows.layers.{layer}.")
         dst = f"layers.{layer}."
-        for name in live_positions(c, layer):
+        for name in c.live_positions(layer):
             if name not in positions:
                 for key, value in _dense_position(src, name).items():
                     state[f"{dst}{name}.{key}"] = value
@@ -377,8 +379,10 @@ def _read_moe(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, State
             found = experts.count("experts.")
             if found != gate.shape[1]:
                 raise CheckpointError(
-                    f"layer {layer}, {name}: {found} experts for a gate of {gate.shape[1]} (option moe_ep_size = "
-                    f"{repflow.get('moe_ep_size')}): an expert-parallel partial file holds one rank's experts only; "
+                    f"layer {layer}, {name}: {found} experts for a gate of {gate.shape[1]} (option "
+                    "moe_ep_size = "
+                    f"{repflow.get('moe_ep_size')}): an expert-parallel partial file holds one rank's "
+                    "experts only; "
                     "gather the experts of all ranks, or train with moe_ep_size 1"
                 )
             state[f"{dst}routers.{positions[name]}.gate"] = gate
@@ -439,7 +443,7 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
     for layer in range(c.nlayers):
         src = t.under(f"atomic_model.descriptor.repflows.layers.{layer}.")
         dst = f"layers.{layer}."
-        for name in live_positions(c, layer):
+        for name in c.live_positions(layer):
             if name == "edge_angle_linear2":  # a plain layer in spite of its name
                 state[f"{dst}{name}.matrix"] = src["edge_angle_linear2_moe.matrix"].unsqueeze(0)
                 state[f"{dst}{name}.bias"] = src["edge_angle_linear2_moe.bias"].unsqueeze(0)
@@ -448,7 +452,8 @@ def _read_pack(params: Mapping[str, Any], t: Tensors) -> tuple[ModelConfig, Stat
             gate = src.shaped(f"{group}_router.gate.matrix", None, None)
             if gate.shape[1] != n_routed:
                 raise CheckpointError(
-                    f"layer {layer}: {group} gate of {gate.shape[1]} experts, expected n_routing_experts = {n_routed}"
+                    f"layer {layer}: {group} gate of {gate.shape[1]} experts, expected n_routing_experts = "
+                    f"{n_routed}"
                 )
             state[f"{dst}routers.{group}.gate"] = gate
             matrix, bias = _pack_experts(src.under(f"moe_phase1.{collection}."), n_routed, n_shared)

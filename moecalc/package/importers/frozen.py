@@ -1,8 +1,8 @@
-"""Frozen models of DeePMD-kit (`dp --pt freeze`, .pth): options and tensors from the archive, without running its code.
+"""Frozen models of DeePMD-kit (`dp --pt freeze`, .pth): options and tensors, without running code.
 
-A frozen model is a TorchScript archive. `torch.jit.load` would run code of the file and needs DeePMD-kit's own operators;
-here the object tree (`data.pkl`) is unpickled into inert objects that only hold attributes, and the parameters and buffers
-are those that the class texts under `code/` list.
+A frozen model is a TorchScript archive. `torch.jit.load` would run code of the file and needs DeePMD-kit's
+own operators; here the object tree (`data.pkl`) is unpickled into inert objects that only hold attributes,
+and the parameters and buffers are those that the class texts under `code/` list.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ def _record(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _parameter_names(archive: zipfile.ZipFile, top: str) -> dict[str, set[str]]:
-    """Names of parameters and buffers by class, as the class texts list them. The text is searched, never run."""
+    """Names of parameters and buffers by class, as the class texts list them.
+
+    The text is searched, never run.
+    """
     result: dict[str, set[str]] = {}
     total = 0
     for info in archive.infolist():
@@ -211,7 +214,8 @@ def _options(model: object) -> dict[str, Any]:
     if not isinstance(text, str) or not text:
         kind = model.kind.rpartition(".")[2] if isinstance(model, _Module) else type(model).__name__
         raise CheckpointError(
-            f"a TorchScript archive of {kind} without model_def_script, expected a DPA3 model that `dp --pt freeze` of "
+            f"a TorchScript archive of {kind} without model_def_script, expected a DPA3 model that `dp --pt "
+            "freeze` of "
             "DeePMD-kit 3.0.0 or later wrote: use the .pt checkpoint of the training folder"
         )
     try:
@@ -222,7 +226,8 @@ def _options(model: object) -> dict[str, Any]:
         ) from None
     if not isinstance(options, dict):
         raise CheckpointError(
-            f"model_def_script of the frozen model is {type(options).__name__}, expected a dictionary of options"
+            f"model_def_script of the frozen model is {type(options).__name__}, expected a dictionary of "
+            "options"
         )
     if "model_dict" in options:
         raise CheckpointError(

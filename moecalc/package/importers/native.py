@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from moecalc.errors import CheckpointError
 from moecalc.files import to_bytes, write_bytes
 from moecalc.nn import ModelConfig, MoEPotential
+from moecalc.nn.deepmd_input import first_error, shown
 from moecalc.package.importers.checks import check_config, check_finite, check_statistics, check_tensors
-from moecalc.package.importers.common import ImportedModel, first_error
-from moecalc.package.importers.options import check_type_map, shown
+from moecalc.package.importers.common import ImportedModel
+from moecalc.package.importers.options import check_type_map
 
 KEY = "moecalc_checkpoint"
 VERSION = 1
@@ -45,7 +46,8 @@ def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
     """Import moecalc's own form.
 
     Raises:
-        CheckpointError: newer version, invalid configuration, tensors that do not fit it, or a head was asked for.
+        CheckpointError: newer version, invalid configuration, tensors that do not fit it, or a head was asked
+            for.
     """
     version = data[KEY]
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -54,7 +56,8 @@ def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
         )
     if version > VERSION:
         raise CheckpointError(
-            f"moecalc checkpoint form {version!r} is newer than this moecalc reads ({VERSION}): upgrade moecalc"
+            f"moecalc checkpoint form {version!r} is newer than this moecalc reads ({VERSION}): upgrade "
+            "moecalc"
         )
     if head is not None:
         raise CheckpointError(f"--head {head!r} was given, but this checkpoint is single-task: leave it out")
@@ -75,7 +78,8 @@ def import_native(data: Mapping[str, Any], head: str | None) -> ImportedModel:
     trained = data.get("trained_elements") or list(config.type_map)
     if not isinstance(trained, list | tuple) or not all(e in config.type_map for e in trained):
         raise CheckpointError(
-            f"trained_elements = {shown(trained)}, expected a list of symbols of type_map ({' '.join(config.type_map)})"
+            f"trained_elements = {shown(trained)}, expected a list of symbols of type_map "
+            f"({' '.join(config.type_map)})"
         )
     return ImportedModel(config, state, "moecalc", None, [e for e in config.type_map if e in set(trained)], n)
 

@@ -1,7 +1,7 @@
 """What a checkpoint's `model_params` may hold: every option that is known, its type, and what is made of it.
 
-`clean_params` looks at all options before a reader sees one: a wrong type, an option nobody knows, and old names are dealt
-with here, so that readers can use plain dictionaries.
+`clean_params` looks at all options before a reader sees one: a wrong type, an option nobody knows, and old
+names are dealt with here, so that readers can use plain dictionaries.
 """
 
 from __future__ import annotations
@@ -11,18 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moecalc.deepmd.options import DESCRIPTOR
 from moecalc.errors import CheckpointError
+from moecalc.nn.deepmd_input import DESCRIPTOR, shown
 
 _LARGEST = 10**7
-"""No whole number of a model (widths, layers, neighbours, experts) is larger; more is a damaged file."""
-
-
-def shown(value: object) -> str:
-    """A value in a message: its text in one line, shortened, and its type."""
-    text = " ".join(repr(value).split()) if not hasattr(value, "shape") else "a tensor"
-    text = "".join(c for c in text if c.isprintable())
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+"""No whole number of a model (widths, layers, neighbors, experts) is larger; more is a damaged file."""
 
 
 class _WrongValueError(Exception):
@@ -108,7 +101,8 @@ class Option:
 
     Attributes:
         kind: its type, a key of `_CHECKS`; "any" where it is not read, or where a reader looks at it itself.
-        null: what None means: "refuse", or "leave out" where the code that wrote it takes None for its default.
+        null: what None means: "refuse", or "leave out" where the code that wrote it takes None for its
+            default.
         required: whether it must be there.
     """
 
@@ -118,7 +112,7 @@ class Option:
 
 
 TRAINING = Option("any")
-"""Has a meaning for training, initial weights or the order of operations only: any value gives the same energies."""
+"""For training, initial weights or the order of operations only: any value gives the same energies."""
 
 
 def _required(kind: str) -> Option:
@@ -129,8 +123,9 @@ def _nullable(kind: str) -> Option:
     return Option(kind, null="leave out")
 
 
-# Sources: argument lists of deepmd-kit 3.2.0 (`model_args`, `standard_model_args`, `descrpt_dpa3_args`, `dpa3_repflow_args`,
-# `fitting_ener`), of the branches `moe` and `0415_moe_pack` where said so, and of moecalc's plugin (moecalc/deepmd).
+# Sources: argument lists of deepmd-kit 3.2.0 (`model_args`, `standard_model_args`, `descrpt_dpa3_args`,
+# `dpa3_repflow_args`, `fitting_ener`), of the branches `moe` and `0415_moe_pack` where said so, and of
+# moecalc's plugin (moecalc/deepmd).
 
 MODEL: dict[str, Option] = {
     "type": Option("any"),  # standard_model_args; looked at by `check_supported`, like the next five
@@ -150,7 +145,7 @@ MODEL: dict[str, Option] = {
     "sw_rmin": TRAINING,
     "sw_rmax": TRAINING,
     "srtab_add_bias": TRAINING,  # model_args: biases beside a pair table
-    "bridging_r_inner": TRAINING,  # standard_model_args; these two belong to bridging_method, which is refused
+    "bridging_r_inner": TRAINING,  # standard_model_args; of bridging_method, which is refused
     "bridging_r_outer": TRAINING,
     "preset_out_bias": TRAINING,  # model_args: starts of out_bias, which the file holds as trained
     "data_stat_nbatch": TRAINING,  # model_args: statistics of the training data
@@ -229,7 +224,7 @@ REPFLOW_PACK: dict[str, Option] = {
     "moe_topk": Option("int"),
     "n_shared_experts": Option("int"),
 }
-# the `moe` section of moecalc's plugin; unknown entries are refused by `moe_config`
+# the `moe` section of moecalc's plugin; unknown entries are refused by `read_moe`
 PLUGIN_MOE: dict[str, Option] = {
     "n_routed_experts": Option("int"),
     "top_k": Option("int"),
@@ -292,7 +287,8 @@ def _translate(section: dict[str, Any], names: Mapping[str, str], where: str) ->
             continue
         if new in section and not same(section[new], section[old]):
             raise CheckpointError(
-                f"option {where}.{old} = {shown(section[old])} contradicts {where}.{new} = {shown(section[new])}, "
+                f"option {where}.{old} = {shown(section[old])} contradicts {where}.{new} = "
+                f"{shown(section[new])}, "
                 "expected two names of one option to agree: take one out"
             )
         result[new] = section[old]
@@ -357,7 +353,8 @@ def clean_params(params: object, where: str = "model") -> dict[str, Any]:
     kind = model["descriptor"].get("type")
     if not isinstance(kind, str) or kind not in {"dpa3", DESCRIPTOR}:
         raise CheckpointError(
-            f"option descriptor.type = {shown(kind)} is not supported, expected 'dpa3' or {DESCRIPTOR!r}: moecalc runs DPA3"
+            f"option descriptor.type = {shown(kind)} is not supported, expected 'dpa3' or {DESCRIPTOR!r}: "
+            "moecalc runs DPA3"
         )
     plugin = kind == DESCRIPTOR
     known = DESCRIPTOR_OPTIONS | ({"moe": _nullable("dict")} if plugin else {})
@@ -368,7 +365,7 @@ def clean_params(params: object, where: str = "model") -> dict[str, Any]:
     known = REPFLOW | ({} if plugin else REPFLOW_MOE | REPFLOW_PACK)
     descriptor["repflow"] = _clean_section(repflow, known, "descriptor.repflow")
     if descriptor.get("moe"):
-        # entries that are not known stay: `moe_config` lists what it expects
+        # entries that are not known stay: `read_moe` lists what it expects
         section = descriptor["moe"]
         typed = {key: value for key, value in section.items() if key in PLUGIN_MOE}
         descriptor["moe"] = section | _clean_section(typed, PLUGIN_MOE, "descriptor.moe")
@@ -413,7 +410,8 @@ def check_experts(params: Mapping[str, Any], layout: str) -> None:
         if active and layout != here:
             raise CheckpointError(
                 f"option descriptor.repflow.{option} = {value!r} asks for experts of branch {here}, "
-                f"but the tensors are those of layout {layout!r}: expected options and tensors of one training"
+                f"but the tensors are those of layout {layout!r}: expected options and tensors of one "
+                "training"
             )
         if not active and layout == here:
             raise CheckpointError(

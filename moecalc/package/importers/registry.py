@@ -1,4 +1,4 @@
-"""Checkpoints by the names of DeePMD-kit's registry (`DPA-3.3-1M`), through an installed DeePMD-kit's own cache and download."""
+"""Checkpoints by names of DeePMD-kit's registry (`DPA-3.3-1M`), through its own cache and download."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def resolve_checkpoint(checkpoint: str | Path, progress: Callable[[str], None]) 
         The path, and the name in the registry where it is one.
 
     Raises:
-        CheckpointError: no such file, no DeePMD-kit with a registry, an unknown name, a failed download, another checksum.
+        CheckpointError: no such file, no DeePMD-kit with a registry, an unknown name, a failed download,
+            another checksum.
     """
     path, text = Path(checkpoint), str(checkpoint)
     if path.exists() or path.name != text or not _NAME.fullmatch(text) or _FILE.fullmatch(text):
@@ -34,7 +35,8 @@ def resolve_checkpoint(checkpoint: str | Path, progress: Callable[[str], None]) 
     registry = _registry(text)
     if text not in registry:
         raise CheckpointError(
-            f"{text}: no such file, and not in the registry of the installed DeePMD-kit, expected one of: {', '.join(sorted(registry))}"
+            f"{text}: no such file, and not in the registry of the installed DeePMD-kit, expected one of: "
+            f"{', '.join(sorted(registry))}"
         )
     progress(f"asking DeePMD-kit for {text}")
     path = _download(text)
@@ -74,8 +76,10 @@ def _download(name: str) -> Path:
     except Exception as error:  # noqa: BLE001 - network, disk, another interface
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
-            f"{name}: DeePMD-kit could not provide the file ({reason}), expected a network connection or the file in its "
-            f"cache: run `dp pretrained download {name}` where there is a network, and give the path that it prints"
+            f"{name}: DeePMD-kit could not provide the file ({reason}), expected a network connection or the "
+            "file in its "
+            f"cache: run `dp pretrained download {name}` where there is a network, and give the path that it "
+            "prints"
         ) from None
     if not path.is_file():
         raise CheckpointError(f"{name}: DeePMD-kit names {path}, which is no file: remove it and try again")
@@ -92,6 +96,7 @@ def _check_sum(path: Path, name: str, entry: Mapping[str, Any]) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wanted.lower():
         raise CheckpointError(
-            f"{path}: sha256 {found} is not that of {name} in DeePMD-kit's registry, expected {wanted}: remove the file and "
+            f"{path}: sha256 {found} is not that of {name} in DeePMD-kit's registry, expected {wanted}: "
+            "remove the file and "
             f"download it again with `dp pretrained download {name}`"
         )

@@ -1,0 +1,160 @@
+// Rows of a run in tiles: which they are, sums over them, and products that stay in shared memory.
+//
+// Rows (angles, edges) of a run are contiguous in memory and are taken kRows at a time; a tile may hold rows
+// of several centres. Sums over the rows of an edge or a centre are sums of a tile in shared memory, added to
+// global memory by the one block that owns the target: no atomics.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/graph.cuh"
+#include "kernels/cuda/product.cuh"
+#include "kernels/cuda/vector.cuh"
+
+namespace moecalc::cuda {
+
+/// Rows first..first+rows-1: those of a tile.
+struct Span {
+  int first;
+  int rows;
+};
+
+/// f(span) for the rows begin..end-1, a tile at a time.
+template <class Format, class F>
+MOECALC_KERNEL void for_tiles(int begin, int end, const F& f) {
+  for (int first = begin; first < end; first += Format::kRows) {
+    f(Span{first, end - first < Format::kRows ? end - first : Format::kRows});
+  }
+}
+
+/// Centre of a row, given offsets of the rows of centres begin..end-1.
+MOECALC_KERNEL int centre_of(const int* first, int begin, int end, int row) {
+  int low = begin;
+  int high = end - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first[middle] <= row) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+/// f(row, column, sum) with the sum over rows row, row + step, row + 2 step, ... as long as their key is the
+/// same; step = step_of(row). `tile`: rows of at most kChunk columns.
+template <class Format, class Block, class Step, class F>
+MOECALC_KERNEL void strided_sums(Block& block, const SharedRows<Format>& tile, int rows, int columns,
+                                 const int* key, const Step& step_of, const F& f) {
+  using Vector = RowVec<typename Format::Real>;
+  constexpr int lanes = kChunk / Vector::kSize;
+  block.each([&](int thread) {
+    const int column = thread % lanes * Vector::kSize;
+    if (column >= columns) return;
+    for (int row = thread / lanes; row < rows; row += kThreads / lanes) {
+      const int step = step_of(row);
+      if (row >= step && key[row - step] == key[row]) continue;  // not the first of its sum
+      Vector sum = load<Vector>(tile.at(row, column));
+      for (int next = row + step; next < rows && key[next] == key[row]; next += step) {
+        sum += load<Vector>(tile.at(next, column));
+      }
+      f(row, column, sum);
+    }
+  });
+}
+
+/// f(row, column, sum) for every sequence of rows with the same key.
+template <class Format, class Block, class F>
+MOECALC_KERNEL void segment_sums(Block& block, const SharedRows<Format>& tile, int rows, int columns,
+                                 const int* key, const F& f) {
+  strided_sums(block, tile, rows, columns, key, [](int) { return 1; }, f);
+}
+
+/// out += chunk W: `chunk` has `inputs` columns, W and `out` have `width`.
+template <class Format, class Block>
+MOECALC_KERNEL void add_product(Block& block, const SharedRows<Format>& out, const SharedRows<Format>& chunk,
+                                int rows, int inputs, const typename Format::Real* weights, int width) {
+  for_chunks<Format>(width, [&](auto tile, int first) {
+    using Tile = decltype(tile);
+    block.each([&](int thread) {
+      typename Tile::Vector sums[Tile::kGroups] = {};
+      Tile::multiply(thread, sums, chunk, inputs, weight_columns<Tile>(weights, width, first, width - first));
+      for_own<Tile>(thread, rows, width - first, [&](int group, int row, int column) {
+        put(out.at(row, first + column), false, sums[group]);
+      });
+    });
+  });
+}
+
+/// Rows of a tile to rows of `columns` of `to_stride` values in global memory.
+template <class Format, class Block>
+MOECALC_KERNEL void copy_rows(Block& block, const SharedRows<Format>& tile, int rows, int columns,
+                              typename Format::Real* to, int64_t to_stride) {
+  using Vector = RowVec<typename Format::Real>;
+  block.each([&](int thread) {
+    const int per_row = columns / Vector::kSize;
+    for (int place = thread; place < rows * per_row; place += kThreads) {
+      const int row = place / per_row;
+      const int column = place % per_row * Vector::kSize;
+      store(to + row * to_stride + column, load<Vector>(tile.at(row, column)));
+    }
+  });
+}
+
+/// Zeros in rows begin..end-1 of global memory.
+template <class Real, class Block>
+MOECALC_KERNEL void clear_rows(Block& block, Real* rows, int64_t begin, int64_t end, int64_t width) {
+  block.each([&](int thread) {
+    for (int64_t place = begin * width + thread; place < end * width; place += kThreads) {
+      rows[place] = Real(0);
+    }
+  });
+}
+
+/// Dot products of the rows of a tile in shared memory, each in the parts of the threads that share the row.
+template <class Format>
+struct Dots {
+  using Real = typename Format::Real;
+  static constexpr int kSlots = kChunk / RowVec<Real>::kSize;  // most threads that share a row
+  static constexpr int kStride = kSlots + 1;
+  Real* values;
+
+  static int64_t bytes() { return shared_size<Real>(Format::kRows * kStride); }
+  template <class Block>
+  MOECALC_KERNEL explicit Dots(Block& block) : values(block.template shared<Real>(Format::kRows * kStride)) {}
+
+  template <class Block>
+  MOECALC_KERNEL void clear(Block& block) const {
+    block.each([&](int thread) {
+      for (int place = thread; place < Format::kRows * kStride; place += kThreads) values[place] = Real(0);
+    });
+  }
+  template <class Tile>
+  MOECALC_KERNEL void add(int thread, int row, Real value) const {
+    values[row * kStride + Tile::slot(thread)] += value;
+  }
+  MOECALC_KERNEL Real sum(int row) const {
+    Real total = 0;
+    for (int slot = 0; slot < kSlots; ++slot) total += values[row * kStride + slot];
+    return total;
+  }
+};
+
+/// Gradient of factor phi(x) with respect to x, given that of the result; `dot` += gradient . phi(x).
+template <class Activation, class Vector, class Real>
+MOECALC_KERNEL Vector through_switch(const Activation& activation, const Vector& pre_activation,
+                                     const Vector& gradient, Real factor, Real& dot) {
+  Vector d_pre;
+  MOECALC_UNROLL
+  for (int lane = 0; lane < Vector::kSize; ++lane) {
+    const ValueAndSlope<Real> activated = activation(pre_activation[lane]);
+    dot += gradient[lane] * activated.value;
+    d_pre[lane] = gradient[lane] * factor * activated.slope;
+  }
+  return d_pre;
+}
+
+}  // namespace moecalc::cuda
