@@ -9,8 +9,8 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import lizard
@@ -71,12 +71,14 @@ def tracked(folder: Path, suffixes: set[str], *, everything: bool = False) -> li
     ]  # fmt: skip
 
 
-def tokens(text: str) -> Iterator[tuple[int, _TokenType, str]]:
+@lru_cache(maxsize=1000)
+def tokens(text: str) -> list[tuple[int, _TokenType, str]]:
     """Line, kind and text of every token."""
-    line = 1
+    found, line = [], 1
     for kind, value in CppLexer(stripnl=False).get_tokens(text):
-        yield line, kind, value
+        found.append((line, kind, value))
         line += value.count("\n")
+    return found
 
 
 def _comment_lines(text: str) -> int:
