@@ -349,11 +349,18 @@ def test_a_full_disk_while_converting_leaves_the_old_data_set(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.extxyz", "set"]
 
 
+def heed_signals():
+    """As at a terminal: `nohup` and shells that start something in the background have these ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def stopped(arguments, number, marker):
     """Run a command and send a signal once it has printed `marker`."""
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        preexec_fn=heed_signals,  # noqa: PLW1509 - takes no lock
+    )  # fmt: skip
     seen = []
     for line in process.stderr:
         seen.append(line)

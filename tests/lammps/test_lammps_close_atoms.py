@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from broken_package import broken_package
 from lammps_cases import Case, run_cases
 from lammps_runs import lmp, succeed
-from test_lammps_input import _broken_package
 
 from moecalc.keys import MIN_DISTANCE
 
@@ -152,7 +152,7 @@ def test_two_ranks(backend, tmp_path):
 
 def test_closest_atoms_of_all_ranks_are_named(tmp_path):
     """The rank that fails is not the one that has the closest atoms."""
-    broken = _broken_package(tmp_path)
+    broken = broken_package(tmp_path)
     script = f"""
     units metal
     processors 2 1 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lammps_runs import alloy, from_dump, lmp, succeed, write_data
-from test_lammps_dynamics import ENERGY, FORCES, FRAME, METALS, STAGES, START
+from stages import ENERGY, FORCES, FRAME, METALS, STAGES, START
 
 from moecalc import _lib
 

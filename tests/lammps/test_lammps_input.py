@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from alterations import edit_json
+from broken_package import broken_package
 from lammps_runs import EV_PER_KCAL, LMP, MPIRUN, alloy, lmp, succeed, write_data
 
 from moecalc import _lib
@@ -194,7 +195,7 @@ def test_package_missing_on_one_rank(tmp_path, metals):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_energies_that_are_not_finite(ranks, tmp_path):
     """A model whose energies overflow for one element: rank 1, which owns it, names the atom, and no rank waits for it."""
-    broken = _broken_package(tmp_path)
+    broken = broken_package(tmp_path)
     script = f"""
     units metal
     processors {ranks} 1 1
@@ -214,24 +215,6 @@ def test_energies_that_are_not_finite(ranks, tmp_path):
     error = run.error()
     assert "not finite" in error
     assert f"on rank {ranks - 1}: the closest atoms are 3 at 33.5 4 5 and 4, 1.6 A apart" in error
-
-
-def _broken_package(folder: Path) -> Path:
-    """Passes the check of its only reference frame, an atom of oxygen."""
-    import torch
-    from helpers import DATA
-
-    from moecalc import testing
-    from moecalc.package.importers import build_model, load_checkpoint
-
-    imported = load_checkpoint(DATA / "oracle/models/E1_moe_all.pt")
-    model = build_model(imported, torch.float64)
-    with torch.no_grad():
-        model.readout.energy_shift[model.elements.index("H")] = 1.5e308
-    out = folder / "broken.moe.pt"
-    precision = imported.config.descriptor.precision
-    testing.write_unverified(out, model, imported.config, precision, frames=["isolated atom"])
-    return out
 
 
 @pytest.mark.slow

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from lammps_runs import Run, succeed
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from test_threads import SETTINGS, python
+from process_settings import SETTINGS, python
 
 CORES = len(os.sched_getaffinity(0))
 

@@ -9,10 +9,10 @@ import zlib
 import pytest
 import torch
 from torch import Tensor, nn
+from zip64 import END, with_zip64
 
 from moecalc import _lib
 
-END = b"PK\x05\x06"
 METADATA = {"name": "identity"}
 
 
@@ -75,14 +75,6 @@ def refusal(library, path, body=None):
     assert "\n" not in message
     assert message.startswith(f"{path}: ")
     return message.removeprefix(f"{path}: ")
-
-
-def with_zip64(body):
-    """The same with the wide end record that files beyond 4 GB need."""
-    end = body.rindex(END)
-    count, size, begin = struct.unpack("<HII", body[end + 10 : end + 20])
-    wide = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, begin)
-    return stamp(body[:end] + wide + b"PK\6\7" + struct.pack("<IQI", 0, end, 1) + body[end:])
 
 
 def test_wide_end_records_are_read(library, path, tmp_path):

@@ -342,7 +342,7 @@ def test_no_bit_of_the_end_record_can_flip_unnoticed_in_python(genuine, tmp_path
 
 
 def test_python_reads_wide_end_records(genuine, tmp_path):
-    from test_archive_cpp import with_zip64
+    from zip64 import with_zip64
 
     path = tmp_path / "x.moe.pt"
     path.write_bytes(with_zip64(genuine.read_bytes()))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from evaluators import ELEMENTS, OPTIONS, STRUCTURES, assert_same, environment, evaluate, evaluator
 from helpers import DATA, frames, graph_of
-from test_fused import ELEMENTS, OPTIONS, STRUCTURES, assert_same, environment, evaluate, evaluator, write  # noqa: F401
-from test_native_evaluator import World
+from worlds import CUTOFF, World, make
+from worlds import graph_of as graph_with
 
 from moecalc import _lib, testing
 from moecalc.neighbors import SkinNeighborList
@@ -33,7 +34,7 @@ def step(model, atoms, **kwargs):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_equals_torchscript(write, name):  # noqa: F811
+def test_every_option_equals_torchscript(write, name):
     path = write(**OPTIONS[name])
     device, reference = evaluator(path, backend=EMULATED), evaluator(path, backend="torchscript")
     assert device.backend == "cuda emulated float64"
@@ -42,7 +43,7 @@ def test_every_option_equals_torchscript(write, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["wide", "mlp", "configuration", "concatenated embedding"])
-def test_float32_is_as_accurate_as_the_cpu_kernels(write, name):  # noqa: F811
+def test_float32_is_as_accurate_as_the_cpu_kernels(write, name):
     path = write(**OPTIONS[name])
     exact = evaluate(evaluator(path, backend="fused"), STRUCTURES["bulk"])
     errors = [
@@ -93,7 +94,7 @@ def test_oracle_frames_in_float32_are_as_accurate_as_torchscripts(package, frame
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("tf32", 3e-2), ("bf16x3", 2e-4)])
-def test_reduced_products_stay_within_their_rounding(write, precision, bound):  # noqa: F811
+def test_reduced_products_stay_within_their_rounding(write, precision, bound):
     path = write(**OPTIONS["wide"])
     exact = evaluate(evaluator(path, backend="fused"), STRUCTURES["bulk"])
     with environment_of(EMULATED):
@@ -106,7 +107,7 @@ def environment_of(backend):
     return environment(MOECALC_BACKEND=backend)
 
 
-def test_per_atom_virials_equal_torchscripts(write):  # noqa: F811
+def test_per_atom_virials_equal_torchscripts(write):
     path = write(**OPTIONS["mlp"])
     got, want = (
         evaluate(evaluator(path, backend=b), STRUCTURES["slab"], atom_virial=True)
@@ -124,7 +125,7 @@ def test_excluded_pairs_and_atoms_stay_excluded(tmp_path):
     assert_same(evaluate(device, STRUCTURES["bulk"]), evaluate(reference, STRUCTURES["bulk"]), 1e-11)
 
 
-def test_energies_alone_are_the_same(write):  # noqa: F811
+def test_energies_alone_are_the_same(write):
     model = evaluator(write(**OPTIONS["mlp"]), backend=EMULATED)
     full = evaluate(model, STRUCTURES["bulk"])
     alone = evaluate(model, STRUCTURES["bulk"], forces=False, virial=False)
@@ -132,7 +133,7 @@ def test_energies_alone_are_the_same(write):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["mlp", "configuration"])
-def test_a_batch_equals_its_structures(write, name):  # noqa: F811
+def test_a_batch_equals_its_structures(write, name):
     model = evaluator(write(**OPTIONS[name]), backend=EMULATED)
     parts, graphs = [], []
     for s, atoms in enumerate([STRUCTURES["bulk"], STRUCTURES["molecule"], STRUCTURES["one atom"]]):
@@ -155,9 +156,6 @@ def test_a_batch_equals_its_structures(write, name):  # noqa: F811
 @pytest.mark.parametrize("borders", [[0.5], [0.2, 0.6], [0.5, 1.0]], ids=["2", "3", "one rank empty"])
 @pytest.mark.parametrize("routing", ["element", "configuration"])
 def test_ranks_with_ghosts_agree_with_one_rank(tmp_path, routing, borders):
-    from test_native_evaluator import CUTOFF, make
-    from test_native_evaluator import graph_of as graph_with
-
     _, path = make(tmp_path, routing)
     assert CUTOFF == 5.0
     atoms = testing.bulk_alloy()
@@ -173,9 +171,6 @@ def test_ranks_with_ghosts_agree_with_one_rank(tmp_path, routing, borders):
 
 def test_padded_rows_of_ghosts_hold_numbers(tmp_path):
     """In float32 these features are padded: what the exchange does not fill must not be NaN."""
-    from test_native_evaluator import graph_of as graph_with
-    from test_native_evaluator import make
-
     _, path = make(tmp_path, "element", "float32")
     atoms = testing.bulk_alloy()
     with environment_of(EMULATED):
@@ -191,7 +186,7 @@ def test_padded_rows_of_ghosts_hold_numbers(tmp_path):
 # --- a step on the device ----------------------------------------------------------------------------------------
 
 
-def test_a_list_serves_while_atoms_move_and_edges_cross_the_cutoffs(write):  # noqa: F811
+def test_a_list_serves_while_atoms_move_and_edges_cross_the_cutoffs(write):
     path = write(**OPTIONS["mlp"])
     device, reference = evaluator(path, backend=EMULATED), evaluator(path, backend="fused")
     atoms = STRUCTURES["bulk"].copy()
@@ -208,7 +203,7 @@ def test_a_list_serves_while_atoms_move_and_edges_cross_the_cutoffs(write):  # n
     assert len(counts) > 1
 
 
-def test_a_step_that_overflows_its_capacity_is_redone(write):  # noqa: F811
+def test_a_step_that_overflows_its_capacity_is_redone(write):
     path = write(**OPTIONS["mlp"])
     device, reference = evaluator(path, backend=EMULATED), evaluator(path, backend="fused")
     atoms = STRUCTURES["molecule"].copy()
@@ -223,7 +218,7 @@ def test_a_step_that_overflows_its_capacity_is_redone(write):  # noqa: F811
     assert_same(many, evaluate(reference, atoms), 1e-11)
 
 
-def test_no_neighbours_and_no_atoms(write):  # noqa: F811
+def test_no_neighbours_and_no_atoms(write):
     path = write(**OPTIONS["mlp"])
     device, reference = evaluator(path, backend=EMULATED), evaluator(path, backend="fused")
     alone = np.array([1, 3]), np.zeros((2, 0), int), np.zeros((0, 3)), np.array([0, 0])
@@ -234,7 +229,7 @@ def test_no_neighbours_and_no_atoms(write):  # noqa: F811
     assert testing.evaluate_edges(device, *nothing, 2)["energy"].tolist() == [0, 0]
 
 
-def test_some_atoms_without_neighbours(write):  # noqa: F811
+def test_some_atoms_without_neighbours(write):
     path = write(**OPTIONS["mlp"])
     device, reference = evaluator(path, backend=EMULATED), evaluator(path, backend="fused")
     atoms = STRUCTURES["molecule"].copy()
@@ -243,7 +238,7 @@ def test_some_atoms_without_neighbours(write):  # noqa: F811
     assert_same(evaluate(device, atoms), evaluate(reference, atoms), 1e-11)
 
 
-def test_same_input_gives_the_same_bits(write):  # noqa: F811
+def test_same_input_gives_the_same_bits(write):
     path = write(**OPTIONS["mlp"])
     first, again = (evaluate(evaluator(path, "float32", EMULATED), STRUCTURES["bulk"]) for _ in range(2))
     for key in ("energy", "energies", "forces", "virial"):
@@ -251,7 +246,7 @@ def test_same_input_gives_the_same_bits(write):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["mlp", "two heads, res_incr", "res_avg, static, unsmooth", "configuration"])
-def test_results_do_not_depend_on_the_order_of_threads_and_blocks(write, name):  # noqa: F811
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(write, name):
     path = write(**OPTIONS[name])
     first = evaluate(evaluator(path, backend=EMULATED), STRUCTURES["bulk"], atom_virial=True)
     with environment(MOECALC_BACKEND=EMULATED, MOECALC_EMULATION_REVERSED="1"):
@@ -261,7 +256,7 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(write, name): 
         assert np.array_equal(first[key], again[key]), key
 
 
-def test_results_do_not_depend_on_what_was_evaluated_before(write):  # noqa: F811
+def test_results_do_not_depend_on_what_was_evaluated_before(write):
     model = evaluator(write(**OPTIONS["configuration"]), backend=EMULATED)
     first = evaluate(model, STRUCTURES["molecule"])
     for atoms in STRUCTURES.values():
@@ -270,7 +265,7 @@ def test_results_do_not_depend_on_what_was_evaluated_before(write):  # noqa: F81
     assert np.array_equal(first["forces"], again["forces"])
 
 
-def test_atoms_that_meet_are_refused(write):  # noqa: F811
+def test_atoms_that_meet_are_refused(write):
     model = evaluator(write(**OPTIONS["mlp"]), backend=EMULATED)
     atoms = STRUCTURES["molecule"].copy()
     listed(model, atoms, skin=8.0)
@@ -280,7 +275,7 @@ def test_atoms_that_meet_are_refused(write):  # noqa: F811
         step(model, atoms)
 
 
-def test_positions_that_are_not_numbers_are_refused(write):  # noqa: F811
+def test_positions_that_are_not_numbers_are_refused(write):
     model = evaluator(write(**OPTIONS["mlp"]), backend=EMULATED)
     atoms = STRUCTURES["molecule"].copy()
     listed(model, atoms)
@@ -308,7 +303,7 @@ def test_diverged_weights_do_not_pass_as_numbers(tmp_path):
         ({"activation_function": "softplus"}, "activation softplus"),
     ],
 )
-def test_options_without_kernels_are_named(write, options, reason):  # noqa: F811
+def test_options_without_kernels_are_named(write, options, reason):
     with pytest.raises(RuntimeError, match=f"do not cover {reason}"):
         evaluator(write(**options), backend=EMULATED)
 
@@ -322,7 +317,7 @@ def test_a_fitting_net_of_another_precision_is_not_covered(tmp_path):
         evaluator(tmp_path / "x.moe.pt", dtype="", backend=EMULATED)
 
 
-def test_memory_is_estimated_before_it_is_allocated(write):  # noqa: F811
+def test_memory_is_estimated_before_it_is_allocated(write):
     model = evaluator(write(**OPTIONS["wide"]), "float32", EMULATED)
     weights = model.buffer_bytes
     result = evaluate(model, STRUCTURES["bulk"], extra=0.0)
@@ -336,7 +331,7 @@ def test_memory_is_estimated_before_it_is_allocated(write):  # noqa: F811
     assert model.estimate_bytes(2 * n, 2 * result["n_edge"], 2 * result["n_angle"]) > 1.9 * estimate
 
 
-def test_a_system_that_does_not_fit_is_refused_with_one_that_would(write):  # noqa: F811
+def test_a_system_that_does_not_fit_is_refused_with_one_that_would(write):
     path = write(**OPTIONS["wide"])
     free = evaluator(path, backend=EMULATED)
     evaluate(free, STRUCTURES["isolated"])
@@ -350,7 +345,7 @@ def test_a_system_that_does_not_fit_is_refused_with_one_that_would(write):  # no
     assert np.array_equal(evaluate(model, STRUCTURES["isolated"])["energies"], alone["energies"])
 
 
-def test_a_memory_limit_that_is_no_number_is_refused(write):  # noqa: F811
+def test_a_memory_limit_that_is_no_number_is_refused(write):
     with (
         environment(MOECALC_BACKEND=EMULATED, MOECALC_DEVICE_MEMORY="much"),
         pytest.raises(RuntimeError, match="expected MOECALC_DEVICE_MEMORY to be a number of MiB, got 'much'"),

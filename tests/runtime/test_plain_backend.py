@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import graph_of
-from test_native_evaluator import World
+from worlds import World
 
 from moecalc import _lib, testing
 from moecalc.conditions import Conditions

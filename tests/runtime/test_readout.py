@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_fused import ELEMENTS, STRUCTURES, assert_same, evaluate, evaluator
+from evaluators import ELEMENTS, STRUCTURES, assert_same, evaluate, evaluator
 
 from moecalc import testing
 from moecalc.package.importers import set_precision

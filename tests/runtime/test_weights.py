@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from evaluators import assert_same, environment
 from helpers import evaluate_atoms, graph_of
-from test_fused import assert_same, environment
 
 from moecalc import MoECalculator, _lib, keys, testing
 from moecalc.errors import MoecalcError
