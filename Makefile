@@ -143,13 +143,14 @@ $(TORCH_STAMP):
 
 $(CUDA_TORCH_STAMP):
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_PIP) install -q "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13" pytest pytest-xdist hypothesis
+	$(CUDA_PIP) install -q "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
 	@command -v cmake >/dev/null || $(CUDA_PIP) install -q cmake
 	@rm -f $(CUDA_VENV)/.torch-*
 	@touch $@
 
 # Not editable: the compiled files in the working tree belong to the first environment.
 $(CUDA_STAMP): $(CUDA_TORCH_STAMP) $(NATIVE_SOURCES) $(PYTHON_SOURCES)
+	$(CUDA_PIP) install -q pytest pytest-xdist hypothesis
 	MOECALC_CUDA=$(if $(NVCC),1,0) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
 	@touch $@
 

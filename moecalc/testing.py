@@ -90,7 +90,7 @@ def molecule(
 
 
 def one_atom_cell(symbol: str = "W", a: float = 3.17) -> Atoms:
-    """Primitive bcc cell, sheared: every neighbour of the atom is its own image."""
+    """Primitive bcc cell, sheared: every neighbor of the atom is its own image."""
     atoms = bulk(symbol, "bcc", a=a)
     deformation = np.eye(3) + np.array([[0.01, 0.03, 0.0], [0.0, -0.02, 0.02], [0.015, 0.0, 0.01]])
     atoms.set_cell(atoms.cell.array @ deformation, scale_atoms=True)

@@ -79,7 +79,7 @@ def _shares(size: Size) -> Table:
     from moecalc.benchmark import breakdown
 
     table = plain_table(f"step, {size.atoms:,} atoms", "ms", "%", right=(1, 2))
-    for name, value in (*breakdown(size), ("(search for neighbours, once in many steps)", size.search_s)):
+    for name, value in (*breakdown(size), ("(search for neighbors, once in many steps)", size.search_s)):
         table.add_row(name, f"{1e3 * value:.2f}", f"{100 * value / size.step_p50_s:.1f}")
     return table
 

@@ -3,8 +3,8 @@
 Layout of a data set:
 
     train/<atoms>/, valid/<atoms>/   DeePMD-kit systems, one per number of atoms (format deepmd/npy/mixed)
-    valid.extxyz                     the held-out frames once more, for `moecalc report` and for other
-    programs split.json                       where every frame went, and the table of the groups
+    valid.extxyz                     the held-out frames once more, for `moecalc report` and others
+    split.json                       where every frame went, and the table of the groups
 
 Energies in eV, forces in eV/A, virials in eV: virial = -stress * volume with ASE's stress, so positive when
 the structure wants to expand. Elements are numbered by the data set's type_map; DeePMD-kit matches it with

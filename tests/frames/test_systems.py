@@ -17,6 +17,7 @@ from moecalc import testing
 from moecalc.data import DatasetError, read_frames, read_structure
 from moecalc.data.convert import convert
 from moecalc.data.systems import read_systems, write_systems
+from moecalc.errors import MoecalcError
 from moecalc.report import Report, evaluate
 
 ELEMENTS = ["Nb", "Mo"]
@@ -384,3 +385,38 @@ def test_the_guard_takes_a_folder(system):
 def test_a_broken_folder_is_one_line_of_the_command(system):
     no_coord(system)
     assert "no coord.npy" in error_of(run("zbl", "default", "--data", system))
+
+
+def test_linked_systems_are_read_once(system, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    (folder / "one").symlink_to(system)
+    (folder / "again").symlink_to(system)
+    (system / "back").symlink_to(folder)
+    assert len(read_frames(folder)) == 5
+
+
+def filled(system, types):
+    """The system in the mixed format."""
+    for part, n in (("set.000", 3), ("set.001", 2)):
+        np.save(system / part / "real_atom_types.npy", np.tile(types, (n, 1)))
+    return system
+
+
+def test_frames_without_atoms_are_named(system, tmp_path):
+    folder = filled(system, [-1, -1, -1])
+    assert "no atoms" in run("convert", folder, tmp_path / "out").output
+    with pytest.raises(MoecalcError, match="expected a structure with atoms, got none"):
+        read_structure(folder)
+
+
+@pytest.mark.parametrize("value", [0.6, np.nan, 1e30])
+def test_types_that_are_not_whole_are_refused(system, value):
+    with pytest.raises(DatasetError, match=r"real_atom_types.npy: types that are not whole numbers"):
+        read_frames(filled(system, [0.0, 1.0, value]))
+
+
+def test_a_huge_type_is_refused(system):
+    (system / "type.raw").write_text("0 1 " + "9" * 30)
+    with pytest.raises(DatasetError, match="expected whole numbers"):
+        read_frames(system)
