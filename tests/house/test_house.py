@@ -1,4 +1,4 @@
-"""The limits of docs/developer/house.md hold: names, statements, files and functions of the C++ sources."""
+"""What docs/developer/house.md measures stays near what it is: names, statements, files and functions of the C++ sources."""
 
 import pytest
 from measure import CPP_SUFFIXES, ROOT, chained_statements, measure_cpp, tracked
@@ -18,11 +18,11 @@ def kernels(cpp):
 
 
 def test_names_of_the_kernels_can_be_read(kernels):
-    assert kernels.short_share < 0.17
+    assert kernels.short_share < 0.08
 
 
 def test_formulas_stand_above_the_kernels(kernels):
-    assert kernels.comment_share > 0.12
+    assert kernels.comment_share > 0.13
 
 
 def test_statements_are_not_chained_by_commas(cpp):
