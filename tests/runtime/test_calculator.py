@@ -651,7 +651,10 @@ def test_more_angle_neighbors_than_in_training_warn(with_limits):
 
 
 def test_as_many_neighbors_as_in_training_do_not_warn(with_limits):
-    with_limits(1, 1).get_potential_energy(Atoms("W2", [[0, 0, 0], [2.5, 0, 0]]))
+    calculator = with_limits(1, 1)
+    calculator.get_potential_energy(Atoms("W2", [[0, 0, 0], [2.5, 0, 0]]))
+    with pytest.warns(UserWarning, match="an atom has 2 neighbors"):
+        calculator.get_potential_energy(Atoms("W3", [[0, 0, 0], [2.5, 0, 0], [0, 2.5, 0]]))
 
 
 # --- loading ---------------------------------------------------------------------------------------
