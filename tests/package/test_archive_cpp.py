@@ -2,14 +2,13 @@
 
 import json
 import re
-import struct
 import zipfile
-import zlib
 
 import pytest
 import torch
+from alterations import END, stamp
 from torch import Tensor, nn
-from zip64 import END, with_zip64
+from zip64 import with_zip64
 
 from moecalc import _lib
 
@@ -19,13 +18,6 @@ METADATA = {"name": "identity"}
 class Identity(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
-
-
-def stamp(body):
-    """The integrity stamp, as the architecture notes define it."""
-    end = body.rindex(END)
-    comment = b"moecalc crc32=%08x size=%d" % (zlib.crc32(body[:end]), end)
-    return body[: end + 20] + struct.pack("<H", len(comment)) + comment
 
 
 def archive(folder, version="1", *, stamped=True, rewrite=True):

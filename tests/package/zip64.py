@@ -2,9 +2,7 @@
 
 import struct
 
-from alterations import stamp
-
-END = b"PK\x05\x06"
+from alterations import END, stamp
 
 
 def with_zip64(body):

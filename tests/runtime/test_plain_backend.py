@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from evaluators import ELEMENTS, STRUCTURES
 from helpers import graph_of
 from worlds import World
 
@@ -18,14 +19,6 @@ from moecalc.package.metadata import Source
 from moecalc.package.reference import condition_tensors
 from moecalc.package.write import Labels, Lowered, write_package
 
-ELEMENTS = ["Nb", "Mo", "Ta", "W"]
-STRUCTURES = {
-    "bulk": testing.bulk_alloy(ELEMENTS),
-    "slab": testing.slab(ELEMENTS),
-    "molecule": testing.molecule(ELEMENTS),
-    "one atom": testing.one_atom_cell("W"),
-    "isolated": testing.molecule(ELEMENTS)[:1],
-}
 TOLERANCE = {"float64": 1e-12, "float32": 5e-5}
 
 UNSMOOTH = {"use_dynamic_sel": False, "smooth_edge_update": False}
