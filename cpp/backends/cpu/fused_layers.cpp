@@ -18,6 +18,9 @@ constexpr int64_t kRows = 32;  // rows of nodes or slots that one task works on
 /// so that these rows are read again while they are in the last-level cache.
 constexpr int64_t kBatchBytes = int64_t{4} << 20;
 constexpr int64_t kCentresPerThread = 8;  // at least, in a batch
+/// Edge features up to this width: a product with them takes less time than memory takes to hand back its
+/// result, so that the backward computes the edge maps again.
+constexpr int64_t kNarrowEdge = 32;
 
 template <class Real>
 int64_t bytes_of_all(const std::vector<Buffer<Real>>& buffers) {
@@ -279,16 +282,19 @@ void FusedLayers<Real>::add_angle_gradients(int64_t centre) {
   const Real* d_cosine = buffers_.d_cosine.get(0);
   const Real* d_switch_angle = buffers_.d_switch_angle.get(0);
   AngleGradients* sums = buffers_.d_close.get(0);
-  std::fill(sums + first_edge, sums + end, AngleGradients{});
-  int64_t angle = graph_.first_angle[centre];
-  for (int64_t first = first_edge; first < end; ++first) {
-    for (int64_t second = first_edge; second < end; ++second) {
-      const auto of_cosine = double(d_cosine[angle]);
-      const auto of_switch = double(d_switch_angle[angle]);
-      add_angle(sums[first], of_cosine, of_switch, close_switch[2 * second], unit + 3 * second);
-      add_angle(sums[second], of_cosine, of_switch, close_switch[2 * first], unit + 3 * first);
-      ++angle;
+  const int64_t first_angle = graph_.first_angle[centre];
+  const int64_t n_close = end - first_edge;
+  for (int64_t first = 0; first < n_close; ++first) {
+    AngleGradients sum{};
+    for (int64_t second = 0; second < n_close; ++second) {  // both angles of the pair: (ij, ik) and (ik, ij)
+      const int64_t angle = first_angle + first * n_close + second;
+      const int64_t turned = first_angle + second * n_close + first;
+      const double of_cosine = double(d_cosine[angle]) + double(d_cosine[turned]);
+      const double of_switch = double(d_switch_angle[angle]) + double(d_switch_angle[turned]);
+      const int64_t other = first_edge + second;
+      add_angle(sum, of_cosine, of_switch, close_switch[2 * other], unit + 3 * other);
     }
+    sums[first_edge + first] = sum;
   }
 }
 
@@ -401,6 +407,7 @@ LayerArgs<Real> FusedLayers<Real>::backward_arguments(size_t layer, bool from_ge
   args.d_angle = buffers.d_angle.get(graph.n_angle * shape_of(0).a_padded);
   args.d_edge_given = d_edge_given_;
   args.d_angle_given = d_angle_given_;
+  args.d_geometry_given = d_geometry_given_;
   args.d_edge_centre_part = buffers.d_edge_centre_part.get(graph.n_local * shape.edge_columns());
   args.d_angle_centre_part = buffers.d_angle_centre_part.get(graph.n_local * shape.angle_columns());
   args.d_moments = buffers.d_moments.get(graph.n_local * 3 * shape.sym_width());
@@ -512,6 +519,7 @@ void FusedLayers<Real>::layer_backward_into(const Sink& sink, size_t layer, bool
         Sink::in_turn);
   }
   d_edge_given_ = true;
+  d_geometry_given_ = true;
   d_angle_given_ = d_angle_given_ || args.shape->with_angles;
   if (!nodes) return;
   // group by group: within a group every node has one slot, so no two tasks write the same row
@@ -569,8 +577,8 @@ void FusedLayers<Real>::decide_what_to_keep(bool gradients, bool from_geometry) 
     return;
   }
   const int64_t held = bytes_of_all(buffers_.edge_slope) + bytes_of_all(buffers_.edge_mix);
-  keep_edges_ = gradients;
-  if (!gradients || bytes <= held) return;
+  keep_edges_ = gradients && shape_of(0).e_padded > kNarrowEdge;
+  if (!keep_edges_ || bytes <= held) return;
   // A quarter of what is free to these threads: the other buffers of a first step need twice as much.
   keep_edges_ = bytes - held <= quarter_of_available_memory();
 }
@@ -638,13 +646,14 @@ void FusedLayers<Real>::start_backward(const Array& d_node, size_t last_layer) {
   const GraphView& graph = graph_;
   const LayerShape& first = shape_of(0);
   const int64_t stride = shape_of(last_layer).n_padded;
-  std::fill_n(buffers_.d_switch_edge.get(graph.n_edge), graph.n_edge, 0.0);
-  std::fill_n(buffers_.d_directions.get(4 * graph.n_edge), 4 * graph.n_edge, 0.0);
+  buffers_.d_switch_edge.get(graph.n_edge);
+  buffers_.d_directions.get(4 * graph.n_edge);
   std::fill_n(buffers_.d_switch_angle.get(graph.n_angle), graph.n_angle, Real(0));
   buffers_.d_edge.get(graph.n_edge * first.e_padded);
   buffers_.d_angle.get(graph.n_angle * first.a_padded);
   d_edge_given_ = false;
   d_angle_given_ = false;
+  d_geometry_given_ = false;
   put_rows(d_node, 0, graph.n_local, stride, buffers_.d_node_out.get(graph.n_local * stride));
 }
 

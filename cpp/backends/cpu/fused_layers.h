@@ -173,9 +173,10 @@ class FusedLayers {
   std::vector<size_t> slot_chunk_splits_;  // (n_group + 1) into slot_chunks_
   std::vector<int64_t> slot_next_;         // LayerArgs::slot_next
 
-  bool keep_edges_ = false;     // whether the backward finds slopes of the edge maps
-  bool d_edge_given_ = false;   // whether d_edge holds gradients of the layer's outputs yet
-  bool d_angle_given_ = false;  // whether d_angle does
+  bool keep_edges_ = false;        // whether the backward finds slopes of the edge maps
+  bool d_edge_given_ = false;      // whether d_edge holds gradients of the layer's outputs yet
+  bool d_angle_given_ = false;     // whether d_angle does
+  bool d_geometry_given_ = false;  // whether d_switch_edge and d_directions hold sums of later layers
   LayerBuffers<Real> buffers_;
   std::vector<Scratch> scratch_;  // per thread
 };

@@ -286,6 +286,7 @@ struct LayerArgs {
   Real* d_angle = nullptr;           // n_angle x a_padded
   bool d_edge_given = false;         // whether d_edge holds a gradient of the output; else it counts as zero
   bool d_angle_given = false;        // likewise
+  bool d_geometry_given = false;     // whether d_switch_edge and d_directions hold those of later layers
   // Of the pre-activations of message and edge map, rows of the edges from `d_edge_pre_first` on; null where
   // nobody reads them.
   Real* d_edge_pre = nullptr;

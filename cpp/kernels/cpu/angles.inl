@@ -189,8 +189,7 @@ struct AngleGradients {
 };
 
 /// The share of the layer's input in its output: d a = keep d a_out where that is given (the rows are scaled
-/// later, `keep_angle_rows`), and d cos = keep d a_out . direction in the first layer. Returns d a_out, or
-/// null where the angle map has no part in it.
+/// later). Returns d a_out, or null where the angle map has no part in it.
 template <class Real>
 inline const Real* angles_input_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles,
                                          Scratch<Real>& scratch) {
@@ -198,20 +197,8 @@ inline const Real* angles_input_backward(const LayerArgs<Real>& layer, const Cen
   const int64_t width = shape.a_padded;
   const int64_t n_angle = angles.n_close * angles.n_close;
   const bool own_gradient = shape.live_angle && layer.d_angle_given;
-  const Real keep = Real(shape.keep_angle);
   Real* d_angle = layer.d_angle + angles.first_angle * width;
-  if (layer.cosine != nullptr) {
-    for (int64_t angle = 0; angle < n_angle; ++angle) {
-      Vec<Real> dot = Vec<Real>{};
-      if (layer.d_angle_given) {
-        for (int64_t column = 0; column < width; column += kLanes<Real>) {
-          dot += load(d_angle + angle * width + column) * load(layer.direction + column);
-        }
-      }
-      layer.d_cosine[angles.first_angle + angle] = keep * sum<Real>(dot);
-    }
-    return own_gradient ? d_angle : nullptr;
-  }
+  if (layer.cosine != nullptr) return own_gradient ? d_angle : nullptr;
   if (!layer.d_angle_given) fill(d_angle, Real(0), n_angle * width);
   if (!own_gradient) return nullptr;
   if (angle_passes(shape) == 1) return d_angle;
@@ -219,6 +206,20 @@ inline const Real* angles_input_backward(const LayerArgs<Real>& layer, const Cen
   Real* copy = scratch.d_angle_out().get(n_angle * width);
   copy_row(copy, d_angle, n_angle * width);
   return copy;
+}
+
+/// The same share in the first layer, d cos = keep d a_out . direction, of the angles of a first edge.
+template <class Real>
+inline void cosines_input_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles,
+                                   int64_t first) {
+  const int64_t width = layer.shape->a_padded;
+  const Real keep = Real(layer.shape->keep_angle);
+  for (int64_t angle = angles.row(first); angle < angles.row(first + 1); ++angle) {
+    layer.d_cosine[angle] =
+        layer.d_angle_given
+            ? keep * sum<Real>(dot_lanes(layer.d_angle + angle * width, layer.direction, width))
+            : Real(0);
+  }
 }
 
 /// d switch_ijk += p d m_ij . y_ijk, and dz = slope p switch d m_ij (slopes become gradients in place).
@@ -271,22 +272,34 @@ inline void angle_map_backward(const LayerArgs<Real>& layer, const CentreAngles<
   }
 }
 
-/// d a += dz W_angle^T, and sums of dz over angles: for the first edge, for every second edge, for the
-/// centre. `width` columns of the maps from `from` on.
+/// d a += dz W_angle^T of a first edge's angles.
 template <class Real, class Sink>
+inline void angle_products_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles,
+                                    int64_t first, const Pass& pass, const Real* d_pre,
+                                    const Sink& gradients) {
+  const int64_t a_padded = layer.shape->a_padded;
+  const int64_t stride = pass.columns();
+  const auto part = [&](int64_t width, int64_t from, const Real* d_part) {
+    if (width == 0) return;
+    if (layer.cosine == nullptr) {
+      add_product(angles.n_close, a_padded, width, d_part, stride,
+                  angles.weights.angle_angle_transposed + from * a_padded, a_padded,
+                  layer.d_angle + angles.row(first) * a_padded, a_padded);
+    }
+    gradients.angle_weights(angles.row(first), angles.n_close, from, width, d_part, stride);
+  };
+  part(pass.message, pass.message_column, d_pre);
+  part(pass.own, pass.own_column, d_pre + pass.message);
+}
+
+/// Sums of dz over angles: for the first edge, for every second edge, for the centre. `width` columns of the
+/// maps from `from` on.
+template <class Real>
 inline void angle_columns_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles,
                                    const AngleGradients<Real>& into, int64_t first, int64_t width,
-                                   int64_t from, const Real* d_pre, int64_t stride, const Sink& gradients) {
-  if (width == 0) return;
-  const LayerShape& shape = *layer.shape;
-  const int64_t angle_columns = shape.angle_columns();
+                                   int64_t from, const Real* d_pre, int64_t stride) {
+  const int64_t angle_columns = layer.shape->angle_columns();
   const int64_t n_close = angles.n_close;
-  if (layer.cosine == nullptr) {
-    add_product(n_close, shape.a_padded, width, d_pre, stride,
-                angles.weights.angle_angle_transposed + from * shape.a_padded, shape.a_padded,
-                layer.d_angle + angles.row(first) * shape.a_padded, shape.a_padded);
-  }
-  gradients.angle_weights(angles.row(first), n_close, from, width, d_pre, stride);
   Real* d_first = into.d_first_part + first * angle_columns + from;
   Real* d_second = into.d_second_part + from;
   Real* d_centre = into.d_centre_part + from;
@@ -316,6 +329,127 @@ inline void cosine_backward(const LayerArgs<Real>& layer, const CentreAngles<Rea
   }
 }
 
+/// What the rows of a first edge's angles are worked on with, of one pass.
+template <class Real>
+struct FirstEdge {
+  int64_t first;
+  const Real* outputs;    // n_close x columns of the pass
+  const Real* d_message;  // e_padded
+  const Real* d_own;      // n_close x a_padded: d a_out, or null
+  Real* d_pre;            // n_close x columns of the pass: slopes, which become gradients
+};
+
+/// Gradients of the pre-activations of a first edge's angles, and what is summed over them; any widths.
+template <class Real>
+inline void rows_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles, const Pass& pass,
+                          int64_t expert, const FirstEdge<Real>& edge, const AngleGradients<Real>& into,
+                          Real* d_row) {
+  const int64_t first = edge.first;
+  const int64_t stride = pass.columns();
+  angle_message_backward(layer, angles, pass, expert, first, edge.outputs, edge.d_message, d_row, edge.d_pre);
+  angle_map_backward(layer, angles, pass, expert, first, into.d_angle_out, edge.d_pre);
+  angle_columns_backward(layer, angles, into, first, pass.message, pass.message_column, edge.d_pre, stride);
+  angle_columns_backward(layer, angles, into, first, pass.own, pass.own_column, edge.d_pre + pass.message,
+                         stride);
+  if (layer.cosine == nullptr) return;
+  if (expert == 0) cosines_input_backward(layer, angles, first);
+  cosine_backward(layer, angles, pass, first, edge.d_pre);
+}
+
+/// The same as `angle_message_backward`, `angle_map_backward`, `angle_columns_backward` without its product,
+/// and in the first layer `cosines_input_backward` (of the first pass: `d_direction` is keep times the
+/// direction, later null) and `cosine_backward`, in one pass over the rows, which stay in registers:
+///   d switch_ijk += p d m_ij . y_ijk,  dz = slope p switch d m_ij,  or dz = slope R p d a_out,
+///   d first_part_ij = sum_k dz_ijk,  d second_part_ik += dz_ijk,  d cos = keep d a_out . direction + dz .
+///   W_cos.
+/// `Message` and `Own` vectors make a row.
+template <class Real, int Message, int Own, bool with_cosine>
+void narrow_rows_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles, const Pass& pass,
+                          int64_t expert, const FirstEdge<Real>& edge, const AngleGradients<Real>& into,
+                          LaneSums<Real>& d_switches, LaneSums<Real>& d_cosines) {
+  constexpr int64_t lanes = kLanes<Real>;
+  constexpr int vectors = Message + Own;
+  const int64_t angle_columns = layer.shape->angle_columns();
+  const Real* switches = layer.switch_angle + angles.row(edge.first);
+  const bool takes_share = with_cosine && expert == 0 && layer.d_angle_given;
+  Vec<Real> gradient[Message + 1];
+  Vec<Real> own_factor[Own + 1];
+  Vec<Real> direction[Own + 1];
+  Vec<Real> of_cos[vectors];
+  Vec<Real> total[vectors] = {};
+  int64_t from[vectors];  // columns in the weights
+  for (int v = 0; v < vectors; ++v) {
+    from[v] = v < Message ? pass.message_column + v * lanes : pass.own_column + (v - Message) * lanes;
+    if constexpr (with_cosine) of_cos[v] = load(angles.weights.angle_of_cos + from[v]);
+  }
+  for (int v = 0; v < Message; ++v) {
+    const Real factor = angles.weights.routing_angle_message[expert] * angles.norm;
+    gradient[v] = factor * load(edge.d_message + v * lanes);
+  }
+  for (int v = 0; v < Own; ++v) {
+    own_factor[v] = load(layer.update.angle + v * lanes) * angles.weights.routing_angle[expert];
+    direction[v] = Vec<Real>{};
+    if (takes_share) direction[v] = Real(layer.shape->keep_angle) * load(layer.direction + v * lanes);
+  }
+  for (int64_t second = 0; second < angles.n_close; ++second) {
+    const Real* output = edge.outputs + second * vectors * lanes;
+    Real* d_pre = edge.d_pre + second * vectors * lanes;
+    Real* d_second = into.d_second_part + second * angle_columns;
+    const Vec<Real> switch_angle = splat(switches[second]);
+    Vec<Real> to_switch = Vec<Real>{};
+    Vec<Real> to_cosine = Vec<Real>{};
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      Vec<Real> value = load(d_pre + v * lanes);
+      if (v < Message) {
+        to_switch += gradient[v] * load(output + v * lanes);
+        value *= switch_angle * gradient[v];
+      } else {
+        const Vec<Real> d_own = load(edge.d_own + (second * Own + v - Message) * lanes);
+        value *= own_factor[v - Message] * d_own;
+        if constexpr (with_cosine) to_cosine += direction[v - Message] * d_own;
+      }
+      if constexpr (with_cosine) to_cosine += value * of_cos[v];
+      total[v] += value;
+      store(d_pre + v * lanes, value);
+      store(d_second + from[v], load(d_second + from[v]) + value);
+    }
+    d_switches.push(to_switch);
+    if constexpr (with_cosine) d_cosines.push(to_cosine);
+  }
+  Real* d_first = into.d_first_part + edge.first * angle_columns;
+  for (int v = 0; v < vectors; ++v) {
+    store(d_first + from[v], total[v]);
+    store(into.d_centre_part + from[v], load(into.d_centre_part + from[v]) + total[v]);
+  }
+}
+
+template <class Real>
+using NarrowRowsBackward = void (*)(const LayerArgs<Real>&, const CentreAngles<Real>&, const Pass&, int64_t,
+                                    const FirstEdge<Real>&, const AngleGradients<Real>&, LaneSums<Real>&,
+                                    LaneSums<Real>&);
+
+/// `narrow_rows_backward` for the widths of a pass, or null: those are worked on column by column.
+template <class Real>
+inline NarrowRowsBackward<Real> narrow_form(const LayerArgs<Real>& layer, const Pass& pass, int64_t expert,
+                                            const Real* d_angle_out) {
+  const bool shares = layer.cosine != nullptr && expert == 0 && layer.d_angle_given;
+  if (pass.own > 0 ? d_angle_out == nullptr : shares) return nullptr;
+  const int64_t message = pass.message / kLanes<Real>;
+  const int64_t own = pass.own / kLanes<Real>;
+  const auto form = [&]<int Message, int Own>() -> NarrowRowsBackward<Real> {
+    if (message != Message || own != Own) return nullptr;
+    return layer.cosine == nullptr ? narrow_rows_backward<Real, Message, Own, false>
+                                   : narrow_rows_backward<Real, Message, Own, true>;
+  };
+  for (const auto found : {form.template operator()<1, 0>(), form.template operator()<1, 1>(),
+                           form.template operator()<2, 0>(), form.template operator()<2, 1>(),
+                           form.template operator()<4, 0>(), form.template operator()<4, 2>()}) {
+    if (found != nullptr) return found;
+  }
+  return nullptr;
+}
+
 /// d e_ij += d first_part_ij W_first^T + d second_part_ij W_second^T; or d distance in the first layer.
 template <class Real, class Sink>
 inline void close_edges_backward(const LayerArgs<Real>& layer, const CentreAngles<Real>& angles,
@@ -325,11 +459,13 @@ inline void close_edges_backward(const LayerArgs<Real>& layer, const CentreAngle
   const int64_t columns = shape.angle_columns();
   const int64_t n_close = angles.n_close;
   if (layer.distance != nullptr) {
+    LaneSums<Real, double> d_distance(layer.d_distance + angles.first_edge, true);
     for (int64_t row = 0; row < n_close; ++row) {
-      layer.d_distance[angles.first_edge + row] +=
-          sum<Real>(dot_lanes(into.d_first_part + row * columns, weights.angle_first_of_distance, columns) +
-                    dot_lanes(into.d_second_part + row * columns, weights.angle_second_of_distance, columns));
+      d_distance.push(
+          dot_lanes(into.d_first_part + row * columns, weights.angle_first_of_distance, columns) +
+          dot_lanes(into.d_second_part + row * columns, weights.angle_second_of_distance, columns));
     }
+    d_distance.end();
     return;
   }
   Real* d_edge = layer.d_edge + angles.first_edge * shape.e_padded;
@@ -367,28 +503,31 @@ void angles_backward(const LayerArgs<Real>& layer, int64_t centre, const Real* d
   for (int64_t expert = 0; expert < angle_passes(shape); ++expert) {
     const Pass pass = angle_pass(shape, expert);
     const int64_t stride = pass.columns();
+    const NarrowRowsBackward<Real> narrow = narrow_form(layer, pass, expert, into.d_angle_out);
+    LaneSums<Real> d_switches(layer.d_switch_angle + angles.first_angle, true);
+    LaneSums<Real> d_cosines(layer.d_cosine + angles.first_angle, expert > 0);
     for (int64_t first = 0; first < n_close; ++first) {
-      const Real* d_first_message = d_message + first * shape.e_padded;
       const Real* d_own = into.d_angle_out == nullptr ? nullptr : into.d_angle_out + first * n_close * width;
+      const FirstEdge<Real> edge{first, pre, d_message + first * shape.e_padded, d_own, d_pre};
       angle_pre_activations(layer, angles, pass, first, pre);
       activate_with_slope(shape.activation, pre, d_pre, n_close * stride);
-      const Real* outputs = pre;
-      gradients.angle_outputs(pass, expert, n_close, outputs, layer.switch_angle + angles.row(first),
-                              d_first_message, d_own);
-      angle_message_backward(layer, angles, pass, expert, first, outputs, d_first_message, d_row, d_pre);
-      angle_map_backward(layer, angles, pass, expert, first, into.d_angle_out, d_pre);
+      gradients.angle_outputs(pass, expert, n_close, edge.outputs, layer.switch_angle + angles.row(first),
+                              edge.d_message, d_own);
+      if (narrow != nullptr) {
+        narrow(layer, angles, pass, expert, edge, into, d_switches, d_cosines);
+      } else {
+        rows_backward(layer, angles, pass, expert, edge, into, d_row);
+      }
       if (scaled && expert == 0) {
         Real* d_angle = layer.d_angle + angles.row(first) * width;
         for (int64_t column = 0; column < n_close * width; column += kLanes<Real>) {
           store(d_angle + column, keep * load(d_angle + column));
         }
       }
-      angle_columns_backward(layer, angles, into, first, pass.message, pass.message_column, d_pre, stride,
-                             gradients);
-      angle_columns_backward(layer, angles, into, first, pass.own, pass.own_column, d_pre + pass.message,
-                             stride, gradients);
-      if (layer.cosine != nullptr) cosine_backward(layer, angles, pass, first, d_pre);
+      angle_products_backward(layer, angles, first, pass, d_pre, gradients);
     }
+    d_switches.end();
+    if (layer.cosine != nullptr) d_cosines.end();
   }
   close_edges_backward(layer, angles, into, gradients);
 }

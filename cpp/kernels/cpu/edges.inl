@@ -179,7 +179,7 @@ inline const Real* edge_slopes(const LayerArgs<Real>& layer, const CentreEdges<R
 template <class Real>
 inline void message_backward(const LayerArgs<Real>& layer, const CentreEdges<Real>& edges,
                              const EdgeChunk<Real>& chunk, int64_t row, const Real* d_message,
-                             Real* d_centre_part) {
+                             Real* d_centre_part, LaneSums<Real, double>& d_switches) {
   const LayerShape& shape = *layer.shape;
   const GroupWeights<Real>& weights = edges.weights;
   const int64_t width = shape.heads * shape.n_padded;
@@ -187,7 +187,7 @@ inline void message_backward(const LayerArgs<Real>& layer, const CentreEdges<Rea
   const Real switch_edge = layer.switch_edge[edge];
   Real* d_pre = chunk.d_pre + row * shape.edge_columns();
   if (layer.edge_slope != nullptr) {
-    layer.d_switch_edge[edge] += sum<Real>(dot_lanes(d_message, layer.edge_mix + edge * width, width));
+    d_switches.push(dot_lanes(d_message, layer.edge_mix + edge * width, width));
   } else {
     const Real* outputs = chunk.outputs + row * shape.edge_columns();
     Vec<Real> dot = Vec<Real>{};
@@ -195,7 +195,7 @@ inline void message_backward(const LayerArgs<Real>& layer, const CentreEdges<Rea
       dot += load(d_message + column) *
              mix(outputs, weights.routing_message, shape.experts_message, width, column);
     }
-    layer.d_switch_edge[edge] += sum<Real>(dot);
+    d_switches.push(dot);
   }
   for (int64_t expert = 0; expert < shape.experts_message; ++expert) {
     Real* to = d_pre + expert * width;
@@ -242,10 +242,11 @@ inline void edge_part_backward(const LayerArgs<Real>& layer, const GroupWeights<
   const LayerShape& shape = *layer.shape;
   const int64_t columns = shape.edge_columns();
   if (layer.distance != nullptr) {
+    LaneSums<Real, double> d_distance(layer.d_distance + first_edge, true);
     for (int64_t row = 0; row < rows; ++row) {
-      layer.d_distance[first_edge + row] +=
-          sum<Real>(dot_lanes(d_pre + row * columns, weights.edge_of_distance, columns));
+      d_distance.push(dot_lanes(d_pre + row * columns, weights.edge_of_distance, columns));
     }
+    d_distance.end();
     return;
   }
   add_product(rows, shape.e_padded, columns, d_pre, columns, weights.edge_edge_transposed, shape.e_padded,
@@ -272,6 +273,7 @@ void edges_backward(const LayerArgs<Real>& layer, int64_t centre, const Real* d_
   for (int64_t column = 0; column < width; column += kLanes<Real>) {
     store(d_message + column, norm * load(layer.d_message + centre * width + column));
   }
+  LaneSums<Real, double> d_switches(layer.d_switch_edge + edges.first_edge, layer.d_geometry_given);
   for (int64_t begin = 0; begin < edges.n_edge; begin += kEdgeChunk) {
     const int64_t first_edge = edges.first_edge + begin;
     Real* d_pre = layer.d_edge_pre == nullptr
@@ -286,11 +288,12 @@ void edges_backward(const LayerArgs<Real>& layer, int64_t centre, const Real* d_
     gradients.edge_outputs(chunk.rows, chunk.outputs, layer.switch_edge + first_edge, d_message,
                            d_edge_out + begin * shape.e_padded);
     for (int64_t row = 0; row < chunk.rows; ++row) {
-      message_backward(layer, edges, chunk, row, d_message, d_centre_part);
+      message_backward(layer, edges, chunk, row, d_message, d_centre_part, d_switches);
       edge_map_backward(layer, edges, chunk, row, d_edge_out, d_centre_part);
     }
     edge_part_backward(layer, edges.weights, first_edge, chunk.rows, d_pre, gradients);
   }
+  d_switches.end();
 }
 
 }  // namespace

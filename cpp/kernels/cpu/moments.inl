@@ -63,6 +63,8 @@ void moments_backward(const LayerArgs<Real>& layer, int64_t centre) {
   const GraphView& graph = *layer.graph;
   const int64_t width = shape.sym_width();
   const Real* d_moments = layer.d_moments + centre * 3 * width;
+  LaneSums<Real, double> d_directions(layer.d_directions + 4 * graph.first_edge[centre],
+                                      layer.d_geometry_given);
   for (int64_t edge = graph.first_edge[centre]; edge < graph.first_edge[centre + 1]; ++edge) {
     const Real* direction = layer.directions + 4 * edge;
     const Real* edge_row = layer.edge + edge * shape.e_padded;
@@ -89,10 +91,9 @@ void moments_backward(const LayerArgs<Real>& layer, int64_t centre) {
       dot_y += load(d_neighbors + width + column) * feature;
       dot_z += load(d_neighbors + 2 * width + column) * feature;
     }
-    layer.d_directions[4 * edge] += sum<Real>(dot_x);
-    layer.d_directions[4 * edge + 1] += sum<Real>(dot_y);
-    layer.d_directions[4 * edge + 2] += sum<Real>(dot_z);
+    for (const Vec<Real> dot : {dot_x, dot_y, dot_z, Vec<Real>{}}) d_directions.push(dot);
   }
+  d_directions.end();
 }
 
 /// S_i[m, d] = (1/3) sum_c H_i[c, m] H_i[c, d] for the first `axis` columns m of each block.

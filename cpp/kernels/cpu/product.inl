@@ -2,6 +2,10 @@
 // number of vectors. Tiles of C stay in registers while `inner` runs.
 #pragma once
 
+#include <array>
+#include <cstdint>
+#include <utility>
+
 #include "kernels/cpu/simd.h"
 
 namespace moecalc::kernels::MOECALC_ISA {
@@ -19,7 +23,7 @@ template <class Real, int Rows, int Vectors, Start start>
                             [[maybe_unused]] int64_t base_stride) {
   constexpr int64_t lanes = kLanes<Real>;
   Vec<Real> total[Rows][Vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
@@ -36,49 +40,41 @@ template <class Real, int Rows, int Vectors, Start start>
     Vec<Real> right_row[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) right_row[v] = load(right + k * right_stride + v * lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const Vec<Real> factor = splat(left[r * left_stride + k]);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) total[r][v] += factor * right_row[v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) store(result + r * result_stride + v * lanes, total[r][v]);
   }
 }
 
-/// All rows of Vectors of C, in tiles of Rows rows; what is left over in tiles of 4, 2 and 1.
-template <class Real, int Rows, int Vectors, Start start>
+/// The tiles of 1 to Most rows.
+template <class Real, int Vectors, Start start, int... row>
+constexpr auto tiles_of(std::integer_sequence<int, row...>) {
+  return std::array{tile<Real, row + 1, Vectors, start>...};
+}
+
+/// All rows of Vectors of C, in as few tiles of at most Most rows as there can be, all nearly the same: a
+/// tile of few rows takes as long as one of more, because its sums wait for each other.
+template <class Real, int Most, int Vectors, Start start>
 inline void column_block(int64_t rows, int64_t inner, const Real* left, int64_t left_stride,
                          const Real* right, int64_t right_stride, Real* result, int64_t result_stride,
                          const Real* row, const Real* base, int64_t base_stride) {
-  int64_t r = 0;
-  for (; r + Rows <= rows; r += Rows) {
-    tile<Real, Rows, Vectors, start>(inner, left + r * left_stride, left_stride, right, right_stride,
-                                     result + r * result_stride, result_stride, row, base + r * base_stride,
-                                     base_stride);
-  }
-  if constexpr (Rows > 4) {
-    for (; r + 4 <= rows; r += 4) {
-      tile<Real, 4, Vectors, start>(inner, left + r * left_stride, left_stride, right, right_stride,
-                                    result + r * result_stride, result_stride, row, base + r * base_stride,
-                                    base_stride);
-    }
-  }
-  if constexpr (Rows > 2) {
-    for (; r + 2 <= rows; r += 2) {
-      tile<Real, 2, Vectors, start>(inner, left + r * left_stride, left_stride, right, right_stride,
-                                    result + r * result_stride, result_stride, row, base + r * base_stride,
-                                    base_stride);
-    }
-  }
-  for (; r < rows; ++r) {
-    tile<Real, 1, Vectors, start>(inner, left + r * left_stride, left_stride, right, right_stride,
-                                  result + r * result_stride, result_stride, row, base + r * base_stride,
-                                  base_stride);
+  static constexpr auto tiles = tiles_of<Real, Vectors, start>(std::make_integer_sequence<int, Most>());
+  for (int64_t n_tile = (rows + Most - 1) / Most; n_tile > 0; --n_tile) {
+    const int64_t n_row = (rows + n_tile - 1) / n_tile;
+    tiles[static_cast<size_t>(n_row - 1)](inner, left, left_stride, right, right_stride, result,
+                                          result_stride, row, base, base_stride);
+    rows -= n_row;
+    left += n_row * left_stride;
+    result += n_row * result_stride;
+    if constexpr (start == Start::sum) base += n_row * base_stride;
   }
 }
 
@@ -88,8 +84,8 @@ void product_from(int64_t rows, int64_t columns, int64_t inner, const Real* left
                   const Real* right, int64_t right_stride, Real* result, int64_t result_stride,
                   const Real* row = nullptr, const Real* base = nullptr, int64_t base_stride = 0) {
   int64_t vectors_left = columns / kLanes<Real>;
-  const auto block = [&]<int Rows, int Vectors>() {
-    column_block<Real, Rows, Vectors, start>(rows, inner, left, left_stride, right, right_stride, result,
+  const auto block = [&]<int Most, int Vectors>() {
+    column_block<Real, Most, Vectors, start>(rows, inner, left, left_stride, right, right_stride, result,
                                              result_stride, row, base, base_stride);
     vectors_left -= Vectors;
     right += Vectors * kLanes<Real>;
@@ -102,10 +98,13 @@ void product_from(int64_t rows, int64_t columns, int64_t inner, const Real* left
 #if MOECALC_REGISTERS >= 32
   while (vectors_left >= 6 && vectors_left != 8) block.template operator()<4, 6>();
   while (vectors_left >= 4) block.template operator()<6, 4>();
-#endif
+  while (vectors_left == 3) block.template operator()<8, 3>();
+  while (vectors_left == 2) block.template operator()<12, 2>();
+#else
   while (vectors_left >= 3 && vectors_left != 4) block.template operator()<4, 3>();
   while (vectors_left >= 2) block.template operator()<6, 2>();
-  if (vectors_left == 1) block.template operator()<8, 1>();
+#endif
+  if (vectors_left == 1) block.template operator()<12, 1>();
 }
 
 /// C = A B.

@@ -45,5 +45,37 @@ inline Vec<Real> dot_lanes(const Real* left, const Real* right, int64_t width) {
   return total;
 }
 
+/// Sums over the lanes of vectors that come one after another, put or added from `to` on. Call `end` after
+/// the last.
+template <class Real, class Number = Real>
+class LaneSums {
+ public:
+  LaneSums(Number* to, bool added) : to_(to), added_(added) {}
+  void push(Vec<Real> of_row) {
+    rows_[count_] = of_row;
+    if (++count_ < kLanes<Real>) return;
+    Real values[kLanes<Real>];
+    store(values, sums<Real>(rows_));
+    put(values, kLanes<Real>);
+    to_ += kLanes<Real>;
+    count_ = 0;
+  }
+  void end() {
+    Real values[kLanes<Real>];
+    for (int64_t k = 0; k < count_; ++k) values[k] = sum<Real>(rows_[k]);
+    put(values, count_);
+  }
+
+ private:
+  void put(const Real* values, int64_t count) const {
+    for (int64_t k = 0; k < count; ++k) to_[k] = (added_ ? to_[k] : Number(0)) + Number(values[k]);
+  }
+
+  Number* to_;
+  bool added_;
+  int64_t count_ = 0;
+  Vec<Real> rows_[kLanes<Real>];
+};
+
 }  // namespace
 }  // namespace moecalc::kernels::MOECALC_ISA

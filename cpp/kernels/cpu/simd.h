@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -40,10 +41,11 @@ template <class Real>
 inline void store(Real* to, Vec<Real> value) {
   *reinterpret_cast<typename VectorOf<Real>::unaligned*>(to) = value;
 }
-/// The same number in every lane.
+/// The same number in every lane. Minus zero and not plus zero, which would change -0 and so cannot be left
+/// out: an addition and a shuffle for every factor of the products, where this is a load.
 template <class Real>
 inline Vec<Real> splat(Real value) {
-  return Vec<Real>{} + value;
+  return value - Vec<Real>{};
 }
 
 /// Sum of the lanes, by halves: one after another they would wait for each other.
@@ -63,6 +65,28 @@ inline Real sum(Vec<Real> value) {
   }
   return lanes[0];
 #endif
+}
+
+/// Lanes of sums: of every group of `group` lanes of `left`, then of `right`, its halves added.
+template <class Real, int group>
+inline Vec<Real> add_halves(Vec<Real> left, Vec<Real> right) {
+  constexpr int half = group / 2;
+  return []<int... lane>(std::integer_sequence<int, lane...>, Vec<Real> a, Vec<Real> b) {
+    return __builtin_shufflevector(a, b, (lane / half * group + lane % half)...) +
+           __builtin_shufflevector(a, b, (lane / half * group + lane % half + half)...);
+  }(std::make_integer_sequence<int, static_cast<int>(kLanes<Real>)>(), left, right);
+}
+
+/// The sums of the lanes of as many rows as a vector has lanes, each to the last bit that of `sum`: a third
+/// of the instructions of one `sum` after another.
+template <class Real, int rows = static_cast<int>(kLanes<Real>)>
+inline Vec<Real> sums(const Vec<Real>* of) {
+  if constexpr (rows == 1) {
+    return of[0];
+  } else {
+    constexpr int group = static_cast<int>(kLanes<Real>) / (rows / 2);
+    return add_halves<Real, group>(sums<Real, rows / 2>(of), sums<Real, rows / 2>(of + rows / 2));
+  }
 }
 
 /// Whether any lane is at least `limit`.
