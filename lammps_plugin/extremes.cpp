@@ -14,8 +14,10 @@ extern "C" void merge_extremes(void* from, void* into, int* n, MPI_Datatype* /*t
   auto* const other = static_cast<Extremes*>(into);
   for (int k = 0; k < *n; ++k) {
     const double moved2 = std::max(one[k].moved2, other[k].moved2);
+    const double new_list = std::max(one[k].new_list, other[k].new_list);
     if (one[k].closer_than(other[k])) other[k] = one[k];
     other[k].moved2 = moved2;
+    other[k].new_list = new_list;
   }
 }
 

@@ -16,7 +16,8 @@ struct Extremes {
   double first = 0.0;                                          // atom ID of the one
   double second = 0.0;                                         // and of the other
   double x[3] = {0.0, 0.0, 0.0};                               // where the first one is
-  double moved2 = 0.0;  // largest squared displacement since the list was built
+  double moved2 = 0.0;    // largest squared displacement since the list was built
+  double new_list = 0.0;  // 1: the evaluator has another list than in the step before
 
   double distance() const;
   /// "atoms 3 and 7", or "atom 3 and its periodic image".

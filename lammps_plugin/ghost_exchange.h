@@ -1,5 +1,7 @@
-// Features of ghost atoms and their gradients, exchanged by LAMMPS, which knows whose ghosts they are.
+// Features of ghost atoms and their gradients, exchanged between the ranks that own and that see them.
 #pragma once
+
+#include <mpi.h>
 
 #include <vector>
 
@@ -9,48 +11,71 @@
 
 namespace LAMMPS_NS {
 
-/// Rows of the evaluator's nodes in a buffer with a row per atom of LAMMPS, which the hooks of a pair style
-/// pack and unpack. A row has the type of the network, whichever LAMMPS takes its doubles for.
+/// Rows of the evaluator's nodes, straight from the owner of an atom to every rank that has it as a node,
+/// however far that is. LAMMPS tells once per list who owns what; its own communication, which goes through
+/// the six sides of a box one after another and sends every periodic image, is used for nothing else.
 class AtomExchange : public moecalc::GhostExchange, protected Pointers {
  public:
   AtomExchange(LAMMPS* lmp, class Pair* pair, const NeighborMap& map)
       : Pointers(lmp), pair_(pair), map_(map) {}
-  ~AtomExchange() noexcept override {}  // that of Pointers may throw, as far as the compiler knows
+  ~AtomExchange() noexcept override;
+
+  /// Collective, for a new list on any rank: who sends what to whom. Throws moecalc::Error.
+  void make_plan();
+  /// Whether MPI is to take memory of GPUs: what MOECALC_DEVICE_MPI says, else what the MPI says of itself.
+  static bool mpi_takes_device_memory();
 
   void forward(moecalc::Array features) override;
   void reverse(moecalc::Array gradients) override;
   void sum(moecalc::Array values) override;
+  const Plan* plan() const override { return &plan_; }
+  void exchange(void* sent, void* received, int64_t row_bytes, bool back) override;
 
-  /// Doubles of LAMMPS' communication buffers that hold one row: comm_forward and comm_reverse of a pair
-  /// style.
-  static int doubles_per_row(int64_t width, bool is_float) {
-    return static_cast<int>(is_float ? (width + 1) / 2 : width);
-  }
+  /// What this rank has sent to others since the start, in rows of features and gradients.
+  struct Traffic {
+    double exchanges = 0;
+    double messages = 0;
+    double rows = 0;
+    double bytes = 0;
+  };
+  Traffic& traffic() { return traffic_; }
 
-  // Hooks of the pair style. Each returns or takes n rows of `stride` doubles.
-  void pack_forward(int n, const int* atoms, double* buf, int stride) const;
-  void unpack_forward(int n, int first, const double* buf, int stride);
-  void pack_reverse(int n, int first, double* buf, int stride) const;
-  void unpack_reverse(int n, const int* atoms, const double* buf, int stride);
+  // Hooks of the pair style: who owns an atom, one double.
+  int pack_owners(int n, const int* atoms, double* buf) const;
+  void unpack_owners(int n, int first, const double* buf);
 
-  double memory() const { return static_cast<double>(buffer_.capacity()); }  // bytes
+  double memory() const;  // bytes
 
  private:
-  void start(const moecalc::Array& rows);
-  void copy_to_atoms(size_t n_row);
-  void copy_from_atoms(size_t first, size_t end);
-  char* of_atom(int atom) { return buffer_.data() + static_cast<size_t>(atom) * row_bytes_; }
-  const char* of_atom(int atom) const { return buffer_.data() + static_cast<size_t>(atom) * row_bytes_; }
-  char* of_row(size_t row) const { return data_ + row * row_bytes_; }
-  template <typename T>
-  void add(char* sum, const double* summand) const;
+  /// Rows of the plan that go to a rank or come from there: places first[k]..first[k + 1] - 1 for ranks[k].
+  struct Partners {
+    std::vector<int> ranks;
+    std::vector<int> first{0};
+    void add(int rank, int n) {
+      if (n == 0) return;
+      ranks.push_back(rank);
+      first.push_back(first.back() + n);
+    }
+    int count(size_t k) const { return first[k + 1] - first[k]; }
+  };
+
+  void find_sources();
+  void find_destinations();
+  void start_messages(const Partners& partners, char* rows, int64_t row_bytes, bool sends);
+  size_t check(const moecalc::Array& rows) const;
 
   class Pair* pair_;
   const NeighborMap& map_;
-  char* data_ = nullptr;  // of the evaluator, in the order of its nodes
-  size_t row_bytes_ = 0;
-  bool is_float_ = false;
-  std::vector<char> buffer_;
+  MPI_Comm ranks_ = MPI_COMM_NULL;  // of our own, so that no message is taken for one of LAMMPS'
+  Plan plan_;
+  Partners destinations_;
+  Partners sources_;
+  std::vector<double> owners_;  // of every atom: rank and number there, while a plan is made
+  std::vector<int> wanted_;     // of every received row: number of the atom where it is owned
+  std::vector<MPI_Request> requests_;
+  std::vector<char> sent_;
+  std::vector<char> received_;
+  Traffic traffic_;
 };
 
 }  // namespace LAMMPS_NS

@@ -69,6 +69,12 @@ std::string choose_device(const std::string& device, const Node& node) {
   return "cuda:" + std::to_string(node.rank % n_devices);
 }
 
+/// Ranks of the node that use the GPU of this one: all of them where the input names it.
+int sharers_on(const std::string& device, const Node& node) {
+  if (device != "cuda" && device != "auto") return node.n_ranks;
+  return sharers_of(node.rank, node.n_ranks, std::max(1, moecalc::cuda_device_count()));
+}
+
 }  // namespace
 
 void LoadedModel::load(const std::string& file, const std::vector<std::string>& labels,
@@ -78,7 +84,7 @@ void LoadedModel::load(const std::string& file, const std::vector<std::string>& 
   evaluator_.reset();
   std::string message;
   try {
-    message = open(labels, settings, choose_device(settings.device, node));
+    message = open(labels, settings, node);
   } catch (const std::exception& exception) {
     message = exception.what();
     if (message.empty()) message = file + ": cannot be loaded";
@@ -94,9 +100,11 @@ void LoadedModel::load(const std::string& file, const std::vector<std::string>& 
 
 /// Returns what is wrong with a package that can be read; "" if nothing is.
 std::string LoadedModel::open(const std::vector<std::string>& labels, const PairSettings& settings,
-                              const std::string& device) {
+                              const Node& node) {
+  const std::string device = choose_device(settings.device, node);
   const std::string path = path_of_file();
-  const auto options = moecalc::EvaluatorOptions::parse(device, settings.dtype, settings.precision);
+  auto options = moecalc::EvaluatorOptions::parse(device, settings.dtype, settings.precision);
+  if (options.device.is_cuda) options.device_sharers = sharers_on(settings.device, node);
   evaluator_ = std::make_unique<moecalc::Evaluator>(path, options);
   std::vector<std::string> used;
   for (const std::string& label : labels) {

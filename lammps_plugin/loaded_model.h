@@ -33,7 +33,7 @@ class LoadedModel : protected Pointers {
  private:
   std::string path_of_file() const;
   std::string open(const std::vector<std::string>& labels, const PairSettings& settings,
-                   const std::string& device);
+                   const struct Node& node);
   void map_types(const std::vector<std::string>& labels, bool allow_untrained);
   void agree(const std::string& message);
   void set_conditions(const moecalc::GivenConditions& given);

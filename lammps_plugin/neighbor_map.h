@@ -75,7 +75,9 @@ class NeighborMap {
 
   int64_t n_local() const { return n_local_; }  // nodes that this rank owns: the first
   const std::vector<int>& atom_of_row() const { return atom_of_row_; }  // by node
-  size_t n_atom() const { return row_of_atom_.size(); }                 // of LAMMPS, ghosts included
+  /// not_mapped if the atom is no node.
+  int row_of_atom(int atom) const { return row_of_atom_[atom]; }
+  size_t n_atom() const { return row_of_atom_.size(); }  // of LAMMPS, ghosts included
   const std::vector<std::pair<int, int>>& near_pairs() const { return near_pairs_; }
   double memory() const;  // bytes
 

@@ -19,6 +19,11 @@ struct Node {
   explicit Node(MPI_Comm world);
 };
 
+/// Ranks of a node that have the same one of `n_devices` as `rank`, where these go round.
+inline int sharers_of(int rank, int n_ranks, int n_devices) {
+  return (n_ranks - rank % n_devices + n_devices - 1) / n_devices;
+}
+
 /// The number of tasks on node `node` in SLURM's notation, "4(x2),3": 4, 4, 3. 0 if the text does not say.
 int slurm_tasks(const char* text, int node);
 

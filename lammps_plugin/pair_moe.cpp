@@ -1,15 +1,20 @@
 #include "pair_moe.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "atom.h"
 #include "comm.h"
+#include "deviation.h"
+#include "deviation_file.h"
 #include "error.h"
 #include "force.h"
-#include "loaded_model.h"
+#include "loaded_models.h"
 #include "memory.h"
 #include "moecalc/evaluator.h"
 #include "neighbor.h"
@@ -27,6 +32,20 @@ void write_text(FILE* fp, const std::string& text) {
   const int size = static_cast<int>(text.size());
   fwrite(&size, sizeof(int), 1, fp);
   fwrite(text.data(), 1, text.size(), fp);
+}
+
+/// Whether a word of pair_coeff is another package, not an element.
+bool names_file(const std::string& word) {
+  return word == "default" || word.find('.') != std::string::npos || word.find('/') != std::string::npos;
+}
+
+/// The parts of a text between the given characters.
+std::vector<std::string> split_at(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  std::string part;
+  std::istringstream stream(text);
+  while (std::getline(stream, part, separator)) parts.push_back(part);
+  return parts;
 }
 
 /// Counterpart of write_text; rank 0 reads, all ranks get it.
@@ -48,21 +67,28 @@ std::string read_text(FILE* fp, MPI_Comm world, Error* error) {
 
 class PairMoE::Impl {
  public:
-  Impl(LAMMPS* lmp, PairMoE* pair) : model(lmp), step(lmp, pair, model) {}
+  Impl(LAMMPS* lmp, PairMoE* pair) : models(lmp), step(lmp, pair, models), deviation(lmp) {}
 
   // from the input script
   PairSettings settings;
-  std::string file;                      // as given
+  std::vector<std::string> files;        // as given, at least one
   std::vector<std::string> type_labels;  // element (or NULL) per atom type, as given
   double energy_scale = 1.0;             // from eV to the energy unit of the simulation
 
-  LoadedModel model;
-  bool types_checked = false;     // since the model was loaded
-  bool conditions_given = false;  // to the model
+  LoadedModels models;
+  bool types_checked = false;     // since the models were loaded
+  bool conditions_given = false;  // to the models
   // whether init_style() has been called since the input changed anything of the above
   bool is_ready = false;
 
   Step step;
+
+  // of several models
+  Deviation deviation;
+  std::array<double, 6> last_deviation{};  // on rank 0; what `compute pair` sums over ranks
+  DeviationFile deviation_file;            // on rank 0
+  DeviationSettings written;               // with which it was opened
+  bool from_restart = false;               // goes on with the file of an earlier run
 };
 
 // --- set-up --------------------------------------------------------------------------------------
@@ -76,6 +102,7 @@ PairMoE::PairMoE(LAMMPS* lmp) : Pair(lmp), impl(std::make_unique<Impl>(lmp, this
   no_virial_fdotr_compute = 1;
   centroidstressflag = CENTROID_AVAIL;
   unit_convert_flag = utils::get_supported_conversions(utils::ENERGY);
+  pvector = impl->last_deviation.data();
 }
 
 PairMoE::~PairMoE() {
@@ -104,10 +131,11 @@ void PairMoE::settings(int narg, char** arg) {
   }
   check_units();
   if (!wanted.loads_the_same(impl->settings)) {
-    impl->model.unload();  // loaded again in init_style()
+    impl->models.unload();  // loaded again in init_style()
     impl->is_ready = false;
   }
   if (!same(wanted.given, impl->settings.given)) impl->conditions_given = impl->is_ready = false;
+  if (wanted.deviation != impl->settings.deviation) impl->is_ready = false;  // the file opens in init_style()
   impl->settings = wanted;
 }
 
@@ -124,7 +152,9 @@ void PairMoE::coeff(int narg, char** arg) {
   if (narg < 3 || std::string(arg[0]) != "*" || std::string(arg[1]) != "*") {
     error->all(FLERR, "Pair style moe: expected pair_coeff * * FILE ELEMENT ..., one element per atom type");
   }
-  const std::vector<std::string> labels(arg + 3, arg + narg);
+  int first_label = 3;
+  while (first_label < narg && names_file(arg[first_label])) ++first_label;
+  const std::vector<std::string> labels(arg + first_label, arg + narg);
   if (static_cast<int>(labels.size()) != n_types) {
     error->all(FLERR, "Pair style moe: expected {} elements in pair_coeff, one per atom type, got {} ({})",
                n_types, labels.size(), labels.empty() ? "none" : joined(labels));
@@ -135,12 +165,12 @@ void PairMoE::coeff(int narg, char** arg) {
         "Pair style moe: expected an element for every atom type, got NULL: NULL is for pair_style hybrid, "
         "where another style describes these atoms");
   }
-  impl->file = arg[2];
+  impl->files.assign(arg + 2, arg + first_label);
   impl->type_labels = labels;
-  load_model();
+  load_models();
 
   if (!allocated) allocate();
-  const std::vector<int>& element = impl->model.element_of_type();
+  const std::vector<int>& element = impl->models.first().element_of_type();
   for (int i = 1; i <= n_types; ++i) {
     for (int j = i; j <= n_types; ++j) {
       setflag[i][j] = element[i] != not_mapped && element[j] != not_mapped;
@@ -148,33 +178,56 @@ void PairMoE::coeff(int narg, char** arg) {
   }
 }
 
-void PairMoE::load_model() {
+void PairMoE::load_models() {
   check_units();
   impl->types_checked = impl->conditions_given = impl->is_ready = false;
   impl->step.forget_list();
-  impl->model.load(impl->file, impl->type_labels, impl->settings);
+  impl->models.load(impl->files, impl->type_labels, impl->settings);
   impl->conditions_given = true;
-  const bool is_float = impl->model.evaluator().dtype() == "float32";
-  comm_forward = comm_reverse = AtomExchange::doubles_per_row(impl->model.facts().node_dim, is_float);
+  comm_forward = 1;  // who owns an atom
+  // `compute pair` has a vector where there is something to tell
+  nextra = impl->models.size() > 1 ? static_cast<int>(impl->last_deviation.size()) : 0;
+}
+
+/// Collective. A file that is open with the same settings goes on.
+void PairMoE::open_deviation_file() {
+  const DeviationSettings& wanted = impl->settings.deviation;
+  if (impl->models.size() < 2 || wanted.every == 0) {
+    impl->deviation_file.close();
+    return;
+  }
+  int is_open = 1;
+  const bool same_file = wanted.file == impl->written.file && wanted.atomic == impl->written.atomic;
+  if (comm->me == 0 && !(impl->deviation_file.is_open() && same_file)) {
+    is_open = impl->deviation_file.open(wanted.file, wanted.atomic, impl->from_restart) ? 1 : 0;
+  }
+  MPI_Bcast(&is_open, 1, MPI_INT, 0, world);
+  if (is_open == 0) {
+    error->all(FLERR,
+               "Pair style moe: expected out_file {} in a folder that can be written, got an error of the "
+               "file system",
+               wanted.file);
+  }
+  impl->written = wanted;
 }
 
 void PairMoE::init_style() {
   if (force->newton_pair == 0) error->all(FLERR, "Pair style moe: expected newton on, got newton pair off");
   if (atom->tag_enable == 0) error->all(FLERR, "Pair style moe: expected atom IDs, got atom_modify id no");
   check_units();
-  if (!impl->model.is_loaded()) load_model();  // from a restart file, or after another pair_style command
+  if (!impl->models.is_loaded()) load_models();  // from a restart file, or after another pair_style command
   if (!impl->conditions_given) {
-    impl->model.give_conditions(impl->settings.given);
+    impl->models.give_conditions(impl->settings.given);
     impl->conditions_given = true;
   }
   impl->step.start_run();
   if (!impl->types_checked) TypeCheck(lmp).warn(impl->type_labels);
   impl->types_checked = true;
+  open_deviation_file();
 
   // A hybrid style read the size of our exchange before the model was known.
   if (force->pair != nullptr && force->pair != this) {
     force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
-    force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
   }
   // Images are found by atom ID.
   if (atom->map_style == Atom::MAP_NONE) {
@@ -186,22 +239,23 @@ void PairMoE::init_style() {
   impl->is_ready = true;
 }
 
-double PairMoE::init_one(int /*i*/, int /*j*/) { return impl->model.evaluator().cutoff(); }
+double PairMoE::init_one(int /*i*/, int /*j*/) { return impl->models.committee().cutoff(); }
 
 // --- restart -------------------------------------------------------------------------------------
 
 void PairMoE::write_restart(FILE* fp) {
   write_restart_settings(fp);
-  write_text(fp, impl->file);
+  write_text(fp, joined(impl->files, "\n"));  // names may have blanks
   write_text(fp, joined(impl->type_labels));
 }
 
-/// The model itself is loaded in init_style(), so that a pair_coeff command can name another file before.
+/// The models themselves are loaded in init_style(), so that a pair_coeff command can name another file
+/// before.
 void PairMoE::read_restart(FILE* fp) {
   read_restart_settings(fp);
-  impl->file = read_text(fp, world, error);
+  impl->files = split_at(read_text(fp, world, error), '\n');
   impl->type_labels = utils::split_words(read_text(fp, world, error));
-  if (impl->file.empty()) return;
+  if (impl->files.empty()) return;
   if (!allocated) allocate();
   for (int i = 1; i <= atom->ntypes; ++i) {
     for (int j = i; j <= atom->ntypes; ++j) setflag[i][j] = 1;
@@ -217,6 +271,7 @@ void PairMoE::write_restart_settings(FILE* fp) {
 }
 
 void PairMoE::read_restart_settings(FILE* fp) {
+  impl->from_restart = true;
   impl->settings.device = read_text(fp, world, error);
   impl->settings.dtype = read_text(fp, world, error);
   impl->settings.precision = read_text(fp, world, error);
@@ -238,12 +293,40 @@ void PairMoE::compute(int eflag, int vflag) {
   }
   ev_init(eflag, vflag);
   moecalc::Request request;
-  request.virial = vflag_global != 0;
+  const bool deviates = deviates_now();
+  request.virial = vflag_global != 0 || deviates;
   request.atom_virial = vflag_atom != 0 || cvflag_atom != 0;
-  const moecalc::Evaluation result = impl->step.evaluate(request);
-  add_forces(result);
-  add_energies(result);
-  add_virials(result);
+  const std::vector<moecalc::Evaluation> results = impl->step.evaluate(request, deviates);
+  add_forces(results[0]);
+  add_energies(results[0]);
+  add_virials(results[0]);
+  if (deviates) tell_deviation(results);
+}
+
+bool PairMoE::deviates_now() const {
+  const int64_t every = impl->settings.deviation.every;
+  return impl->models.size() > 1 && every > 0 && update->ntimestep % every == 0;
+}
+
+/// Collective.
+void PairMoE::tell_deviation(const std::vector<moecalc::Evaluation>& results) {
+  StepDeviation found;
+  std::vector<double> of_atoms;
+  try {
+    found = impl->deviation.measure(results, impl->step.n_local(), impl->settings.deviation,
+                                    impl->energy_scale, impl->step.exchange());
+    if (impl->settings.deviation.atomic) of_atoms = impl->deviation.gather(found, impl->step.atom_of_row());
+  } catch (const std::exception& exception) {
+    error->one(FLERR, "Pair style moe: " + std::string(exception.what()));
+  }
+  if (comm->me != 0) return;
+  impl->last_deviation = found.summary;
+  if (!impl->deviation_file.write(update->ntimestep, found.summary, of_atoms)) {
+    error->one(FLERR,
+               "Pair style moe: expected {} to take a line, got an error of the file system: is the disk "
+               "full?",
+               impl->written.file);
+  }
 }
 
 void PairMoE::add_forces(const moecalc::Evaluation& result) {
@@ -285,32 +368,32 @@ void PairMoE::add_virials(const moecalc::Evaluation& result) {
   }
 }
 
-// --- communication: a row of the exchange buffer per atom ----------------------------------------
+// --- communication: who owns an atom ---------------------------------------------------------------
 
 int PairMoE::pack_forward_comm(int n, int* list, double* buf, int /*pbc_flag*/, int* /*pbc*/) {
-  impl->step.exchange().pack_forward(n, list, buf, comm_forward);
-  return n * comm_forward;
+  return impl->step.exchange().pack_owners(n, list, buf);
 }
 
 void PairMoE::unpack_forward_comm(int n, int first, double* buf) {
-  impl->step.exchange().unpack_forward(n, first, buf, comm_forward);
-}
-
-int PairMoE::pack_reverse_comm(int n, int first, double* buf) {
-  impl->step.exchange().pack_reverse(n, first, buf, comm_reverse);
-  return n * comm_reverse;
-}
-
-void PairMoE::unpack_reverse_comm(int n, int* list, double* buf) {
-  impl->step.exchange().unpack_reverse(n, list, buf, comm_reverse);
+  impl->step.exchange().unpack_owners(n, first, buf);
 }
 
 // --- what LAMMPS may ask -------------------------------------------------------------------------
 
-/// "n_lists": how often the evaluator got a new neighbor list (a double).
+/// Doubles of this rank. "n_lists": how often the evaluator got a new neighbor list. "exchanges", "messages",
+/// "rows", "bytes": what was sent to other ranks for the features of ghosts and their gradients.
 void* PairMoE::extract(const char* name, int& dim) {
   dim = 0;
-  return std::strcmp(name, "n_lists") == 0 ? impl->step.n_lists() : nullptr;
+  AtomExchange::Traffic& traffic = impl->step.exchange().traffic();
+  const std::pair<const char*, double*> known[] = {{"n_lists", impl->step.n_lists()},
+                                                   {"exchanges", &traffic.exchanges},
+                                                   {"messages", &traffic.messages},
+                                                   {"rows", &traffic.rows},
+                                                   {"bytes", &traffic.bytes}};
+  for (const auto& [known_name, value] : known) {
+    if (std::strcmp(name, known_name) == 0) return value;
+  }
+  return nullptr;
 }
 
 double PairMoE::memory_usage() { return Pair::memory_usage() + impl->step.memory(); }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "pair.h"
 
@@ -13,7 +14,7 @@ struct Evaluation;
 
 namespace LAMMPS_NS {
 
-/// What LAMMPS calls. The package is a LoadedModel, the list a NeighborMap, the data of ghosts an
+/// What LAMMPS calls. The packages are LoadedModels, the list a NeighborMap, the data of ghosts an
 /// AtomExchange.
 class PairMoE : public Pair {
  public:
@@ -33,8 +34,6 @@ class PairMoE : public Pair {
 
   int pack_forward_comm(int n, int* list, double* buf, int pbc_flag, int* pbc) override;
   void unpack_forward_comm(int n, int first, double* buf) override;
-  int pack_reverse_comm(int n, int first, double* buf) override;
-  void unpack_reverse_comm(int n, int* list, double* buf) override;
 
   double memory_usage() override;
   void* extract(const char* name, int& dim) override;
@@ -45,7 +44,10 @@ class PairMoE : public Pair {
 
   void allocate();
   void check_units();
-  void load_model();
+  void load_models();
+  void open_deviation_file();
+  bool deviates_now() const;
+  void tell_deviation(const std::vector<moecalc::Evaluation>& results);
   void add_forces(const moecalc::Evaluation& result);
   void add_energies(const moecalc::Evaluation& result);
   void add_virials(const moecalc::Evaluation& result);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <cstddef>
 #include <optional>
 
@@ -12,8 +13,9 @@ namespace LAMMPS_NS {
 
 namespace {
 
-const std::vector<std::string> keywords = {"device", "dtype", "precision", "untrained",
-                                           "charge", "spin",  "fparam"};
+const std::vector<std::string> keywords = {"device",   "dtype",    "precision",  "untrained",
+                                           "charge",   "spin",     "fparam",     "out_file",
+                                           "out_freq", "relative", "relative_v", "atomic"};
 
 /// Not with strtod, whose decimal point is that of the locale.
 std::optional<double> number_of(const std::string& word) {
@@ -30,6 +32,55 @@ std::string word_of(double value) {
   std::array<char, 32> text{};
   const auto end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
   return {text.data(), end};
+}
+
+bool is_deviation_keyword(const std::string& word) {
+  return contains({"out_file", "out_freq", "relative", "relative_v", "atomic"}, word);
+}
+
+int64_t steps_of(const std::string& word) {
+  int64_t steps = 0;
+  const char* const last = word.data() + word.size();
+  const auto [end, failure] = std::from_chars(word.data(), last, steps);
+  if (failure != std::errc() || end != last || steps < 0) {
+    throw moecalc::Error("expected a number of steps after keyword out_freq, 0 for never, got " + word);
+  }
+  return steps;
+}
+
+double level_of(const std::string& keyword, const std::string& word) {
+  const std::optional<double> level = number_of(word);
+  if (!level || !(*level >= 0.0) || !std::isfinite(*level)) {
+    throw moecalc::Error("expected a number of 0 or more after keyword " + keyword + ", got " + word);
+  }
+  return *level;
+}
+
+/// Reads the keyword words[at] of the deviations and its value, which atomic has none of. Returns the index
+/// of the word that follows.
+size_t read_deviation(const std::vector<std::string>& words, size_t at, DeviationSettings& deviation) {
+  const std::string& keyword = words[at++];
+  if (keyword == "atomic") {
+    deviation.atomic = true;
+    return at;
+  }
+  if (at == words.size() || contains(keywords, words[at])) {
+    throw moecalc::Error("expected a value after keyword " + keyword);
+  }
+  const std::string& value = words[at++];
+  if (keyword == "out_freq") {
+    deviation.every = steps_of(value);
+  } else if (keyword == "out_file") {
+    // a restart file keeps all keywords in one text
+    if (value.empty() || value.find_first_of(" \t\n\"'") != std::string::npos) {
+      throw moecalc::Error("expected a file name without blanks and quotes after keyword out_file, got '" +
+                           value + "'");
+    }
+    deviation.file = value;
+  } else {
+    (keyword == "relative" ? deviation.relative : deviation.relative_v) = level_of(keyword, value);
+  }
+  return at;
 }
 
 bool is_condition_keyword(const std::string& word) {
@@ -107,6 +158,10 @@ PairSettings PairSettings::parse(const std::vector<std::string>& words) {
       i = read_condition(words, i, settings.given);
       continue;
     }
+    if (is_deviation_keyword(keyword)) {
+      i = read_deviation(words, i, settings.deviation);
+      continue;
+    }
     if (i + 1 == words.size()) throw moecalc::Error("expected a value after keyword " + keyword);
     set(settings, keyword, words[i + 1]);
     i += 2;
@@ -122,13 +177,27 @@ std::vector<std::string> PairSettings::words_of_rest() const {
     words.emplace_back("fparam");
     for (const double value : *given.fparam) words.push_back(word_of(value));
   }
+  // nothing for a default, so that the files of one package are what they were
+  const DeviationSettings usual;
+  if (deviation.file != usual.file) words.insert(words.end(), {"out_file", deviation.file});
+  if (deviation.every != usual.every) {
+    words.insert(words.end(), {"out_freq", std::to_string(deviation.every)});
+  }
+  if (deviation.relative) words.insert(words.end(), {"relative", word_of(*deviation.relative)});
+  if (deviation.relative_v) words.insert(words.end(), {"relative_v", word_of(*deviation.relative_v)});
+  if (deviation.atomic) words.emplace_back("atomic");
   return words;
 }
 
 void PairSettings::set_rest(const std::vector<std::string>& words) {
   allow_untrained = !words.empty() && words[0] == "yes";
   given = {};
+  deviation = {};
   for (size_t i = 1; i < words.size();) {
+    if (is_deviation_keyword(words[i])) {
+      i = read_deviation(words, i, deviation);
+      continue;
+    }
     if (!is_condition_keyword(words[i])) throw moecalc::Error("expected a keyword, got " + words[i]);
     i = read_condition(words, i, given);
   }

@@ -1,6 +1,8 @@
 // What `pair_style moe` takes: words of an input, or of a restart file, and back.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -8,12 +10,24 @@
 
 namespace LAMMPS_NS {
 
+/// How several packages tell of their deviation: the keywords of DeePMD-kit's pair style.
+struct DeviationSettings {
+  std::string file = "model_devi.out";
+  int64_t every = 100;             // steps; 0: never
+  std::optional<double> relative;  // level of relative force deviations, in the force unit of the simulation
+  std::optional<double> relative_v;  // level of relative virial deviations, in its energy unit
+  bool atomic = false;               // write the deviation of each atom as well
+
+  bool operator==(const DeviationSettings& other) const = default;
+};
+
 struct PairSettings {
   std::string device = "auto";     // auto, cpu, cuda or cuda:N
   std::string dtype;               // of the network: float32, float64, or "" for the package's own
   std::string precision = "fp32";  // of products on a GPU: fp32, tf32 or bf16x3
   bool allow_untrained = false;    // elements that the model was not trained on
   moecalc::GivenConditions given;  // charge, spin and frame parameters
+  DeviationSettings deviation;
 
   /// From the words after the name of the style. Whether a model takes the conditions shows when it is
   /// loaded. Throws moecalc::Error.

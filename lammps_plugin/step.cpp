@@ -41,21 +41,27 @@ void Step::start_run() {
   warned_of_pair_ = warned_of_list_ = false;
 }
 
-moecalc::Evaluation Step::evaluate(const moecalc::Request& request) {
+std::vector<moecalc::Evaluation> Step::evaluate(const moecalc::Request& request, bool by_all) {
   // All ranks take part in every exchange, also those without atoms; one rank alone has none to make.
   moecalc::GhostExchange* const exchange = comm->nprocs > 1 ? &exchange_ : nullptr;
-  moecalc::Evaluation result;
+  std::vector<moecalc::Evaluation> results;
   try {
     const AtomView view = atoms();
-    NeighborRules(lmp).check(pair_->list, model_.element_of_type(), view.hidden);
+    NeighborRules(lmp).check(pair_->list, models_.first().element_of_type(), view.hidden);
     check_positions();
-    if (!map_.is_current(view, neighbor->ncalls, neighbor->ago == 0)) update_list(view);
     extremes_ = Extremes();
+    if (!map_.is_current(view, neighbor->ncalls, neighbor->ago == 0)) {
+      update_list(view);
+      extremes_.new_list = 1.0;
+    }
     for (const auto& [i, j] : map_.near_pairs()) note_pair(view, i, j);
     check_extremes(view);
+    // a list may be new on some ranks only, and a plan is made by all
+    if (exchange != nullptr && extremes_.new_list != 0.0) exchange_.make_plan();
     const auto positions = view.n_all == 0 ? moecalc::Array::empty({0, 3}, moecalc::Dtype::float64)
                                            : moecalc::Array::view<double>(atom->x[0], {view.n_all, 3});
-    result = model_.evaluator().evaluate(positions, moecalc::Array(), request, exchange);
+    const int64_t n_models = by_all ? models_.size() : 1;
+    results = models_.committee().evaluate(n_models, positions, moecalc::Array(), request, exchange);
   } catch (const LAMMPSException&) {
     throw;
   } catch (const moecalc::OutOfMemoryError& exception) {
@@ -71,8 +77,8 @@ moecalc::Evaluation Step::evaluate(const moecalc::Request& request) {
   } catch (...) {
     fail("unknown error");
   }
-  if (!density_checked_) warn_about_density(result);
-  return result;
+  if (!density_checked_) warn_about_density(results[0]);
+  return results;
 }
 
 // --- atoms and pairs -----------------------------------------------------------------------------
@@ -101,7 +107,7 @@ AtomView Step::atoms() const {
   view.type = atom->type;
   view.mask = atom->mask;
   view.hidden = hidden_groups();
-  view.element_of_type = model_.element_of_type().data();
+  view.element_of_type = models_.first().element_of_type().data();
   view.is_alone = comm->nprocs == 1;
   return view;
 }
@@ -127,7 +133,7 @@ void Step::update_list(const AtomView& view) {
   // twice that if our list comes later than LAMMPS' own.
   const double near = min_distance + (neighbor->ago == 0 ? 1.1 : 2.1) * neighbor->skin;
   const auto atom_of_tag = [this](tagint tag) { return atom->map(tag); };
-  model_.evaluator().set_list(map_.make(view, pairs(), near, atom_of_tag));
+  models_.committee().set_list(map_.make(view, pairs(), near, atom_of_tag));
   map_.keep(neighbor->ncalls);
   ++n_lists_;
 }
@@ -199,7 +205,7 @@ void Step::warn_about_density(const moecalc::Evaluation& result) {
                              static_cast<int>(result.max_angle_neighbors)};
   MPI_Allreduce(MPI_IN_PLACE, most.data(), 2, MPI_INT, MPI_MAX, world);
   if (comm->me != 0) return;
-  for (const std::string& sentence : model_.evaluator().structure_warnings(most[0], most[1])) {
+  for (const std::string& sentence : models_.first().evaluator().structure_warnings(most[0], most[1])) {
     error->warning(FLERR, "Pair style moe: " + sentence);
   }
 }

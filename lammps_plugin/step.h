@@ -6,7 +6,7 @@
 
 #include "extremes.h"
 #include "ghost_exchange.h"
-#include "loaded_model.h"
+#include "loaded_models.h"
 #include "neighbor_map.h"
 #include "pointers.h"
 
@@ -14,18 +14,19 @@ namespace LAMMPS_NS {
 
 class Step : protected Pointers {
  public:
-  Step(LAMMPS* lmp, class Pair* pair, LoadedModel& model)
-      : Pointers(lmp), pair_(pair), model_(model), exchange_(lmp, pair, map_) {}
+  Step(LAMMPS* lmp, class Pair* pair, LoadedModels& models)
+      : Pointers(lmp), pair_(pair), models_(models), exchange_(lmp, pair, map_) {}
 
   /// init() of LAMMPS: atoms may have changed in any way.
   void start_run();
   void forget_list() { map_.forget(); }
 
-  /// Energies and forces of LAMMPS' atoms, which are those of atom_of_row(). Any failure ends the run on all
-  /// ranks.
-  moecalc::Evaluation evaluate(const moecalc::Request& request);
+  /// Energies and forces of LAMMPS' atoms, which are those of atom_of_row(), by the first model alone or by
+  /// all. Any failure ends the run on all ranks.
+  std::vector<moecalc::Evaluation> evaluate(const moecalc::Request& request, bool by_all);
 
   const std::vector<int>& atom_of_row() const { return map_.atom_of_row(); }
+  int64_t n_local() const { return map_.n_local(); }  // rows of atoms that this rank owns: the first
   AtomExchange& exchange() { return exchange_; }
   double* n_lists() { return &n_lists_; }  // lists made so far
   double memory() const;                   // bytes
@@ -46,7 +47,7 @@ class Step : protected Pointers {
   [[noreturn]] void fail_at_closest_pair(const std::string& message);
 
   class Pair* pair_;
-  LoadedModel& model_;
+  LoadedModels& models_;
   NeighborMap map_;
   AtomExchange exchange_;
   double n_lists_ = 0;

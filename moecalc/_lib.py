@@ -77,4 +77,10 @@ def _missing(running: str) -> str:
             f"moecalc's native library was compiled for another Python ({', '.join(others)}), "
             f"not for Python {running}: {REBUILD}"
         )
+    sources = Path(__file__).resolve().parents[1]
+    if (sources / "setup.py").is_file():  # Python looks into its working folder before the environment
+        return (
+            f"moecalc was imported from its sources in {sources}, where nothing is built for Python "
+            f"{running}: if it is installed, run Python in another folder; else build it with `make dev`"
+        )
     return f"moecalc's native library has not been built for Python {running}: {REBUILD}"

@@ -22,6 +22,7 @@ from ase.calculators.calculator import (
 
 from moecalc import __version__, keys
 from moecalc.ase_conditions import NAMES, conditions_of, defaults_used
+from moecalc.committee import Committee, deviations
 from moecalc.conditions import Conditions
 from moecalc.errors import MoecalcError, StructureError
 from moecalc.models import default_model_path
@@ -48,7 +49,9 @@ class MoECalculator(Calculator):
     (negative under compression) and Voigt order.
 
     Args:
-        model: package file (`*.moe.pt`); None is the model that comes with moecalc.
+        model: package file (`*.moe.pt`); None is the model that comes with moecalc. A list of files is a
+            committee: the first one gives energies, forces and stresses, and all of them `energy_std` and
+            `forces_std`, how far they disagree, when these are asked for (docs/committees.md).
         device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         dtype: "float32" or "float64"; None is the precision the package was made for.
         precision: how a GPU multiplies the matrices of a float32 network: "fp32", "tf32" or "bf16x3"
@@ -56,9 +59,11 @@ class MoECalculator(Calculator):
         skin: extra reach of the neighbor list in Angstrom. The list is searched anew only when atoms moved
             (or the cell was strained) so much that a pair could be missing; 0 searches at every step. The
             results do not depend on it.
-        charge, spin, fparam: charge (e), multiplicity 2S+1 and frame parameters of all structures, for models
-            that take them. A structure's own are in `atoms.info` under the same names (or both as
-            `charge_spin`); where neither gives them, the model's defaults count, which a warning names once.
+        charge: in units of e, of all structures, for models that take it. A structure's own is in
+            `atoms.info` under the same name (or both charge and spin as `charge_spin`); where neither gives
+            it, the model's default counts, which a warning names once.
+        spin: multiplicity 2S+1, likewise.
+        fparam: frame parameters, likewise.
         allow_untrained: accept elements that the model knows but was not trained on.
         check: when a package is first used on a device in this process, compare one of its reference frames.
         threads: number of CPU threads of this calculator; None is the default (OMP_NUM_THREADS if it was set,
@@ -97,7 +102,7 @@ class MoECalculator(Calculator):
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | Path | Sequence[str | Path] | None = None,
         device: str = "auto",
         dtype: Any = None,
         skin: float = 1.0,
@@ -112,18 +117,26 @@ class MoECalculator(Calculator):
         backend: str | None = None,
         atoms: Atoms | None = None,
     ) -> None:
-        path = default_model_path() if model is None else Path(model).expanduser().resolve()
+        paths = _paths(model)
         network = dtype_name(dtype)
         check_threads(threads)
-        self._model = open_model(path, device, network, precision, backend=backend_name(backend), check=check)
+        models = []
+        for path in paths:  # no comprehension: a frame more, to which warnings would point
+            models.append(
+                open_model(path, device, network, precision, backend=backend_name(backend), check=check)
+            )
+        self._committee = Committee(models)
+        self._model = self._committee.models[0]
+        if len(paths) > 1:
+            self.implemented_properties = [*type(self).implemented_properties, *_DEVIATIONS]
         self._warned = self._told_defaults = False
         self._conditions = Conditions()  # of the results
         self._renew_lock()
-        self.neighbor_list = SkinNeighborList(self._model.cutoff, skin)
+        self.neighbor_list = SkinNeighborList(self.cutoff, skin)
         super().__init__()
         self.parameters.update(
             # an absolute path for pickles in another folder, None for those in another installation
-            model=None if model is None else str(path),
+            model=None if model is None else _spelled(paths),
             device=device,
             dtype=network or None,
             precision=precision,
@@ -139,7 +152,7 @@ class MoECalculator(Calculator):
         # refused here: values that no structure could have; whether some are missing shows with the first one
         given = {name: self.parameters[name] for name in NAMES}
         if any(value is not None for value in given.values()):
-            self._model.check_conditions(given)
+            self._check_conditions(given)
         if atoms is not None:
             atoms.calc = self
 
@@ -162,8 +175,13 @@ class MoECalculator(Calculator):
 
     @property
     def cutoff(self) -> float:
-        """Largest distance of neighbors, Angstrom."""
-        return self._model.cutoff
+        """Largest distance of neighbors, Angstrom, of all models."""
+        return self._committee.cutoff
+
+    @property
+    def paths(self) -> list[Path]:
+        """The package files, the one of energies and forces first."""
+        return [model.path for model in self._committee.models]
 
     @property
     def device(self) -> str:
@@ -239,13 +257,17 @@ class MoECalculator(Calculator):
             changed[name] = value
         if not set(NAMES).isdisjoint(changed):
             together = self.parameters | changed
-            self._model.check_conditions({name: together[name] for name in NAMES})
+            self._check_conditions({name: together[name] for name in NAMES})
         if "skin" in changed:
             self.neighbor_list = SkinNeighborList(self.cutoff, changed["skin"])
         if changed:  # all of them, or none
             self.parameters.update(changed)
             self.reset()
         return changed
+
+    def _check_conditions(self, given: dict[str, Any]) -> None:
+        for model in self._committee.models:
+            model.check_conditions(given)
 
     # --- copies --------------------------------------------------------------------------------
 
@@ -268,9 +290,9 @@ class MoECalculator(Calculator):
     def __deepcopy__(self, memo: dict[int, Any]) -> MoECalculator:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        memo[id(self._model)] = (
-            self._model
-        )  # a model does not change: copies share it, whatever happened to the file
+        # models do not change: copies share them, whatever happened to the files
+        memo[id(self._committee)] = self._committee
+        memo[id(self._model)] = self._model
         with self._lock:
             memo[id(self._lock)] = None
             other.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -316,7 +338,10 @@ class MoECalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What differs between the structure, conditions included, and that of the results."""
         with self._lock:
-            changes: list[str] = super().check_state(atoms, tol)
+            if _only_moved(self.atoms, atoms, tol):
+                changes = ["positions"]
+            else:
+                changes = list(super().check_state(atoms, tol))
             if self._conditions_of(atoms) != self._conditions:
                 changes.append("info")
             return changes
@@ -351,6 +376,9 @@ class MoECalculator(Calculator):
     ) -> None:
         if system_changes:
             self.results = {}  # a structure that is refused must not be answered with older results
+        known = keys.ENERGY in self.results and _DEVIATIONS.issuperset(
+            properties
+        )  # but for how models disagree
         super().calculate(atoms, properties, system_changes)
         if self.atoms is None:
             raise CalculatorSetupError(
@@ -363,19 +391,42 @@ class MoECalculator(Calculator):
         conditions = self._conditions_of(self.atoms)
         self._tell_defaults(conditions)
         pairs, positions = self.neighbor_list.pairs(self.atoms)
-        raw = self._model.evaluate(
+        if not known:
+            raw = self._model.evaluate(
+                pairs,
+                types,
+                positions,
+                self.atoms.cell.array[None],
+                [conditions],
+                virial=volume is not None,
+                atom_virial=keys.STRESSES in properties,
+                threads=self.threads,
+            )
+            self._warn_once(raw)
+            self._conditions = conditions
+            self.results = _results(raw, 0, slice(None), volume)
+        if not _DEVIATIONS.isdisjoint(properties):
+            others = self._others([self.atoms], pairs, positions)
+            energies = [self.results[keys.ENERGY], *(float(other[keys.ENERGY][0]) for other in others)]
+            forces = [self.results[keys.FORCES], *(other[keys.FORCES] for other in others)]
+            self.results |= _deviations(energies, forces)
+
+    def _others(self, structures: Sequence[Atoms], pairs: PairList, positions: Floats) -> list[Evaluation]:
+        """What the other models of the committee find."""
+        return self._committee.evaluate(
             pairs,
-            types,
+            np.concatenate([atoms.numbers for atoms in structures]),
             positions,
-            self.atoms.cell.array[None],
-            [conditions],
-            virial=volume is not None,
-            atom_virial=keys.STRESSES in properties,
+            np.stack([atoms.cell.array for atoms in structures]),
+            [
+                [conditions_of(atoms, model.conditions, self.parameters) for atoms in structures]
+                for model in self._committee.models
+            ],
+            first=1,
+            virial=False,
+            allow_untrained=self.parameters["allow_untrained"],
             threads=self.threads,
         )
-        self._warn_once(raw)
-        self._conditions = conditions
-        self.results = _results(raw, 0, slice(None), volume)
 
     def calculate_batch(
         self, structures: Iterable[Atoms], properties: Sequence[str] = (keys.ENERGY, keys.FORCES)
@@ -427,10 +478,11 @@ class MoECalculator(Calculator):
             return []
         for found in conditions:
             self._tell_defaults(found)
+        pairs, at = PairList.concatenate(lists), np.concatenate(positions)
         raw = self._model.evaluate(
-            PairList.concatenate(lists),
+            pairs,
             np.concatenate(types),
-            np.concatenate(positions),
+            at,
             np.stack([atoms.cell.array for atoms in kept]),
             conditions,
             virial=wants_stress,
@@ -438,10 +490,15 @@ class MoECalculator(Calculator):
             threads=self.threads,
         )
         self._warn_once(raw)
+        others = [] if _DEVIATIONS.isdisjoint(properties) else self._others(kept, pairs, at)
         ends = np.cumsum([0] + [len(of_one) for of_one in types])
         results = []
         for index, volume in enumerate(volumes):
-            everything = _results(raw, index, slice(ends[index], ends[index + 1]), volume)
+            own = slice(ends[index], ends[index + 1])
+            everything = _results(raw, index, own, volume)
+            if others:
+                energies = [float(found[keys.ENERGY][index]) for found in (raw, *others)]
+                everything |= _deviations(energies, [found[keys.FORCES][own] for found in (raw, *others)])
             results.append({name: everything[name] for name in properties})
         return results
 
@@ -455,6 +512,51 @@ class MoECalculator(Calculator):
 
 
 _STRESSES = frozenset({keys.STRESS, keys.STRESSES})
+_ASE_EXTRAS = frozenset({"initial_charges", "initial_magmoms"})
+_DEVIATIONS = frozenset({keys.ENERGY_STD, keys.FORCES_STD})
+
+
+def _paths(model: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    """Absolute paths of the packages of a calculator.
+
+    Raises:
+        MoecalcError: an empty list.
+    """
+    if model is None:
+        return [default_model_path()]
+    files = [model] if isinstance(model, str | Path) else list(model)
+    if not files:
+        raise MoecalcError("expected one or more packages, got an empty list")
+    return [Path(file).expanduser().resolve() for file in files]
+
+
+def _spelled(paths: list[Path]) -> str | list[str]:
+    """As parameters keep them: a committee is a list."""
+    return str(paths[0]) if len(paths) == 1 else [str(path) for path in paths]
+
+
+def _deviations(energies: Sequence[float], forces: Sequence[Floats]) -> dict[str, Any]:
+    return {
+        keys.ENERGY_STD: float(np.std(energies)),
+        keys.FORCES_STD: deviations(np.stack(forces)),
+    }
+
+
+def _only_moved(before: Atoms | None, atoms: Atoms, tol: float) -> bool:
+    """Whether the positions changed, and nothing else that ASE compares: what every step of dynamics is.
+
+    False says nothing. ASE's own comparison of all properties takes several times as long.
+    """
+    if before is None or len(before) != len(atoms):
+        return False
+    if not _ASE_EXTRAS.isdisjoint(before.arrays) or not _ASE_EXTRAS.isdisjoint(atoms.arrays):
+        return False
+    same = (
+        (before.numbers == atoms.numbers).all()
+        and (before.cell.array == atoms.cell.array).all()
+        and (before.pbc == atoms.pbc).all()
+    )
+    return bool(same and len(atoms) and np.abs(before.positions - atoms.positions).max() > tol)
 
 
 def _volume(atoms: Atoms) -> float | None:

@@ -26,7 +26,9 @@ Results of `Evaluator.evaluate` (numpy, float64, order of the engine)
 | max_neighbors       | int               |       | most edges within the cutoff that one atom has       |
 | max_angle_neighbors | int               |       | most edges within the angle cutoff that one atom has |
 
-ASE results: stress = -virial/volume, Voigt order xx, yy, zz, yz, xz, xy, eV/A^3.
+ASE results: stress = -virial/volume, Voigt order xx, yy, zz, yz, xz, xy, eV/A^3. With several packages also
+energy_std, the standard deviation of the energies of the models (eV), and forces_std (n_atoms,), that of the
+force vectors: sqrt(mean over models of |F - mean|^2) (eV/A).
 """
 
 from typing import Final
@@ -39,6 +41,8 @@ VIRIAL: Final = "virial"
 ATOM_VIRIAL: Final = "atom_virial"
 STRESS: Final = "stress"
 STRESSES: Final = "stresses"
+ENERGY_STD: Final = "energy_std"
+FORCES_STD: Final = "forces_std"
 MAX_NEIGHBORS: Final = "max_neighbors"
 MAX_ANGLE_NEIGHBORS: Final = "max_angle_neighbors"
 

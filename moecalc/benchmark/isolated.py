@@ -32,7 +32,7 @@ def run_isolated(case: Case) -> Result:
         ProcessError: the process failed.
     """
     # as JSON, whose ASCII passes any locale
-    command = [sys.executable, "-m", "moecalc.benchmark", json.dumps(case.model_dump())]
+    command = [sys.executable, "-P", "-m", "moecalc.benchmark", json.dumps(case.model_dump())]
     return Result.model_validate(answer_of(command, _with_threads(case.threads)))
 
 
@@ -47,7 +47,7 @@ def isolated_ceilings(dtype: str, threads: int, environment: Mapping[str, str] |
     Raises:
         ProcessError: the process failed.
     """
-    command = [sys.executable, "-c", _CEILINGS, dtype, str(threads)]
+    command = [sys.executable, "-P", "-c", _CEILINGS, dtype, str(threads)]
     return Ceilings.model_validate(answer_of(command, environment or _with_threads(threads)))
 
 

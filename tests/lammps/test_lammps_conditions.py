@@ -313,7 +313,7 @@ REFUSED = {
     "a number beyond double precision": ("H1", "fparam 1e999 1", "expected numbers separated by blanks after keyword fparam, got 1e999"),
     "commas": ("H1", "fparam 0.3,0.4", "expected numbers separated by blanks after keyword fparam, got 0.3,0.4"),
     "a mistyped keyword": ("H1", "fparam 0.3 0.4 chrg 1", "expected numbers separated by blanks after keyword fparam, got chrg"),
-    "two charges": ("H3", "charge 0 1", "expected keyword device, dtype, precision, untrained, charge, spin or fparam, got 1"),
+    "two charges": ("H3", "charge 0 1", "expected keyword device, dtype, precision, untrained, charge, spin, fparam, out_file, out_freq, relative, relative_v or atomic, got 1"),
     "a keyword without value": ("H3", "charge", "expected a value after keyword charge"),
     "a keyword before another": ("H3", "charge spin 1", "expected a value after keyword charge"),
     "parameters without value": ("H1", "fparam", "expected a value after keyword fparam"),

@@ -68,7 +68,7 @@ MISTAKES = {
     "pairwise": (STYLE + "pair_coeff 1 2 default Nb Mo", "must start with * *"),
     "null": (STYLE + "pair_coeff * * default Nb NULL", "NULL is for pair_style hybrid"),
     "cuda": ("pair_style moe device cuda\npair_coeff * * default Nb Mo", "Pair style moe: device 'cuda'"),
-    "keyword": ("pair_style moe accuracy float64", "expected keyword device, dtype, precision, untrained, charge, spin or fparam, got accuracy"),
+    "keyword": ("pair_style moe accuracy float64", "expected keyword device, dtype, precision, untrained, charge, spin, fparam, out_file, out_freq, relative, relative_v or atomic, got accuracy"),
     "precision": ("pair_style moe precision fp8", "expected precision fp32, tf32 or bf16x3, got fp8"),
     "precision_cpu": (
         "pair_style moe device cpu dtype float32 precision tf32\npair_coeff * * default Nb Mo",

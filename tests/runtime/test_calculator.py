@@ -638,7 +638,8 @@ def test_more_neighbors_than_in_training_warn_once(with_limits):
         match=r"an atom has \d+ neighbors within 5\.4 A, .* at most the nearest 10: all of them are used",
     ) as caught:
         calculator.get_potential_energy(testing.one_atom_cell())
-    assert len(caught) == 1
+    # NumPy 2.5 warns of ASE.
+    assert [w.category for w in caught if "ase" not in Path(w.filename).parts] == [UserWarning]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         calculator.get_potential_energy(testing.one_atom_cell(a=3.0))

@@ -321,7 +321,7 @@ def test_one_input_for_both_is_named_once(tmp_path, atoms):
         energy(MoECalculator(tmp_path / "x.moe.pt", device="cpu"), atoms)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_nothing_is_said_where_all_is_given(calc, atoms):
     energy(calc, atoms, charge=0, spin=1)
 
@@ -495,7 +495,7 @@ def test_copies_do_not_say_the_defaults_again(calc, atoms, how):
         energy(calc, atoms)
     other = how(calc)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         energy(other, atoms, charge=1)
 
 

@@ -102,6 +102,15 @@ def test_missing_build_is_named(unloaded, tmp_path):
     assert_names_remedy(message)
 
 
+def test_sources_that_hide_the_installed_moecalc_are_named(unloaded, tmp_path):
+    (tmp_path / "setup.py").touch()
+    unloaded.setattr(_lib, "import_module", fail_with(ModuleNotFoundError("no", name="moecalc._C")))
+    unloaded.setattr(_lib, "__file__", str(tmp_path / "moecalc" / "_lib.py"))
+    message = import_error()
+    assert f"imported from its sources in {tmp_path}, where nothing is built" in message
+    assert message.endswith("run Python in another folder; else build it with `make dev`")
+
+
 def test_a_build_for_another_python_is_named(unloaded, tmp_path):
     (tmp_path / "_C.cpython-399-x86_64-linux-gnu.so").touch()
     unloaded.setattr(_lib, "import_module", fail_with(ModuleNotFoundError("no", name="moecalc._C")))

@@ -61,7 +61,7 @@ print(atoms.get_potential_energy(), abs(atoms.get_forces()).max() > 0.01, atoms.
 
 
 @pytest.mark.parametrize(
-    "module", ["benchmark", "doctor", "zbl", "lammps", "report", "data", "testing", "cli"]
+    "module", ["benchmark", "doctor", "zbl", "lammps", "report", "dynamics", "data", "testing", "cli"]
 )
 def test_modules_of_a_run_are_imported(module):
     done = python(BLOCK + f"import moecalc.{module}")

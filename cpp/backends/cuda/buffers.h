@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "backends/cuda/memory.h"
@@ -24,6 +25,21 @@ struct Sizes {
   int64_t n_edge = 0;
   int64_t n_close = 0;
   int64_t n_angle = 0;
+};
+
+/// What of the forward stays for the backward: the inputs of every `every`-th layer. Those in between take
+/// turns in one buffer, and the backward computes them again from the kept ones. 1: all stay.
+struct Kept {
+  int64_t every = 1;
+  bool first = true;  // those of the first layer stay, which follow from the edges' lengths
+
+  bool all() const { return every == 1; }
+  bool has(size_t layer) const { return layer == 0 ? first : static_cast<int64_t>(layer) % every == 0; }
+  /// Whether the angles' messages stay as well. Those of far edges that keep their feature come from the
+  /// edges' update, which cannot be repeated in place.
+  bool has_messages(const kernels::LayerShape& shape) const { return all() || shape.keep_far; }
+  /// The layer whose inputs are there, from which those of `layer` follow.
+  size_t before(size_t layer) const { return layer - layer % static_cast<size_t>(every); }
 };
 
 /// Where the results of a request lie, in numbers: counts, energies, and what else was asked for. -1: not
@@ -92,6 +108,10 @@ struct Buffers {
   std::vector<Values<Real>> angle;
   std::vector<Values<Real>> angle_message;
   std::vector<Values<Real>> moments;
+  // Of the layers whose inputs do not stay, by turns; every layer reads and writes it in place
+  Values<Real> passing_edge;
+  Values<Real> passing_angle;
+  Values<Real> passing_message;
 
   // of the layer at hand
   Values<Real> edge_centre_part;
@@ -101,8 +121,8 @@ struct Buffers {
   Values<Real> message;
   Values<Real> invariants;
 
-  // its backward; gradients of outputs and inputs in the two buffers of d_edge by turns
-  Values<Real> d_edge[2];
+  // its backward; gradients of edges and angles turn from those of outputs to those of inputs in place
+  Values<Real> d_edge;
   Values<Real> d_angle;
   Values<Real> d_angle_message;
   Values<Real> d_angle_edge_parts;
@@ -146,13 +166,15 @@ class ModelWidths {
 
   Buffers<Real> buffers() const { return {layers_.size(), fitting_.size()}; }
 
+  size_t n_layer() const { return layers_.size(); }
+
   /// visit(Values<V>&, count) for everything that a system of these sizes needs besides the weights and the
-  /// list. `buffers`: constant or not.
+  /// list; a count of 0 where `kept` needs none. `buffers`: constant or not.
   template <class AnyBuffers, class Visit>
-  void for_each(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+  void for_each(AnyBuffers& buffers, const Sizes& sizes, Kept kept, const Visit& visit) const {
     visit_graph(buffers, sizes, visit);
     visit_geometry(buffers, sizes, visit);
-    visit_features(buffers, sizes, visit);
+    visit_features(buffers, sizes, kept, visit);
     visit_layer(buffers, sizes, visit);
     visit_layer_backward(buffers, sizes, visit);
     visit_fitting(buffers, sizes, visit);
@@ -179,7 +201,7 @@ class ModelWidths {
   template <class AnyBuffers, class Visit>
   void visit_geometry(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
   template <class AnyBuffers, class Visit>
-  void visit_features(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
+  void visit_features(AnyBuffers& buffers, const Sizes& sizes, Kept kept, const Visit& visit) const;
   template <class AnyBuffers, class Visit>
   void visit_layer(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const;
   template <class AnyBuffers, class Visit>
@@ -241,21 +263,35 @@ void ModelWidths<Real>::visit_geometry(AnyBuffers& buffers, const Sizes& sizes, 
   visit(buffers.d_directions, 4 * sizes.n_edge);
 }
 
-/// Features are kept for the backward.
+/// Features for the backward. Those of nodes always stay: they are few, and other ranks had a part in them.
 template <class Real>
 template <class AnyBuffers, class Visit>
-void ModelWidths<Real>::visit_features(AnyBuffers& buffers, const Sizes& sizes, const Visit& visit) const {
+void ModelWidths<Real>::visit_features(AnyBuffers& buffers, const Sizes& sizes, Kept kept,
+                                       const Visit& visit) const {
+  int64_t passing_edge = 0;
+  int64_t passing_angle = 0;
+  int64_t passing_message = 0;
+  // `count` where it stays, else in the buffer that is passed on
+  const auto place = [&](auto& values, bool stays, int64_t count, int64_t& passing) {
+    visit(values, stays ? count : 0);
+    if (!stays) passing = std::max(passing, count);
+  };
   visit(buffers.node[0], sizes.n_node * layers_[0].n_padded);
-  visit(buffers.edge[0], sizes.n_edge * layers_[0].e_padded);
+  place(buffers.edge[0], kept.has(0), sizes.n_edge * layers_[0].e_padded, passing_edge);
   for (size_t l = 0; l < layers_.size(); ++l) {
     const kernels::LayerShape& shape = layers_[l];
     const int64_t n_message = shape.keep_far ? sizes.n_edge : sizes.n_close;
     visit(buffers.node[l + 1], sizes.n_node * shape.n_padded);
-    if (shape.live_edge) visit(buffers.edge[l + 1], sizes.n_edge * shape.e_padded);
-    if (shape.live_angle) visit(buffers.angle[l + 1], sizes.n_angle * shape.a_padded);
-    if (shape.with_angles) visit(buffers.angle_message[l], n_message * shape.e_padded);
+    const bool stays = kept.has(l + 1);
+    place(buffers.edge[l + 1], stays, shape.live_edge ? sizes.n_edge * shape.e_padded : 0, passing_edge);
+    place(buffers.angle[l + 1], stays, shape.live_angle ? sizes.n_angle * shape.a_padded : 0, passing_angle);
+    place(buffers.angle_message[l], kept.has_messages(shape),
+          shape.with_angles ? n_message * shape.e_padded : 0, passing_message);
     visit(buffers.moments[l], sizes.n_local * 3 * shape.sym_width());
   }
+  visit(buffers.passing_edge, passing_edge);
+  visit(buffers.passing_angle, passing_angle);
+  visit(buffers.passing_message, passing_message);
 }
 
 template <class Real>
@@ -277,7 +313,7 @@ void ModelWidths<Real>::visit_layer_backward(AnyBuffers& buffers, const Sizes& s
   const Widest most = widest();
   const kernels::LayerShape& shape = layers_[0];
   const int64_t n_message = shape.keep_far ? sizes.n_edge : sizes.n_close;
-  for (auto& gradients : buffers.d_edge) visit(gradients, sizes.n_edge * shape.e_padded);
+  visit(buffers.d_edge, sizes.n_edge * shape.e_padded);
   visit(buffers.d_angle, most.any_angle_gradient ? sizes.n_angle * shape.a_padded : 0);
   visit(buffers.d_angle_message, shape.with_angles ? n_message * shape.e_padded : 0);
   visit(buffers.d_angle_edge_parts, 2 * sizes.n_close * most.angle_columns);
@@ -310,47 +346,70 @@ void ModelWidths<Real>::visit_fitting(AnyBuffers& buffers, const Sizes& sizes, c
 
 /// Bytes that a system of these sizes takes.
 template <class Real>
-int64_t planned_bytes(const ModelWidths<Real>& widths, const Sizes& sizes) {
+int64_t planned_bytes(const ModelWidths<Real>& widths, const Sizes& sizes, Kept kept) {
   constexpr int64_t unit = 512;  // of the memory's blocks
   const Buffers<Real> unused = widths.buffers();
   int64_t total = 0;
-  widths.for_each(unused, sizes, [&](const auto& values, int64_t count) {
+  widths.for_each(unused, sizes, kept, [&](const auto& values, int64_t count) {
     total += (values.bytes_for(count) + unit - 1) / unit * unit;
   });
   return total;
 }
 
+/// The choice that takes least memory.
+template <class Real>
+Kept least_kept(const ModelWidths<Real>& widths) {
+  return {static_cast<int64_t>(widths.n_layer()) + 1, false};
+}
+
+/// The next choice, which takes less memory and more time; false after the last.
+template <class Real>
+bool keep_less(const ModelWidths<Real>& widths, Kept& kept) {
+  if (kept.every <= static_cast<int64_t>(widths.n_layer())) {
+    ++kept.every;
+    return true;
+  }
+  return std::exchange(kept.first, false);
+}
+
 template <class Real>
 int64_t held_bytes(const ModelWidths<Real>& widths, const Buffers<Real>& buffers) {
   int64_t total = 0;
-  widths.for_each(buffers, {}, [&](const auto& values, int64_t) { total += values.memory.bytes(); });
+  widths.for_each(buffers, {}, {}, [&](const auto& values, int64_t) { total += values.memory.bytes(); });
   return total;
 }
 
-/// Bytes that are missing for a system, and those of the buffers that would be replaced.
+/// Whether a buffer must go: it is too small, or what it held no longer stays.
+template <class AnyValues>
+bool must_go(const AnyValues& values, int64_t count) {
+  return values.memory.bytes() > 0 && (count == 0 || !values.holds(count));
+}
+
+/// Bytes that are missing for a system, and those of the buffers that would go.
 struct Missing {
   int64_t more = 0;
   int64_t released = 0;
 };
 template <class Real>
-Missing missing_bytes(const ModelWidths<Real>& widths, const Buffers<Real>& buffers, const Sizes& sizes) {
+Missing missing_bytes(const ModelWidths<Real>& widths, const Buffers<Real>& buffers, const Sizes& sizes,
+                      Kept kept) {
   Missing missing;
-  widths.for_each(buffers, sizes, [&](const auto& values, int64_t count) {
-    if (values.holds(count)) return;
-    missing.more += values.bytes_for(count);
-    missing.released += values.memory.bytes();
+  widths.for_each(buffers, sizes, kept, [&](const auto& values, int64_t count) {
+    if (!values.holds(count)) missing.more += values.bytes_for(count);
+    if (must_go(values, count)) missing.released += values.memory.bytes();
   });
   return missing;
 }
 
 /// Makes every buffer large enough for a system.
 template <class Real, class Target>
-void allocate(const ModelWidths<Real>& widths, Buffers<Real>& buffers, const Sizes& sizes, Target& target) {
+void allocate(const ModelWidths<Real>& widths, Buffers<Real>& buffers, const Sizes& sizes, Kept kept,
+              Target& target) {
   // release first: old and new need not fit together
-  widths.for_each(buffers, sizes, [&](auto& values, int64_t count) {
-    if (!values.holds(count)) values.memory.reset();
+  widths.for_each(buffers, sizes, kept, [&](auto& values, int64_t count) {
+    if (must_go(values, count)) values.memory.reset();
   });
-  widths.for_each(buffers, sizes, [&](auto& values, int64_t count) {
+  widths.for_each(buffers, sizes, kept, [&](auto& values, int64_t count) {
     if (!values.holds(count)) values.memory = target.memory(values.bytes_for(count));
   });
   target.trim();  // what the smaller buffers left over is of no use

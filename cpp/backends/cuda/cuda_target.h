@@ -132,7 +132,8 @@ class CudaTarget {
     DeviceGuard guard;
   };
 
-  explicit CudaTarget(const EvaluatorOptions& options) : device_(options.device.index) {
+  explicit CudaTarget(const EvaluatorOptions& options)
+      : device_(options.device.index), n_sharers_(options.device_sharers) {
     const Scope scope(*this);
     check(cudaDeviceGetAttribute(&shared_limit_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_),
           "asking for shared memory");
@@ -149,13 +150,15 @@ class CudaTarget {
   /// Waits, before memory goes.
   void finish() const noexcept { (void)cudaStreamSynchronize(stream_); }
 
-  /// What the driver has left, and what is held without being used.
+  /// What the driver has left for this process, and what is held without being used.
   int64_t free_bytes() const {
     const Scope scope(*this);
     size_t free = 0;
     size_t total = 0;
     check(cudaMemGetInfo(&free, &total), "asking for free memory");
-    return static_cast<int64_t>(free) + cache_.idle_bytes();
+    return free_of_part(static_cast<int64_t>(free), static_cast<int64_t>(total), cache_.held_bytes(),
+                        n_sharers_) +
+           cache_.idle_bytes();
   }
   Memory memory(int64_t bytes) { return Memory(cache_, bytes); }
   Memory pinned(int64_t bytes) { return Memory(pinned_cache_, bytes); }
@@ -208,6 +211,7 @@ class CudaTarget {
   }
 
   int device_;
+  int64_t n_sharers_;
   Stream stream_{device_};
   MemoryCache cache_{std::make_unique<DeviceSource>(device_), MemoryCache::no_limit};
   MemoryCache pinned_cache_{std::make_unique<PinnedSource>(), 0};

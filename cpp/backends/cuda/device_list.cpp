@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "moecalc/error.h"
@@ -46,7 +47,7 @@ std::vector<Run> runs_of(const std::vector<int64_t>& splits, int64_t length) {
 /// A run of centres fills a few tiles, as long as there are enough blocks for the target.
 void make_runs(ListTables& tables, const BlockRules& blocks) {
   const auto n_local = static_cast<int64_t>(tables.atoms.model_row.size());
-  const auto n_list = static_cast<int64_t>(tables.edges.edges.size());
+  const auto n_list = static_cast<int64_t>(tables.edges.size());
   const int64_t shared_out = std::max<int64_t>(1, n_local / blocks.wanted_blocks);
   const int64_t edges_of_centre = n_local == 0 ? 1 : std::max<int64_t>(1, n_list / n_local);
   const int64_t angles_of_centre = std::max<int64_t>(1, edges_of_centre * edges_of_centre / 12);
@@ -57,7 +58,7 @@ void make_runs(ListTables& tables, const BlockRules& blocks) {
   tables.edge_runs = runs_of(splits, length(8 * blocks.tile_rows, edges_of_centre));
   tables.angle_runs = runs_of(splits, length(12 * blocks.tile_rows, angles_of_centre));
   tables.row_runs = runs_of(splits, blocks.tile_rows);
-  tables.slot_runs = runs_of(tables.slots.splits, blocks.tile_rows);
+  tables.slot_runs = runs_of(tables.slot_splits, blocks.tile_rows);
 }
 
 /// Rows of the model of every structure, in the engine's order.
@@ -72,24 +73,126 @@ void group_systems(ListTables& tables, const NeighborList& list) {
   for (size_t row = 0; row < n_local; ++row) tables.system[row] = system[tables.atoms.engine_row[row]];
 }
 
-void sort_edges(ListTables& tables, const NeighborList& list) {
+/// False where atoms were never wrapped and have travelled far, or where a cell is tiny.
+bool shifts_fit_bytes(const NeighborList& list) {
+  const auto* shifts = list.edge_shift.data<int64_t>();
+  // outside of -128..127 a bit above the lowest eight is set; no early end, or it would not be vectorised
+  uint64_t outside = 0;
+  const int64_t n_number = list.edge_shift.numel();
+  for (int64_t index = 0; index < n_number; ++index) {
+    outside |= (static_cast<uint64_t>(shifts[index]) + 128) & ~uint64_t{255};
+  }
+  return outside == 0;
+}
+
+/// Row of the model of every node.
+std::vector<int> model_rows(const AtomOrder& atoms) {
+  std::vector<int> rows(atoms.engine_row.size());
+  std::iota(rows.begin(), rows.end(), 0);
+  std::copy(atoms.model_row.begin(), atoms.model_row.end(), rows.begin());
+  return rows;
+}
+
+/// Turns counts[0..n-1] (with counts[n] unused) into offsets[0..n].
+void counts_to_offsets(std::vector<int>& counts) {
+  std::exclusive_scan(counts.begin(), counts.end(), counts.begin(), 0);
+}
+
+/// visit(edge) for the edges that the pair mask allows.
+template <class Visit>
+void for_allowed(const NeighborList& list, const GraphRules& rules, const Visit& visit) {
   const int64_t n_edge = list.edge_index.size(1);
-  const auto n_local = static_cast<int64_t>(tables.atoms.model_row.size());
+  const bool all = std::find(rules.pair_mask.begin(), rules.pair_mask.end(), 0) == rules.pair_mask.end();
+  if (all) {
+    for (int64_t edge = 0; edge < n_edge; ++edge) visit(edge);
+    return;
+  }
+  const auto* centre = list.edge_index.data<int64_t>();
+  const int64_t* neighbor = centre + n_edge;
+  const auto* type = list.types.data<int64_t>();
+  for (int64_t edge = 0; edge < n_edge; ++edge) {
+    const int64_t pair = type[centre[edge]] * rules.n_types + type[neighbor[edge]];
+    if (rules.pair_mask[static_cast<size_t>(pair)] != 0) visit(edge);
+  }
+}
+
+/// Cell shifts of the edges in this order.
+template <class Shift>
+void sort_shifts(const NeighborList& list, const std::vector<int>& edges, std::vector<Shift>& sorted) {
+  const auto* shifts = list.edge_shift.data<int64_t>();
+  sorted.resize(3 * edges.size());
+  Shift* to = sorted.data();
+  for (const int edge : edges) {
+    for (int64_t c = 0; c < 3; ++c) *to++ = static_cast<Shift>(shifts[3 * int64_t{edge} + c]);
+  }
+}
+
+/// By the model row of their centre, otherwise as listed.
+void sort_edges(ListTables& tables, const NeighborList& list, const GraphRules& rules) {
+  const int64_t n_edge = list.edge_index.size(1);
   const auto* centre = list.edge_index.data<int64_t>();
   const int64_t* neighbor = centre + n_edge;
   const auto* from = list.edge_from.data<int64_t>();
   const auto* to = list.edge_to.data<int64_t>();
-  const auto row = [&](int64_t node) {
-    return node < n_local ? tables.atoms.model_row[static_cast<size_t>(node)] : node;
-  };
-  for (std::vector<int64_t>* values : {&tables.from, &tables.to, &tables.centre, &tables.neighbor}) {
-    values->reserve(tables.edges.edges.size());
+  const std::vector<int> row = model_rows(tables.atoms);
+  tables.begin.assign(tables.atoms.model_row.size() + 1, 0);
+  for_allowed(list, rules, [&](int64_t edge) { ++tables.begin[static_cast<size_t>(row[centre[edge]])]; });
+  counts_to_offsets(tables.begin);
+  const auto n_list = static_cast<size_t>(tables.begin.back());
+  for (auto* values : {&tables.edges, &tables.from, &tables.to, &tables.centre, &tables.neighbor}) {
+    values->resize(n_list);
   }
-  for (const int64_t edge : tables.edges.edges) {
-    tables.from.push_back(from[edge]);
-    tables.to.push_back(to[edge]);
-    tables.centre.push_back(row(centre[edge]));
-    tables.neighbor.push_back(row(neighbor[edge]));
+  std::vector<int> next = tables.begin;
+  for_allowed(list, rules, [&](int64_t edge) {
+    const int own_row = row[centre[edge]];
+    const auto place = static_cast<size_t>(next[static_cast<size_t>(own_row)]++);
+    tables.edges[place] = static_cast<int>(edge);
+    tables.from[place] = static_cast<int>(from[edge]);
+    tables.to[place] = static_cast<int>(to[edge]);
+    tables.centre[place] = own_row;
+    tables.neighbor[place] = row[neighbor[edge]];
+  });
+  tables.shift.clear();
+  tables.wide_shift.clear();
+  if (!list.edge_shift.defined()) return;
+  if (shifts_fit_bytes(list)) {
+    sort_shifts(list, tables.edges, tables.shift);
+  } else {
+    sort_shifts(list, tables.edges, tables.wide_shift);
+  }
+}
+
+/// As make_slots() of list_layout.h does.
+void sort_slots(ListTables& tables) {
+  const std::vector<int64_t>& splits = tables.atoms.node_splits;
+  std::vector<int> slot_of_node(tables.atoms.engine_row.size(), -1);
+  tables.slot_node.clear();
+  tables.slot_first.clear();
+  tables.slot_splits.assign(1, 0);
+  tables.slot_of_edge.resize(tables.neighbor.size());
+  for (size_t group = 0; group + 1 < splits.size(); ++group) {
+    const auto first_slot = static_cast<int>(tables.slot_node.size());
+    const auto end = static_cast<size_t>(tables.begin[static_cast<size_t>(splits[group + 1])]);
+    for (auto edge = static_cast<size_t>(tables.begin[static_cast<size_t>(splits[group])]); edge < end;
+         ++edge) {
+      int& slot = slot_of_node[static_cast<size_t>(tables.neighbor[edge])];
+      if (slot < first_slot) {
+        slot = static_cast<int>(tables.slot_node.size());
+        tables.slot_node.push_back(tables.neighbor[edge]);
+        tables.slot_first.push_back(0);
+      }
+      tables.slot_of_edge[edge] = slot;
+      ++tables.slot_first[static_cast<size_t>(slot)];
+    }
+    tables.slot_splits.push_back(static_cast<int64_t>(tables.slot_node.size()));
+  }
+  tables.slot_first.push_back(0);
+  counts_to_offsets(tables.slot_first);
+  tables.slot_edges.resize(tables.neighbor.size());
+  std::vector<int> next = tables.slot_first;
+  for (size_t edge = 0; edge < tables.slot_of_edge.size(); ++edge) {
+    const auto slot = static_cast<size_t>(tables.slot_of_edge[edge]);
+    tables.slot_edges[static_cast<size_t>(next[slot]++)] = static_cast<int>(edge);
   }
 }
 
@@ -107,18 +210,6 @@ std::vector<double> composition_of_list(const NeighborList& list, int64_t n_type
 void add_runs(const std::vector<Run>& runs, Runs& to, Upload& upload) {
   to = {nullptr, static_cast<int64_t>(runs.size())};
   upload.add(runs, &to.first);
-}
-
-/// Cell shifts of `edges`, in this order.
-void add_shifts(const NeighborList& list, const std::vector<int64_t>& edges, Upload& upload,
-                const double** place) {
-  const auto* shifts = list.edge_shift.data<int64_t>();
-  const auto write = [shifts, &edges](double* to) {
-    for (const int64_t edge : edges) {
-      for (int64_t c = 0; c < 3; ++c) *to++ = static_cast<double>(shifts[3 * edge + c]);
-    }
-  };
-  upload.add(3 * edges.size(), write, place);
 }
 
 /// Of an edge of the engine's list.
@@ -149,64 +240,58 @@ void check_list_size(const NeighborList& list) {
   }
 }
 
-ListTables make_list_tables(const NeighborList& list, const GraphRules& rules, const BlockRules& blocks) {
-  ListTables tables;
+void make_list_tables(const NeighborList& list, const GraphRules& rules, const BlockRules& blocks,
+                      ListTables& tables) {
   tables.atoms = order_atoms(list, rules);
-  tables.edges = order_edges(list, rules, tables.atoms);
-  sort_edges(tables, list);
+  sort_edges(tables, list, rules);
+  sort_slots(tables);
   group_systems(tables, list);
-  std::vector<int64_t> edge_splits;
-  for (const int64_t row : tables.atoms.node_splits) {
-    edge_splits.push_back(tables.edges.begin[static_cast<size_t>(row)]);
-  }
-  make_slots(tables.neighbor, edge_splits, list.types.size(0), tables.slots);
-  Grouped of_node = group_by(tables.slots.node, static_cast<size_t>(list.types.size(0)));
+  const std::vector<int64_t> slot_node(tables.slot_node.begin(), tables.slot_node.end());
+  Grouped of_node = group_by(slot_node, static_cast<size_t>(list.types.size(0)));
   tables.node_first = std::move(of_node.first);
   tables.node_slot = std::move(of_node.items);
   make_runs(tables, blocks);
-  return tables;
 }
 
-void DeviceList::add_tables(const NeighborList& list, const ListTables& tables, Upload& upload) {
+void DeviceList::add_tables(const NeighborList& list, Upload& upload) {
   graph_ = Graph();
-  graph_.n_node = static_cast<int>(tables.atoms.engine_row.size());
-  graph_.n_local = static_cast<int>(tables.atoms.model_row.size());
-  graph_.n_list = static_cast<int>(tables.edges.edges.size());
-  graph_.n_slot = static_cast<int>(tables.slots.node.size());
+  graph_.n_node = static_cast<int>(tables_.atoms.engine_row.size());
+  graph_.n_local = static_cast<int>(tables_.atoms.model_row.size());
+  graph_.n_list = static_cast<int>(tables_.edges.size());
+  graph_.n_slot = static_cast<int>(tables_.slot_node.size());
   graph_.n_systems = static_cast<int>(list.n_systems);
-  upload.add(tables.edges.begin, &graph_.list_first);
-  upload.add(tables.from, &graph_.list_from);
-  upload.add(tables.to, &graph_.list_to);
-  upload.add(tables.centre, &graph_.list_centre);
-  upload.add(tables.neighbor, &graph_.list_neighbor);
-  upload.add(tables.slots.of_edge, &graph_.list_slot);
-  upload.add(tables.slots.node, &graph_.slot_node);
-  upload.add(tables.slots.first, &graph_.slot_first);
-  upload.add(tables.slots.edges, &graph_.slot_list);
-  upload.add(tables.node_first, &graph_.node_first);
-  upload.add(tables.node_slot, &graph_.node_slot);
-  upload.add(tables.atoms.types, &graph_.type);
-  upload.add(tables.atoms.engine_row, &graph_.engine_row);
-  upload.add(tables.system, &graph_.system);
-  upload.add(tables.system_first, &graph_.system_first);
-  upload.add(tables.system_row, &graph_.system_row);
-  add_runs(tables.edge_runs, edge_runs_, upload);
-  add_runs(tables.angle_runs, angle_runs_, upload);
-  add_runs(tables.row_runs, row_runs_, upload);
-  add_runs(tables.slot_runs, slot_runs_, upload);
-  if (list.edge_shift.defined()) add_shifts(list, tables.edges.edges, upload, &graph_.list_shift);
+  upload.add(tables_.begin, &graph_.list_first);
+  upload.add(tables_.from, &graph_.list_from);
+  upload.add(tables_.to, &graph_.list_to);
+  upload.add(tables_.centre, &graph_.list_centre);
+  upload.add(tables_.neighbor, &graph_.list_neighbor);
+  upload.add(tables_.slot_of_edge, &graph_.list_slot);
+  upload.add(tables_.slot_node, &graph_.slot_node);
+  upload.add(tables_.slot_first, &graph_.slot_first);
+  upload.add(tables_.slot_edges, &graph_.slot_list);
+  upload.add(tables_.node_first, &graph_.node_first);
+  upload.add(tables_.node_slot, &graph_.node_slot);
+  upload.add(tables_.atoms.types, &graph_.type);
+  upload.add(tables_.atoms.engine_row, &graph_.engine_row);
+  upload.add(tables_.system, &graph_.system);
+  upload.add(tables_.system_first, &graph_.system_first);
+  upload.add(tables_.system_row, &graph_.system_row);
+  add_runs(tables_.edge_runs, edge_runs_, upload);
+  add_runs(tables_.angle_runs, angle_runs_, upload);
+  add_runs(tables_.row_runs, row_runs_, upload);
+  add_runs(tables_.slot_runs, slot_runs_, upload);
+  if (!tables_.shift.empty()) upload.add(tables_.shift, &graph_.list_shift);
+  if (!tables_.wide_shift.empty()) upload.add(tables_.wide_shift, &graph_.list_wide_shift);
 }
 
-void DeviceList::keep(const NeighborList& list, const GraphRules& rules, ListTables tables) {
-  used_ = groups_in_use(tables.atoms.node_splits);
-  edges_ = std::move(tables.edges.edges);
-  engine_rows_ = std::move(tables.atoms.engine_row);
+void DeviceList::keep(const NeighborList& list, const GraphRules& rules) {
+  used_ = groups_in_use(tables_.atoms.node_splits);
   composition_ = composition_of_list(list, rules.n_types);
   list_ = list;
 }
 
 void DeviceList::report_problem(int64_t edge, const double* positions, const double* cells) const {
-  const int64_t e = edges_[static_cast<size_t>(edge)];
+  const int64_t e = tables_.edges[static_cast<size_t>(edge)];
   const auto* centres = list_.edge_index.data<int64_t>();
   const int64_t centre = centres[e];
   const int64_t neighbor = centres[list_.edge_index.size(1) + e];

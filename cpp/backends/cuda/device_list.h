@@ -19,16 +19,27 @@ struct BlockRules {
   int64_t wanted_blocks = 1;
 };
 
-/// The orders of a list, made on the host.
+/// The orders of a list, made on the host. The memory serves every list: fresh pages would take longer than
+/// the sorting.
 struct ListTables {
   AtomOrder atoms;
-  EdgeOrder edges;
-  Slots slots;
-  // Of the edges in this order, (n_list): rows of positions, and rows of the model.
-  std::vector<int64_t> from;
-  std::vector<int64_t> to;
-  std::vector<int64_t> centre;
-  std::vector<int64_t> neighbor;
+  std::vector<int> begin;  // (n_local + 1) edges of a row of the model
+  // Of the edges in this order, (n_list): places in the engine's list, rows of positions, rows of the model.
+  std::vector<int> edges;
+  std::vector<int> from;
+  std::vector<int> to;
+  std::vector<int> centre;
+  std::vector<int> neighbor;
+  // (3 n_list) cells; one of the two, if there are any: bytes, unless atoms were never wrapped and have
+  // travelled far
+  std::vector<int8_t> shift;
+  std::vector<double> wide_shift;
+  // Slots as in list_layout.h
+  std::vector<int> slot_of_edge;  // (n_list)
+  std::vector<int> slot_node;     // (n_slot)
+  std::vector<int> slot_first;    // (n_slot + 1) into slot_edges
+  std::vector<int> slot_edges;    // (n_list)
+  std::vector<int64_t> slot_splits;
   std::vector<int64_t> system;        // (n_local) of every row of the model
   std::vector<int64_t> system_first;  // (n_systems + 1) into system_row
   std::vector<int64_t> system_row;    // (n_local) rows of a structure
@@ -39,8 +50,8 @@ struct ListTables {
   std::vector<Run> row_runs;
   std::vector<Run> slot_runs;
 };
-MOECALC_API ListTables make_list_tables(const NeighborList& list, const GraphRules& rules,
-                                        const BlockRules& blocks);
+MOECALC_API void make_list_tables(const NeighborList& list, const GraphRules& rules, const BlockRules& blocks,
+                                  ListTables& tables);
 
 /// Runs on the target.
 struct Runs {
@@ -64,7 +75,11 @@ class DeviceList {
   /// Routing groups that have atoms.
   const std::vector<int64_t>& used_groups() const { return used_; }
   /// Engine rows of the nodes in model order.
-  const std::vector<int64_t>& engine_rows() const { return engine_rows_; }
+  const std::vector<int64_t>& engine_rows() const { return tables_.atoms.engine_row; }
+  /// Row of the model of an atom of this rank, from its row in the engine's order.
+  int64_t model_row(int64_t engine_row) const {
+    return tables_.atoms.model_row[static_cast<size_t>(engine_row)];
+  }
   /// (n_systems * n_types) atoms of this rank.
   const std::vector<double>& composition() const { return composition_; }
   /// Throws OverlapError or NotFiniteError for an edge in this order.
@@ -73,15 +88,14 @@ class DeviceList {
   int64_t bytes() const { return memory_.bytes(); }
 
  private:
-  /// Sets the numbers of the graph, and its pointers once `upload` is sent. `tables` must stay until then.
-  MOECALC_API void add_tables(const NeighborList& list, const ListTables& tables, Upload& upload);
-  /// What the host keeps.
-  MOECALC_API void keep(const NeighborList& list, const GraphRules& rules, ListTables tables);
+  /// Sets the numbers of the graph, and its pointers once `upload` is sent.
+  MOECALC_API void add_tables(const NeighborList& list, Upload& upload);
+  /// What the host keeps besides the tables.
+  MOECALC_API void keep(const NeighborList& list, const GraphRules& rules);
 
   bool is_set_ = false;
   NeighborList list_;
-  std::vector<int64_t> edges_;  // of the engine's list, in this order
-  std::vector<int64_t> engine_rows_;
+  ListTables tables_;
   std::vector<int64_t> used_;
   std::vector<double> composition_;
   Memory memory_;
@@ -100,12 +114,12 @@ void DeviceList::set(const NeighborList& list, const GraphRules& rules, const Bl
                      Target& target) {
   is_set_ = false;
   check_list_size(list);
-  ListTables tables = make_list_tables(list, rules, blocks);
+  make_list_tables(list, rules, blocks, tables_);
   memory_.reset();  // old and new need not fit together
   Upload upload;
-  add_tables(list, tables, upload);
+  add_tables(list, upload);
   memory_ = upload.send(target);
-  keep(list, rules, std::move(tables));
+  keep(list, rules);
   is_set_ = true;
 }
 

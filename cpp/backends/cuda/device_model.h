@@ -20,6 +20,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backends/backend.h"
@@ -30,6 +31,11 @@
 #include "backends/cuda/step.h"
 
 namespace moecalc::cuda {
+
+using Instant = std::chrono::steady_clock::time_point;
+inline double seconds_since(Instant start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
 
 template <class Format, class Target>
 class Model final : public Backend {
@@ -61,7 +67,12 @@ class Model final : public Backend {
   int64_t bytes() const override { return fixed_bytes() + held_bytes(widths(), buffers_); }
   int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const override {
     const int64_t n_group = tables_.rules.n_groups(/*n_systems=*/1);
-    return planned_bytes(widths(), estimated_sizes(n_node, n_edge, n_angle, n_group));
+    return planned_bytes(widths(), estimated_sizes(n_node, n_edge, n_angle, n_group), {});
+  }
+  int64_t least_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const override {
+    const int64_t n_group = tables_.rules.n_groups(/*n_systems=*/1);
+    const Sizes sizes = estimated_sizes(n_node, n_edge, n_angle, n_group);
+    return planned_bytes(widths(), sizes, least_kept(widths()));
   }
   int64_t n_packed_groups() const override { return weights_.n_packed_groups(); }
   int64_t weight_bytes() const override { return weights_.group_bytes(); }
@@ -87,13 +98,14 @@ class Model final : public Backend {
   int64_t fixed_bytes() const { return weights_.bytes() + list_.bytes(); }
   Sizes sizes() const;
   void reserve(const Sizes& capacity);
+  std::optional<Kept> most_kept(const Sizes& capacity, int64_t free) const;
   [[noreturn]] void refuse(const Sizes& capacity, int64_t free) const;
   void reserve_for_list();
   void reserve_for_counts(const int64_t* counts);
   const double* send(const Array& values, Staged& staged);
   Positions send_positions(const Array& positions, const Array& cells);
   Step<Format, Target> step(const Positions& positions) {
-    return {target_, weights_, list_, buffers_, capacity_, positions};
+    return {target_, weights_, list_, buffers_, capacity_, kept_, positions};
   }
   void count_first(const Positions& positions);
   void check_counts(int64_t problem) const;
@@ -108,12 +120,14 @@ class Model final : public Backend {
   TypeTables tables_;
   DeviceList list_;
   Sizes capacity_;
+  Kept kept_;
   Buffers<Real> buffers_;
   Staged positions_;
   Staged cells_;
   Memory results_;  // of the host
   Memory counts_;   // of the host
   GhostMemory ghost_memory_;
+  double list_seconds_ = 0.0;  // of the host, for the list that was set since the last evaluation
 };
 
 /// Package widths decide how much shared memory the kernels want; a device has only so much.
@@ -132,8 +146,11 @@ void Model<Format, Target>::check_shared_memory() const {
 
 template <class Format, class Target>
 void Model<Format, Target>::set_list(const NeighborList& list) {
+  const auto start = std::chrono::steady_clock::now();
   const typename Target::Scope scope(target_);
   list_.set(list, tables_.rules, {Format::kRows, target_.wanted_blocks()}, target_);
+  ghost_memory_.forget();
+  list_seconds_ = seconds_since(start);
   // where groups are structures, weights follow from compositions, which other ranks know of as well
   if (tables_.rules.group_by_system) return;
   try {
@@ -165,28 +182,43 @@ Sizes Model<Format, Target>::sizes() const {
   return sizes;
 }
 
-/// Makes the buffers large enough for `capacity`; throws OutOfMemoryError before anything is allocated.
+/// Makes the buffers large enough for `capacity`, with as many layers kept as there is memory for; throws
+/// OutOfMemoryError before anything is allocated.
 template <class Format, class Target>
 void Model<Format, Target>::reserve(const Sizes& capacity) {
-  const Missing missing = missing_bytes(widths(), buffers_, capacity);
-  if (missing.more > 0) {
+  if (missing_bytes(widths(), buffers_, capacity, kept_).more > 0) {
     const auto free_bytes = [&] { return memory_limit_ ? *memory_limit_ - bytes() : target_.free_bytes(); };
-    const auto fits = [&](int64_t free) { return missing.more <= free + missing.released; };
-    int64_t free = free_bytes();
     const auto n_used = static_cast<int64_t>(list_.used_groups().size());
-    if (!fits(free) && weights_.n_packed_groups() > n_used) {
+    int64_t free = free_bytes();
+    std::optional<Kept> kept = most_kept(capacity, free);
+    const bool loses = !kept || kept->every != kept_.every || kept->first != kept_.first;
+    if (loses && weights_.n_packed_groups() > n_used) {
       weights_.release(list_.used_groups());
       free = free_bytes();
+      kept = most_kept(capacity, free);
     }
-    if (!fits(free)) refuse(capacity, free);
-    allocate(widths(), buffers_, capacity, target_);
+    if (!kept) refuse(capacity, free);
+    kept_ = *kept;
+    allocate(widths(), buffers_, capacity, kept_, target_);
   }
   capacity_ = capacity;
 }
 
+/// What stays of the forward with that much memory left; nothing where the system does not fit at all.
+/// Capacities only grow, so that what went once does not come back.
+template <class Format, class Target>
+std::optional<Kept> Model<Format, Target>::most_kept(const Sizes& capacity, int64_t free) const {
+  Kept kept = kept_;
+  do {
+    const Missing missing = missing_bytes(widths(), buffers_, capacity, kept);
+    if (missing.more <= free + missing.released) return kept;
+  } while (keep_less(widths(), kept));
+  return std::nullopt;
+}
+
 template <class Format, class Target>
 void Model<Format, Target>::refuse(const Sizes& capacity, int64_t free) const {
-  const int64_t need = planned_bytes(widths(), capacity);
+  const int64_t need = planned_bytes(widths(), capacity, least_kept(widths()));
   const int64_t fixed = fixed_bytes();
   const int64_t most = std::max<int64_t>(0, bytes() - fixed + free);
   const double share = static_cast<double>(most) / static_cast<double>(std::max<int64_t>(1, need));
@@ -201,14 +233,13 @@ void Model<Format, Target>::refuse(const Sizes& capacity, int64_t free) const {
                          " atoms fit; use fewer atoms per device, more devices or dtype float32");
 }
 
-/// The first list has what it needs. Later ones that need more get some slack, because lists differ a little
-/// from rebuild to rebuild.
+/// With some slack, because lists differ a little from rebuild to rebuild.
 template <class Format, class Target>
 void Model<Format, Target>::reserve_for_list() {
   const Sizes need = sizes();
   Sizes capacity = capacity_;
   const auto grow = [](int64_t& held, int64_t count) {
-    if (count > held) held = held == 0 ? count : count + count / 32;
+    if (count > held) held = count + count / 32;
   };
   grow(capacity.n_local, need.n_local);
   grow(capacity.n_node, need.n_node);
@@ -341,8 +372,8 @@ Evaluation Model<Format, Target>::evaluate(const Array& positions, const Array& 
   if (exchange != nullptr) ghosts.emplace(target_, list_, weights_.shapes()[0], ghost_memory_, *exchange);
   const ResultPlaces places(sizes(), request);
   Evaluation result = collect(run(sent, request, places, ghosts ? &*ghosts : nullptr), places);
-  result.timings.emplace_back(
-      "device", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  result.timings.emplace_back("device", seconds_since(start));
+  if (list_seconds_ > 0.0) result.timings.emplace_back("list", std::exchange(list_seconds_, 0.0));
   return result;
 }
 

@@ -7,23 +7,29 @@
 #include <vector>
 
 #include "backends/cuda/device_model.h"
+#include "backends/cuda/emulated_stream.h"
 #include "backends/cuda/number_formats.h"
+#if defined(MOECALC_FIND_RACES)
+#include "backends/cuda/races.h"
+#endif
 
 namespace moecalc::cuda {
 
 namespace {
 
-/// What nobody writes is not a number.
-constexpr int kPoison = 0xff;
-
 class HostSource final : public MemorySource {
  public:
+#if defined(MOECALC_FIND_RACES)
+  void* allocate(size_t bytes) override { return races::allocate(bytes); }
+  void release(void* block) noexcept override { races::release(block); }
+#else
   void* allocate(size_t bytes) override { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
   void release(void* block) noexcept override { std::free(block); }
+#endif
   std::string place() const override { return "cuda emulated"; }
 };
 
-/// Runs every block of a kernel in turn, on the calling thread.
+/// Runs every block of a kernel in turn, on the calling thread, when somebody waits for it.
 class HostTarget {
  public:
   static constexpr bool survives_fork = true;
@@ -38,44 +44,58 @@ class HostTarget {
   int64_t free_bytes() const { return std::numeric_limits<int64_t>::max() / 4; }
   /// Few: blocks of small systems then have several centres, as those of large systems on the device.
   int64_t wanted_blocks() const { return 4; }
-  void synchronize() const {}
-  void finish() const noexcept {}
+  void synchronize() { stream_.synchronize(); }
+  void finish() noexcept { stream_.synchronize(); }
 
   Memory memory(int64_t bytes) {
     Memory memory(cache_, bytes);
-    if (bytes > 0) std::memset(memory.as<char>(), kPoison, static_cast<size_t>(bytes));
+    // in the order of the stream: what had the block before may still be in the queue
+    if (bytes > 0) stream_.poison(memory.as<char>(), static_cast<size_t>(bytes));
     return memory;
   }
-  Memory pinned(int64_t bytes) { return Memory(cache_, bytes); }
+  /// From a cache of its own: work in the queue still poisons blocks of the target.
+  Memory pinned(int64_t bytes) { return Memory(pinned_cache_, bytes); }
   char* staging(size_t bytes) {
-    staging_.resize(bytes);
-    return staging_.data();
+    const auto need = static_cast<int64_t>(bytes);
+    if (staging_.bytes() < need) staging_ = pinned(need + need / 8);
+    return staging_.as<char>();
   }
-  void trim() { cache_.trim(); }
-  void to_device(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
-  void to_host(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
+  void trim() {
+    stream_.synchronize();  // as the driver does before memory goes
+    cache_.trim();
+  }
+  void to_device(void* to, const void* from, size_t bytes) { stream_.copy_to_device(to, from, bytes); }
+  void to_host(void* to, const void* from, size_t bytes) { stream_.copy_to_host(to, from, bytes); }
 
   template <class Kernel>
   void launch(const Kernel& kernel) {
-    const auto bytes = static_cast<size_t>(kernel.shared_bytes());
-    shared_.resize(bytes / sizeof(Line) + 1);
+    stream_.add([this, kernel] { run(kernel); });
+  }
+
+ private:
+  template <class Kernel>
+  void run(const Kernel& kernel) {
+    const int64_t bytes = kernel.shared_bytes();
+    const int64_t all_bytes = bytes + HostBlock::kRedZones;
+    if (shared_.bytes() < all_bytes) shared_ = pinned(all_bytes);
+    char* shared = shared_.as<char>();
+#if defined(MOECALC_FIND_RACES)
+    const races::Watch watch(__PRETTY_FUNCTION__, shared, static_cast<size_t>(all_bytes));
+#endif
     const int64_t blocks = kernel.blocks();
     for (int64_t turn = 0; turn < blocks; ++turn) {
       const int64_t index = reversed_ ? blocks - 1 - turn : turn;
-      std::memset(static_cast<void*>(shared_.data()), kPoison, shared_.size() * sizeof(Line));
-      HostBlock block(index, Kernel::kThreads, reinterpret_cast<char*>(shared_.data()),
-                      static_cast<int64_t>(bytes), reversed_);
+      if (all_bytes > 0) std::memset(shared, kPoison, static_cast<size_t>(all_bytes));
+      HostBlock block(index, Kernel::kThreads, shared, bytes, reversed_);
       kernel(block);
     }
   }
 
- private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   MemoryCache cache_{std::make_unique<HostSource>(), MemoryCache::no_limit};
-  std::vector<char> staging_;
-  std::vector<Line> shared_;
+  MemoryCache pinned_cache_{std::make_unique<HostSource>(), MemoryCache::no_limit};
+  Memory staging_;
+  EmulatedStream stream_;
+  Memory shared_;  // of the block that runs
   bool reversed_;  // order of blocks and threads
 };
 

@@ -1,6 +1,7 @@
 // Memory of a target, and copies to it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -15,6 +16,15 @@
 #include "moecalc/error.h"
 
 namespace moecalc::cuda {
+
+/// What a process may still take of a GPU that `n_sharers` use: no more than its part, for the others see the
+/// same free memory at the same time. `free`: of the driver; `held`: by this process. A twentieth is left for
+/// what the driver itself keeps for every process.
+inline int64_t free_of_part(int64_t free, int64_t total, int64_t held, int64_t n_sharers) {
+  if (n_sharers <= 1) return free;
+  const int64_t part = (total - total / 20) / n_sharers;
+  return std::clamp<int64_t>(part - held, 0, free);
+}
 
 /// Where blocks of memory come from.
 class MemorySource {
@@ -56,7 +66,10 @@ class MemoryCache {
       trim();
       block = source_->allocate(bytes);
     }
-    if (block != nullptr) return block;
+    if (block != nullptr) {
+      held_bytes_ += bytes;
+      return block;
+    }
     throw OutOfMemoryError("out of memory on " + source_->place() + " for " + std::to_string(bytes >> 20) +
                            " MiB: use fewer atoms per device, more devices or dtype float32");
   }
@@ -72,16 +85,20 @@ class MemoryCache {
       // not kept, then
     }
     source_->release(block);
+    held_bytes_ -= bytes;
   }
 
   /// Gives the blocks that nobody has back to where they come from.
   void trim() noexcept {
     for (const auto& [bytes, block] : idle_) source_->release(block);
+    held_bytes_ -= idle_bytes_;
     idle_.clear();
     idle_bytes_ = 0;
   }
 
   int64_t idle_bytes() const { return static_cast<int64_t>(idle_bytes_); }
+  /// Of all blocks, idle ones included.
+  int64_t held_bytes() const { return static_cast<int64_t>(held_bytes_); }
 
  private:
   /// Rounded as the driver does: blocks of nearly the same size can replace each other.
@@ -94,6 +111,7 @@ class MemoryCache {
   std::unique_ptr<MemorySource> source_;
   size_t most_idle_;
   size_t idle_bytes_ = 0;
+  size_t held_bytes_ = 0;
   std::multimap<size_t, void*> idle_;
 };
 
@@ -174,7 +192,8 @@ class Upload {
   template <class Value, class From>
   void add(const std::vector<From>& values, const Value** place) {
     const auto write = [&values](Value* to) {
-      for (const From& value : values) *to++ = static_cast<Value>(value);
+      std::transform(values.begin(), values.end(), to,
+                     [](const From& value) { return static_cast<Value>(value); });
     };
     add(values.size(), write, place);
   }

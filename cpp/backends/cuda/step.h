@@ -20,11 +20,12 @@ class Step {
   using Real = typename Format::Real;
 
   Step(Target& target, const DeviceWeights<Format, Target>& weights, const DeviceList& list,
-       const Buffers<Real>& buffers, const Sizes& capacity, const Positions& positions)
+       const Buffers<Real>& buffers, const Sizes& capacity, Kept kept, const Positions& positions)
       : target_(target),
         weights_(weights),
         list_(list),
         buffers_(buffers),
+        kept_(kept),
         graph_(list.graph()),
         positions_(positions),
         edges_(edge_geometry(buffers)) {
@@ -42,6 +43,9 @@ class Step {
 
   const kernels::LayerShape& shape(size_t l) const { return weights_.shapes()[l]; }
   LayerView<Real> layer(size_t l) const;
+  /// Inputs of layer l, or outputs of the one before.
+  Real* edge_features(size_t l) const { return kept_.has(l) ? buffers_.edge[l] : buffers_.passing_edge; }
+  Real* angle_features(size_t l) const { return kept_.has(l) ? buffers_.angle[l] : buffers_.passing_angle; }
   void set_forward_buffers(LayerView<Real>& layer, size_t l) const;
   void set_backward_buffers(LayerView<Real>& layer) const;
   Linear<Format> linear(const LayerView<Real>& layer, const Runs& runs) const;
@@ -54,6 +58,8 @@ class Step {
   void embed();
   void project(const LayerView<Real>& layer);
   void forward(size_t l);
+  void features_of_edges(const LayerView<Real>& layer);
+  void repeat_before(size_t l);
   void backward(size_t l, bool gradients_to_nodes);
   void gradients_of_nodes(const LayerView<Real>& layer);
   void fitting_net();
@@ -66,10 +72,10 @@ class Step {
   const DeviceWeights<Format, Target>& weights_;
   const DeviceList& list_;
   const Buffers<Real>& buffers_;
+  Kept kept_;
   Graph graph_;
   Positions positions_;
   EdgeGeometry<Real> edges_;
-  size_t d_edge_current_ = 0;  // which of the two buffers holds the gradients of a layer's outputs
 };
 
 template <class Format, class Target>
@@ -104,8 +110,8 @@ void Step<Format, Target>::run(const Request& request, const ResultPlaces& place
   if (!request.gradients()) return;
 
   readout_backward();
-  d_edge_current_ = 0;
   for (size_t l = weights_.n_layer(); l-- > 0;) {
+    if (!kept_.all()) repeat_before(l);
     // the features of the first layer's nodes follow from the types alone
     backward(l, /*gradients_to_nodes=*/l > 0);
     if (l > 0 && ghosts != nullptr) ghosts->reverse(buffers_.d_node);
@@ -119,8 +125,8 @@ void Step<Format, Target>::run(const Request& request, const ResultPlaces& place
 template <class Format, class Target>
 void Step<Format, Target>::set_forward_buffers(LayerView<Real>& layer, size_t l) const {
   layer.node = buffers_.node[l];
-  layer.edge = buffers_.edge[l];
-  layer.angle = buffers_.angle[l];
+  layer.edge = edge_features(l);
+  layer.angle = angle_features(l);
   layer.cosine = buffers_.cosine;
   layer.switch_edge = buffers_.switch_edge;
   layer.directions = buffers_.directions;
@@ -129,20 +135,20 @@ void Step<Format, Target>::set_forward_buffers(LayerView<Real>& layer, size_t l)
   layer.edge_neighbor_part = buffers_.edge_neighbor_part;
   layer.angle_centre_part = buffers_.angle_centre_part;
   layer.angle_edge_parts = buffers_.angle_edge_parts;
-  layer.angle_message = buffers_.angle_message[l];
+  layer.angle_message = kept_.has_messages(shape(l)) ? buffers_.angle_message[l] : buffers_.passing_message;
   layer.message = buffers_.message;
   layer.moments = buffers_.moments[l];
   layer.invariants = buffers_.invariants;
   layer.node_out = buffers_.node[l + 1];
-  layer.edge_out = buffers_.edge[l + 1];
-  layer.angle_out = buffers_.angle[l + 1];
+  layer.edge_out = edge_features(l + 1);
+  layer.angle_out = angle_features(l + 1);
 }
 
 template <class Format, class Target>
 void Step<Format, Target>::set_backward_buffers(LayerView<Real>& layer) const {
   layer.d_node_out = buffers_.d_node;
-  layer.d_edge_out = buffers_.d_edge[d_edge_current_];
-  layer.d_edge = buffers_.d_edge[1 - d_edge_current_];
+  layer.d_edge_out = buffers_.d_edge;
+  layer.d_edge = buffers_.d_edge;
   layer.d_angle = buffers_.d_angle;
   layer.d_message = buffers_.d_message;
   layer.d_angle_message = buffers_.d_angle_message;
@@ -242,7 +248,7 @@ void Step<Format, Target>::embed() {
   embed.bias = constants.edge_bias;
   embed.input = edges_.input;
   embed.node = buffers_.node[0];
-  embed.edge = buffers_.edge[0];
+  embed.edge = edge_features(0);
   target_.launch(embed);
 }
 
@@ -281,11 +287,35 @@ template <class Format, class Target>
 void Step<Format, Target>::forward(size_t l) {
   const LayerView<Real> layer = this->layer(l);
   project(layer);
-  if (layer.with_angles) launch<AngleForward<Format>>(layer, list_.angle_runs());
-  launch<EdgeForward<Format>>(layer, list_.edge_runs());
-  launch<Symmetrize<Real>>(layer);
+  launch<Symmetrize<Real>>(layer);  // reads the edges' features, which may be gone after the next
+  features_of_edges(layer);
   launch<Invariants<Real>>(layer);
   launch<Nodes<Format, false>>(layer, list_.row_runs());
+}
+
+/// What a layer makes of edges and angles: features, and messages to nodes. In place where these features do
+/// not stay.
+template <class Format, class Target>
+void Step<Format, Target>::features_of_edges(const LayerView<Real>& layer) {
+  if (layer.with_angles) launch<AngleForward<Format>>(layer, list_.angle_runs());
+  launch<EdgeForward<Format>>(layer, list_.edge_runs());
+}
+
+/// Has the inputs of layer l, and its angles' messages, where only those of an earlier layer stayed. Nodes
+/// are all there, so that no rank waits for another.
+template <class Format, class Target>
+void Step<Format, Target>::repeat_before(size_t l) {
+  if (kept_.before(l) == 0 && !kept_.first) embed();
+  for (size_t earlier = kept_.before(l); earlier < l; ++earlier) {
+    const LayerView<Real> layer = this->layer(earlier);
+    project(layer);
+    features_of_edges(layer);
+  }
+  LayerView<Real> messages = layer(l);
+  if (!messages.with_angles || kept_.has_messages(shape(l))) return;
+  project(messages);
+  messages.live_angle = false;  // its outputs are of no use now
+  launch<AngleForward<Format>>(messages, list_.angle_runs());
 }
 
 template <class Format, class Target>
@@ -310,7 +340,6 @@ void Step<Format, Target>::backward(size_t l, bool gradients_to_nodes) {
   if (layer.with_angles) launch<MessageBackward<Format>>(layer, list_.edge_runs());
   launch<EdgeBackward<Format>>(layer, list_.edge_runs());
   if (layer.with_angles) launch<AngleBackward<Format>>(layer, list_.angle_runs());
-  d_edge_current_ = 1 - d_edge_current_;
   if (gradients_to_nodes) gradients_of_nodes(layer);
 }
 
@@ -443,7 +472,7 @@ void Step<Format, Target>::geometry_backward() {
   kernel.bias = constants.edge_bias;
   kernel.d_cosine = buffers_.d_cosine;
   kernel.d_switch_angle = buffers_.d_switch_angle;
-  kernel.d_edge = buffers_.d_edge[d_edge_current_];
+  kernel.d_edge = buffers_.d_edge;
   kernel.d_switch_edge = buffers_.d_switch_edge;
   kernel.d_directions = buffers_.d_directions;
   kernel.d_vector = buffers_.d_vector;

@@ -48,6 +48,20 @@ class MOECALC_API GhostExchange {
   virtual void reverse(Array gradients) = 0;
   /// Sum `values` (float64) over all ranks in place.
   virtual void sum(Array values) = 0;
+
+  /// Which rows travel, for a backend whose features are not in the memory of the host: it brings no others,
+  /// and calls exchange() in place of forward() and reverse().
+  struct Plan {
+    std::vector<int64_t> sent;  // rows < n_local by destination: once for every rank that has them as ghosts
+    std::vector<int64_t> received;  // rows >= n_local by source, each once
+    bool of_device = false;         // exchange() takes memory of the GPU
+    int64_t version = 0;            // another one with every change
+  };
+  /// Null: there is none. Valid until the next list.
+  virtual const Plan* plan() const { return nullptr; }
+  /// Rows of `row_bytes` bytes in the orders of the plan: from `sent` to where they go, and from there into
+  /// `received`; if `back`, from `received` to where they came from, and from there into `sent`.
+  virtual void exchange(void* sent, void* received, int64_t row_bytes, bool back);
 };
 
 /// What to compute besides energies. Nothing is differentiated if all are false.
@@ -157,8 +171,9 @@ class MOECALC_API Evaluator {
   bool survives_fork() const;
   /// Bytes of the buffers and weights that the backend keeps between calls, on the device where it runs.
   int64_t buffer_bytes() const;
-  /// Bytes that the CUDA kernels would need for a system of this size; 0 where others run.
-  int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle) const;
+  /// Bytes that the CUDA kernels would need for a system of this size; 0 where others run. `least`: with
+  /// which it still runs, slower, because layers are computed again for the gradients.
+  int64_t estimate_bytes(int64_t n_node, int64_t n_edge, int64_t n_angle, bool least = false) const;
   const std::string& metadata() const;  // text of the package's metadata.json
   const Facts& facts() const;
   /// Sentences that an engine shows its user once, after a beginning of its own. Empty: nothing to tell.
@@ -181,7 +196,7 @@ class MOECALC_API Evaluator {
 };
 
 /// Counts changes of this interface that leave the sizes of all objects as they are.
-inline constexpr int interface_revision = 2;
+inline constexpr int interface_revision = 4;
 
 /// What a program was compiled with that hands these objects over: version and revision of the interface, and
 /// the sizes of what passes. `version`: MOECALC_VERSION of the program.

@@ -43,6 +43,8 @@ struct MOECALC_API EvaluatorOptions {
   std::optional<int64_t> weight_bytes;
   /// Bytes that a model may hold on a GPU; none: what is free.
   std::optional<int64_t> device_bytes;
+  /// Processes that share the GPU: each takes its part of the memory at most.
+  int device_sharers = 1;
   std::string instruction_set;      // "avx512", "avx2", "generic"; "": the best of this processor
   bool emulation_reversed = false;  // the emulation runs blocks and threads backwards; for tests
 

@@ -5,6 +5,7 @@
 
 #include "kernels/common/activation.h"
 #include "kernels/common/host_device.h"
+#include "kernels/cuda/special_functions.cuh"
 
 #if defined(__CUDACC__)
 #define MOECALC_KERNEL_CALL __device__ __noinline__
@@ -14,29 +15,10 @@
 
 namespace moecalc::cuda {
 
-MOECALC_KERNEL float exponential(float x) {
-#if defined(__CUDACC__)
-  return __expf(x);
-#else
-  return std::exp(x);
-#endif
-}
-MOECALC_KERNEL double exponential(double x) { return exp(x); }
-MOECALC_KERNEL float reciprocal(float x) {
-#if defined(__CUDACC__)
-  return __fdividef(1.0f, x);
-#else
-  return 1.0f / x;
-#endif
-}
-MOECALC_KERNEL double reciprocal(double x) { return 1.0 / x; }
-
 /// 1 / (1 + exp(-x))
 template <class Real>
 MOECALC_KERNEL Real logistic(Real x) {
-  // beyond the limits the exponential overflows, and with it the fast reciprocal
-  const Real limit = sizeof(Real) == 4 ? Real(80) : Real(700);
-  return reciprocal(Real(1) + exponential(x < -limit ? limit : -x));
+  return reciprocal(Real(1) + exponential_of_negative(x));
 }
 /// tanh by the exponential, which is bounded.
 template <class Real>
@@ -116,35 +98,117 @@ struct ActivationFunction {
   }
 
   MOECALC_KERNEL ValueAndSlope<Real> operator()(Real x) const {
-    if (kind != kernels::ActivationKind::silut) return other_activation(kind, x);
-    if (x >= threshold) {
-      const Real tanh = bounded_tanh(slope * (x - threshold));
-      return {tanh + offset, slope * (Real(1) - tanh * tanh)};
-    }
-    const Real sigmoid = logistic(x);
-    const Real value = x * sigmoid;
-    return {value, sigmoid + value * (Real(1) - sigmoid)};
+    const Real one[1] = {x};
+    ValueAndSlope<Real> result[1];
+    evaluate(one, result);
+    return result[0];
   }
 
-  /// sum += factor phi(x), one element after another: that takes fewest registers.
-  template <class Vector>
-  MOECALC_KERNEL void add_values(Real factor, const Vector& x, Vector& sum) const {
-    MOECALC_UNROLL
-    for (int lane = 0; lane < Vector::kSize; ++lane) sum[lane] += factor * (*this)(x[lane]).value;
+  /// sums += factor phi(x) of COUNT vectors.
+  template <int COUNT, class Vector>
+  MOECALC_KERNEL void add_values(Real factor, const Vector* x, Vector* sums) const {
+    for_numbers<COUNT>(x, [&](int item, int lane, const ValueAndSlope<Real>& phi) {
+      sums[item][lane] += factor * phi.value;
+    });
   }
-  /// The same with a factor for every element.
+  /// sum += factor phi(x) with a factor for every element.
   template <class Vector>
   MOECALC_KERNEL void add_values(const Vector& factor, const Vector& x, Vector& sum) const {
-    MOECALC_UNROLL
-    for (int lane = 0; lane < Vector::kSize; ++lane) sum[lane] += factor[lane] * (*this)(x[lane]).value;
+    for_numbers<1>(
+        &x, [&](int, int lane, const ValueAndSlope<Real>& phi) { sum[lane] += factor[lane] * phi.value; });
   }
   /// gradient phi'(x), element by element.
   template <class Vector>
   MOECALC_KERNEL Vector times_slopes(const Vector& gradient, const Vector& x) const {
     Vector result;
-    MOECALC_UNROLL
-    for (int lane = 0; lane < Vector::kSize; ++lane) result[lane] = gradient[lane] * (*this)(x[lane]).slope;
+    for_numbers<1>(&x, [&](int, int lane, const ValueAndSlope<Real>& phi) {
+      result[lane] = gradient[lane] * phi.slope;
+    });
     return result;
+  }
+  /// x = gradient phi'(x) of COUNT vectors.
+  template <int COUNT, class Vector>
+  MOECALC_KERNEL void to_gradients(const Vector* gradient, Vector* x) const {
+    for_numbers<COUNT>(x, [&](int item, int lane, const ValueAndSlope<Real>& phi) {
+      x[item][lane] = gradient[item][lane] * phi.slope;
+    });
+  }
+  /// Gradients of factor phi(x) with respect to x in the place of x, given those of the results, for COUNT
+  /// vectors with a factor each; dots += gradient . phi(x).
+  template <int COUNT, class Vector>
+  MOECALC_KERNEL void to_gradients(const Vector* gradient, const Real* factor, Vector* x, Real* dots) const {
+    for_numbers<COUNT>(x, [&](int item, int lane, const ValueAndSlope<Real>& phi) {
+      dots[item] += gradient[item][lane] * phi.value;
+      x[item][lane] = gradient[item][lane] * factor[item] * phi.slope;
+    });
+  }
+
+ private:
+  /// f(item, lane, phi) for every number x[item][lane] of COUNT vectors. The kind is asked for once; silut
+  /// has no branches, and four numbers are under way at the same time.
+  template <int COUNT, class Vector, class F>
+  MOECALC_KERNEL void for_numbers(const Vector* x, const F& f) const {
+    if (kind == kernels::ActivationKind::silut) {
+      in_batches<COUNT>(x, f, [this](const auto& some, auto& results) { silut(some, results); });
+    } else {
+      in_batches<COUNT>(x, f, [this](const auto& some, auto& results) { others(some, results); });
+    }
+  }
+  template <int COUNT, class Vector, class F, class Evaluate>
+  MOECALC_KERNEL void in_batches(const Vector* x, const F& f, const Evaluate& evaluate_some) const {
+    constexpr int numbers = COUNT * Vector::kSize;
+    constexpr int batch = numbers < 4 ? numbers : 4;
+    static_assert(numbers % batch == 0);
+    MOECALC_UNROLL
+    for (int first = 0; first < numbers; first += batch) {
+      Real some[batch];
+      ValueAndSlope<Real> results[batch];
+      MOECALC_UNROLL
+      for (int k = 0; k < batch; ++k) some[k] = x[(first + k) / Vector::kSize][(first + k) % Vector::kSize];
+      evaluate_some(some, results);
+      MOECALC_UNROLL
+      for (int k = 0; k < batch; ++k) f((first + k) / Vector::kSize, (first + k) % Vector::kSize, results[k]);
+    }
+  }
+
+  template <int COUNT>
+  MOECALC_KERNEL void evaluate(const Real (&x)[COUNT], ValueAndSlope<Real> (&results)[COUNT]) const {
+    if (kind == kernels::ActivationKind::silut) {
+      silut(x, results);
+    } else {
+      others(x, results);
+    }
+  }
+  template <int COUNT>
+  MOECALC_KERNEL void others(const Real (&x)[COUNT], ValueAndSlope<Real> (&results)[COUNT]) const {
+    MOECALC_UNROLL
+    for (int k = 0; k < COUNT; ++k) results[k] = other_activation(kind, x[k]);
+  }
+  /// One logistic s for both sides of the threshold, since tanh(z) = 2 s(2 z) - 1 and tanh'(z) = 4 s (1 - s):
+  ///   phi = a s + b,   phi' = s (c + d (1 - s)),
+  /// where the sides choose a, b, c, d and the argument of s, and nothing else: a choice between longer terms
+  /// would be compiled to branches.
+  template <int COUNT>
+  MOECALC_KERNEL void silut(const Real (&x)[COUNT], ValueAndSlope<Real> (&results)[COUNT]) const {
+    Real sigmoid[COUNT];
+    MOECALC_UNROLL
+    for (int k = 0; k < COUNT; ++k) {
+      const Real beyond = Real(2) * slope * (x[k] - threshold);
+      sigmoid[k] = exponential_of_negative(x[k] < threshold ? x[k] : beyond);
+    }
+    MOECALC_UNROLL
+    for (int k = 0; k < COUNT; ++k) sigmoid[k] = reciprocal(Real(1) + sigmoid[k]);
+    const Real offset_beyond = offset - Real(1);
+    const Real slope_beyond = Real(4) * slope;
+    MOECALC_UNROLL
+    for (int k = 0; k < COUNT; ++k) {
+      const bool below = x[k] < threshold;
+      const Real a = below ? x[k] : Real(2);
+      const Real b = below ? Real(0) : offset_beyond;
+      const Real c = below ? Real(1) : Real(0);
+      const Real d = below ? x[k] : slope_beyond;
+      results[k] = {a * sigmoid[k] + b, sigmoid[k] * (c + d * (Real(1) - sigmoid[k]))};
+    }
   }
 };
 

@@ -22,13 +22,18 @@ struct AngleRows {
   SharedRows<Format> chunk;  // results in a chunk of columns
   // Of every row:
   int* centre;
-  int* first;   // close edge ij
-  int* second;  // close edge ik, or of rows of close edges the edge in the graph
-  int* number;  // within the centre
+  int* first;    // close edge ij
+  int* second;   // close edge ik, or of rows of close edges the edge in the graph
+  int* place;    // among those with its first edge
+  int* number;   // within the centre
+  int* message;  // of its first edge: row of the angle message
+  int* n_close;  // of the centre: as many rows have the same first edge; step between those of a second
 
+  /// Columns of the rows' features.
+  static MOECALC_BOTH int width(const LayerView<Real>& layer) { return layer.a_padded; }
   static int64_t bytes(const LayerView<Real>& layer) {
     return SharedRows<Format>::bytes(layer.a_padded) + SharedRows<Format>::bytes(kChunk) +
-           4 * shared_size<int>(Format::kRows);
+           7 * shared_size<int>(Format::kRows);
   }
   template <class Block>
   MOECALC_KERNEL AngleRows(Block& block, const LayerView<Real>& layer)
@@ -37,7 +42,10 @@ struct AngleRows {
         centre(block.template shared<int>(Format::kRows)),
         first(block.template shared<int>(Format::kRows)),
         second(block.template shared<int>(Format::kRows)),
-        number(block.template shared<int>(Format::kRows)) {}
+        place(block.template shared<int>(Format::kRows)),
+        number(block.template shared<int>(Format::kRows)),
+        message(block.template shared<int>(Format::kRows)),
+        n_close(block.template shared<int>(Format::kRows)) {}
 
   /// The angles of a tile.
   template <class Block>
@@ -50,11 +58,16 @@ struct AngleRows {
       const int row = span.first + thread;
       const int own_centre = centre_of(graph.first_angle, run.begin, run.end, row);
       const int own_number = row - graph.first_angle[own_centre];
-      const int n_close = graph.n_close[own_centre];
+      const int own_n_close = graph.n_close[own_centre];
+      const int own_first = own_number / own_n_close;
+      const int own_place = own_number - own_first * own_n_close;
       centre[thread] = own_centre;
       number[thread] = own_number;
-      first[thread] = graph.first_close[own_centre] + own_number / n_close;
-      second[thread] = graph.first_close[own_centre] + own_number % n_close;
+      place[thread] = own_place;
+      n_close[thread] = own_n_close;
+      first[thread] = graph.first_close[own_centre] + own_first;
+      second[thread] = graph.first_close[own_centre] + own_place;
+      message[thread] = static_cast<int>(layer.message_row(own_centre, first[thread]));
     });
     stage(block, angle, span.rows, layer.a_padded, [&](int row, int column) {
       using Vector = RowVec<Real>;
@@ -79,12 +92,17 @@ struct AngleRows {
   }
 
   /// Whether a row is the first of those with its first edge: what is summed over them starts anew.
-  MOECALC_KERNEL bool starts_first(const Graph& graph, int row) const {
-    return number[row] % graph.n_close[centre[row]] == 0;
-  }
+  MOECALC_KERNEL bool starts_first(int row) const { return place[row] == 0; }
   /// The same of its second edge.
-  MOECALC_KERNEL bool starts_second(const Graph& graph, int row) const {
-    return number[row] < graph.n_close[centre[row]];
+  MOECALC_KERNEL bool starts_second(int row) const { return number[row] < n_close[row]; }
+  /// The rows of a tile with the same first edge.
+  MOECALC_KERNEL Segment with_first(int row) const {
+    return {row == 0 || starts_first(row), 1, row + n_close[row] - place[row]};
+  }
+  /// The rows of a tile with the same second edge, as far as the centre's rows go.
+  MOECALC_KERNEL Segment with_second(int row) const {
+    const int step = n_close[row];
+    return {row < step || starts_second(row), step, row + step * step - number[row]};
   }
 
   /// pre_activation = P_ij + Q_ik + angle W_angle in the columns of the angle maps from `column` on.
@@ -95,10 +113,10 @@ struct AngleRows {
     using Vector = typename Tile::Vector;
     const Real* first_parts = layer.angle_edge_parts + layer.part_offset(0, 0) + column;
     const Real* second_parts = layer.angle_edge_parts + layer.part_offset(0, 1) + column;
-    const int64_t stride = layer.part_offset(1, 0);
-    for_own<Tile>(thread, rows, width, [&](int group, int row, int offset) {
-      sums[group] = load<Vector>(first_parts + first[row] * stride + offset) +
-                    load<Vector>(second_parts + second[row] * stride + offset);
+    const int stride = 2 * layer.angle_columns;
+    for_clamped<Tile>(thread, rows, width, [&](int group, int row, int offset) {
+      sums[group] = load<Vector>(first_parts + static_cast<int64_t>(first[row]) * stride + offset) +
+                    load<Vector>(second_parts + static_cast<int64_t>(second[row]) * stride + offset);
     });
     Tile::multiply(thread, sums, angle, layer.a_padded,
                    weight_columns<Tile>(weights.angle_angle, layer.angle_columns, column, width));
@@ -199,17 +217,19 @@ struct AngleForward : LayerKernel<Format, AngleRows<Format>> {
         add_expert<Tile>(thread, shared, weights, weights.routing_angle_message[expert],
                          expert * layer.e_padded + column, span.rows, width, mix);
       }
-      for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
-        store(shared.chunk.at(row, offset), layer.switch_angle[span.first + row] * mix[group]);
-      });
+      for_clamped<Tile>(thread, span.rows, width,
+                        [&](int group, int row, int) { mix[group] *= layer.switch_angle[span.first + row]; });
+      store_all<Tile>(thread, shared.chunk, mix);
     });
     block.sync();
     const int columns = width < Tile::kColumns ? width : Tile::kColumns;
-    segment_sums(block, shared.chunk, span.rows, columns, shared.first, [&](int row, int offset, auto sum) {
-      sum *= layer.angle_scale;
-      const int64_t to = layer.message_row(shared.centre[row], shared.first[row]) * layer.e_padded;
-      put(layer.angle_message + to + column + offset, shared.starts_first(layer.graph, row), sum);
-    });
+    segment_sums(
+        block, shared.chunk, span.rows, columns, [&](int row) { return shared.with_first(row); },
+        [&](int row, int offset, auto sum) {
+          sum *= layer.angle_scale;
+          const int64_t to = shared.message[row] * static_cast<int64_t>(layer.e_padded);
+          put(layer.angle_message + to + column + offset, shared.starts_first(row), sum);
+        });
     block.sync();
   }
 
@@ -239,27 +259,8 @@ struct AngleForward : LayerKernel<Format, AngleRows<Format>> {
                                  typename Tile::Vector* mix) const {
     typename Tile::Vector sums[Tile::kGroups] = {};
     shared.template pre_activation<Tile>(thread, layer, weights, rows, column, width, sums);
-    MOECALC_UNROLL
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      layer.activation.add_values(routing, sums[group], mix[group]);
-    }
+    layer.activation.template add_values<Tile::kGroups>(routing, sums, mix);
   }
-};
-
-/// Arrays in shared memory for the gradients of a tile of angles.
-template <class Format>
-struct AngleGradientRows : AngleRows<Format> {
-  using Real = typename Format::Real;
-  SharedRows<Format> d_angle;  // to which every chunk adds
-  Dots<Format> d_switch;       // likewise
-
-  static int64_t bytes(const LayerView<Real>& layer) {
-    return AngleRows<Format>::bytes(layer) + SharedRows<Format>::bytes(layer.a_padded) +
-           Dots<Format>::bytes();
-  }
-  template <class Block>
-  MOECALC_KERNEL AngleGradientRows(Block& block, const LayerView<Real>& layer)
-      : AngleRows<Format>(block, layer), d_angle(block, layer.a_padded), d_switch(block) {}
 };
 
 /// Gradients of the angle maps. With d_pre = phi'(pre_activation) times the gradient of an expert's output:
@@ -268,9 +269,9 @@ struct AngleGradientRows : AngleRows<Format> {
 ///   d_angle_centre_part_i = sum_j dP_ij.
 /// In the first layer d_cosine = direction . d_angle in place of d_angle.
 template <class Format>
-struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format>> {
-  using Base = LayerKernel<Format, AngleGradientRows<Format>>;
-  using Rows = AngleGradientRows<Format>;
+struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format>>> {
+  using Rows = GradientRows<Format, AngleRows<Format>>;
+  using Base = LayerKernel<Format, Rows>;
   using Base::layer;
   using typename Base::Real;
   using typename Base::Weights;
@@ -310,7 +311,7 @@ struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format>> {
   /// d_angle = keep_angle d_angle_out.
   template <class Block>
   MOECALC_KERNEL void start_gradient(Block& block, const Rows& shared, const Span& span) const {
-    stage(block, shared.d_angle, span.rows, layer.a_padded, [&](int row, int column) {
+    stage(block, shared.gradient, span.rows, layer.a_padded, [&](int row, int column) {
       using Vector = RowVec<Real>;
       if (!layer.live_angle) return Vector{};
       const int64_t from = (span.first + row) * static_cast<int64_t>(layer.a_padded) + column;
@@ -331,16 +332,18 @@ struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format>> {
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
         shared.template pre_activation<Tile>(thread, layer, weights, span.rows, place, width, sums);
-        for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
-          const int64_t from = layer.message_row(shared.centre[row], shared.first[row]) * layer.e_padded;
+        Vector gradients[Tile::kGroups];
+        Real switches[Tile::kGroups];
+        Real dots[Tile::kGroups] = {};
+        for_clamped<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
+          const int64_t from = shared.message[row] * static_cast<int64_t>(layer.e_padded);
           const Vector d_message = load<Vector>(layer.d_angle_message + from + column + offset);
-          const Vector gradient = (routing * layer.angle_scale) * d_message;
-          Real dot = 0;
-          const Vector d_pre = through_switch(layer.activation, sums[group], gradient,
-                                              layer.switch_angle[span.first + row], dot);
-          shared.d_switch.template add<Tile>(thread, row, dot);
-          store(shared.chunk.at(row, offset), d_pre);
+          gradients[group] = (routing * layer.angle_scale) * d_message;
+          switches[group] = layer.switch_angle[span.first + row];
         });
+        layer.activation.template to_gradients<Tile::kGroups>(gradients, switches, sums, dots);
+        shared.d_switch.template add<Tile>(thread, span.rows, width, dots);
+        store_all<Tile>(thread, shared.chunk, sums);
       });
       spread<Tile>(block, weights, shared, place, span.rows, width);
     }
@@ -358,13 +361,14 @@ struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format>> {
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
         shared.template pre_activation<Tile>(thread, layer, weights, span.rows, place, width, sums);
-        for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
+        Vector gradients[Tile::kGroups];
+        for_clamped<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
           const int64_t from = (span.first + row) * static_cast<int64_t>(layer.a_padded) + column + offset;
-          const Vector d_out = load<Vector>(layer.d_angle + from);
           const Vector factor = load<Vector>(layer.update.angle + column + offset);
-          const Vector gradient = routing * factor * d_out;
-          store(shared.chunk.at(row, offset), layer.activation.times_slopes(gradient, sums[group]));
+          gradients[group] = routing * factor * load<Vector>(layer.d_angle + from);
         });
+        layer.activation.template to_gradients<Tile::kGroups>(gradients, sums);
+        store_all<Tile>(thread, shared.chunk, sums);
       });
       spread<Tile>(block, weights, shared, place, span.rows, width);
     }
@@ -375,24 +379,23 @@ struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format>> {
   MOECALC_KERNEL void spread(Block& block, const Weights& weights, const Rows& shared, int place, int rows,
                              int width) const {
     using Vector = RowVec<Real>;
-    const Graph& graph = layer.graph;
     const int columns = width < Tile::kColumns ? width : Tile::kColumns;
     block.sync();
-    add_product(block, shared.d_angle, shared.chunk, rows, columns,
+    add_product(block, shared.gradient, shared.chunk, rows, columns,
                 weights.angle_angle_transposed + static_cast<int64_t>(place) * layer.a_padded,
                 layer.a_padded);
-    segment_sums(block, shared.chunk, rows, columns, shared.first,
-                 [&](int row, int offset, const Vector& sum) {
-                   const int64_t to = layer.part_offset(shared.first[row], 0) + place + offset;
-                   put(layer.d_angle_edge_parts + to, shared.starts_first(graph, row), sum);
-                 });
-    // angles of a centre with the same second edge are n_close rows apart
-    const auto step_of = [&](int row) { return graph.n_close[shared.centre[row]]; };
-    strided_sums(block, shared.chunk, rows, columns, shared.centre, step_of,
-                 [&](int row, int offset, const Vector& sum) {
-                   const int64_t to = layer.part_offset(shared.second[row], 1) + place + offset;
-                   put(layer.d_angle_edge_parts + to, shared.starts_second(graph, row), sum);
-                 });
+    segment_sums(
+        block, shared.chunk, rows, columns, [&](int row) { return shared.with_first(row); },
+        [&](int row, int offset, const Vector& sum) {
+          const int64_t to = layer.part_offset(shared.first[row], 0) + place + offset;
+          put(layer.d_angle_edge_parts + to, shared.starts_first(row), sum);
+        });
+    segment_sums(
+        block, shared.chunk, rows, columns, [&](int row) { return shared.with_second(row); },
+        [&](int row, int offset, const Vector& sum) {
+          const int64_t to = layer.part_offset(shared.second[row], 1) + place + offset;
+          put(layer.d_angle_edge_parts + to, shared.starts_second(row), sum);
+        });
     block.sync();
   }
 
@@ -407,12 +410,12 @@ struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format>> {
       if (!layer.first_layer) return;
       Real total = 0;
       for (int column = 0; column < layer.a_padded; ++column) {
-        total += *shared.d_angle.at(thread, column) * layer.direction[column];
+        total += *shared.gradient.at(thread, column) * layer.direction[column];
       }
       layer.d_cosine[row] = total;
     });
     if (layer.first_layer) return;
-    copy_rows(block, shared.d_angle, span.rows, layer.a_padded,
+    copy_rows(block, shared.gradient, span.rows, layer.a_padded,
               layer.d_angle + span.first * static_cast<int64_t>(layer.a_padded), layer.a_padded);
   }
 

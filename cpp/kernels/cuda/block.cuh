@@ -14,6 +14,17 @@
 #include <vector>
 
 #include "kernels/common/host_device.h"
+#if !defined(__CUDACC__)
+#include "kernels/cuda/races.h"
+#endif
+
+// Under AddressSanitizer arrays in shared memory lie between red zones.
+#if defined(__SANITIZE_ADDRESS__) && !defined(__CUDACC__)
+#include <sanitizer/asan_interface.h>
+#define MOECALC_RED_ZONES 1
+#else
+#define MOECALC_RED_ZONES 0
+#endif
 
 namespace moecalc::cuda {
 
@@ -68,20 +79,54 @@ struct Registers {
 /// A block on the host: one thread of the CPU in the place of all.
 class HostBlock {
  public:
-  /// `reversed`: runs the threads of a phase from the last to the first. Nothing may depend on that.
+  /// Bytes beside those that a kernel asks for, in the memory of a block.
+  static constexpr int64_t kRedZones = MOECALC_RED_ZONES ? 8192 : 0;
+
+  /// `memory`: bytes + kRedZones. `reversed`: runs the threads of a phase from the last to the first. Nothing
+  /// may depend on that.
   HostBlock(int64_t index, int threads, char* memory, int64_t bytes, bool reversed)
-      : index_(index), threads_(threads), memory_(memory), end_(memory + bytes), reversed_(reversed) {}
+      : index_(index),
+        threads_(threads),
+        memory_(memory),
+        begin_(memory),
+        bytes_(bytes),
+        reversed_(reversed) {
+    races::enter_block();
+#if MOECALC_RED_ZONES
+    ASAN_POISON_MEMORY_REGION(begin_, static_cast<size_t>(bytes_ + kRedZones));
+#endif
+  }
+  ~HostBlock() {
+#if MOECALC_RED_ZONES
+    ASAN_UNPOISON_MEMORY_REGION(begin_, static_cast<size_t>(bytes_ + kRedZones));
+#endif
+  }
+  HostBlock(const HostBlock&) = delete;
+  HostBlock& operator=(const HostBlock&) = delete;
   int64_t index() const { return index_; }
   template <class F>
   void each(const F& f) {
-    for (int thread = 0; thread < threads_; ++thread) f(reversed_ ? threads_ - 1 - thread : thread);
+    for (int turn = 0; turn < threads_; ++turn) {
+      const int thread = reversed_ ? threads_ - 1 - turn : turn;
+      races::run_as(thread);
+      f(thread);
+    }
+    races::run_as(races::kAllThreads);
   }
-  void sync() {}
+  void sync() { races::barrier(); }
   template <class Value>
   Value* shared(int64_t count) {
+    used_ += shared_size<Value>(count);
+    if (used_ > bytes_) throw std::logic_error("a kernel uses more shared memory than it asks for");
+#if MOECALC_RED_ZONES
+    memory_ += kRedZone;
+    if (memory_ + shared_size<Value>(count) > begin_ + bytes_ + kRedZones) {
+      throw std::logic_error("a kernel has more arrays in shared memory than there are red zones");
+    }
+    ASAN_UNPOISON_MEMORY_REGION(memory_, static_cast<size_t>(count) * sizeof(Value));
+#endif
     Value* place = reinterpret_cast<Value*>(memory_);
     memory_ += shared_size<Value>(count);
-    if (memory_ > end_) throw std::logic_error("a kernel uses more shared memory than it asks for");
     return place;
   }
   template <class Value, int COUNT>
@@ -90,10 +135,14 @@ class HostBlock {
   }
 
  private:
+  static constexpr int64_t kRedZone = 64;
+
   int64_t index_;
   int threads_;
   char* memory_;
-  char* end_;
+  char* begin_;
+  int64_t bytes_;
+  int64_t used_ = 0;
   bool reversed_;
 };
 

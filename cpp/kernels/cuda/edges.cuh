@@ -22,6 +22,8 @@ struct EdgeRows {
   int* centre;
   int* slot;  // or, of angle messages, the edge in the graph
 
+  /// Columns of the rows' features.
+  static MOECALC_BOTH int width(const LayerView<Real>& layer) { return layer.e_padded; }
   static int64_t bytes(const LayerView<Real>& layer) {
     return SharedRows<Format>::bytes(layer.e_padded) + SharedRows<Format>::bytes(kChunk) +
            2 * shared_size<int>(Format::kRows);
@@ -62,18 +64,24 @@ struct EdgeRows {
     read_features(block, layer.angle_message, layer.e_padded, span);
   }
 
+  /// The edges of a tile with the same centre.
+  MOECALC_KERNEL Segment with_centre(const Graph& graph, const Span& span, int row) const {
+    const bool is_first = row == 0 || centre[row - 1] != centre[row];
+    return {is_first, 1, graph.first_edge[centre[row] + 1] - span.first};
+  }
+
   /// pre_activation of edges in the columns of the edge maps from `column` on.
   template <class Tile>
   MOECALC_KERNEL void pre_activation(int thread, const LayerView<Real>& layer,
                                      const kernels::GroupWeights<Real>& weights, int rows, int column,
                                      int width, typename Tile::Vector* sums) const {
     using Vector = typename Tile::Vector;
-    const int64_t columns = layer.edge_columns;
+    const int columns = layer.edge_columns;
     const Real* centre_parts = layer.edge_centre_part + column;
     const Real* neighbor_parts = layer.edge_neighbor_part + column;
-    for_own<Tile>(thread, rows, width, [&](int group, int row, int offset) {
-      sums[group] = load<Vector>(centre_parts + centre[row] * columns + offset) +
-                    load<Vector>(neighbor_parts + slot[row] * columns + offset);
+    for_clamped<Tile>(thread, rows, width, [&](int group, int row, int offset) {
+      sums[group] = load<Vector>(centre_parts + static_cast<int64_t>(centre[row]) * columns + offset) +
+                    load<Vector>(neighbor_parts + static_cast<int64_t>(slot[row]) * columns + offset);
     });
     Tile::multiply(thread, sums, edge, layer.e_padded,
                    weight_columns<Tile>(weights.edge_edge, columns, column, width));
@@ -85,7 +93,7 @@ struct EdgeRows {
                                                  const kernels::GroupWeights<Real>& weights, int rows,
                                                  int column, int width, typename Tile::Vector* sums) const {
     using Vector = typename Tile::Vector;
-    for_own<Tile>(thread, rows, width, [&](int group, int, int offset) {
+    for_clamped<Tile>(thread, rows, width, [&](int group, int, int offset) {
       sums[group] = load<Vector>(weights.message_map_bias + column + offset);
     });
     Tile::multiply(
@@ -156,17 +164,20 @@ struct EdgeForward : LayerKernel<Format, EdgeRows<Format>> {
         add_expert<Tile>(thread, shared, weights, weights.routing_message[expert],
                          expert * layer.message_width + column, span.rows, width, mix);
       }
-      for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
-        store(shared.chunk.at(row, offset), layer.switch_edge[span.first + row] * mix[group]);
-      });
+      for_clamped<Tile>(thread, span.rows, width,
+                        [&](int group, int row, int) { mix[group] *= layer.switch_edge[span.first + row]; });
+      store_all<Tile>(thread, shared.chunk, mix);
     });
     block.sync();
     const int columns = width < Tile::kColumns ? width : Tile::kColumns;
-    segment_sums(block, shared.chunk, span.rows, columns, shared.centre, [&](int row, int offset, auto sum) {
-      sum *= layer.edge_scale;
-      const int64_t to = shared.centre[row] * static_cast<int64_t>(layer.message_width) + column + offset;
-      put(layer.message + to, false, sum);
-    });
+    segment_sums(
+        block, shared.chunk, span.rows, columns,
+        [&](int row) { return shared.with_centre(layer.graph, span, row); },
+        [&](int row, int offset, auto sum) {
+          sum *= layer.edge_scale;
+          const int64_t to = shared.centre[row] * static_cast<int64_t>(layer.message_width) + column + offset;
+          put(layer.message + to, false, sum);
+        });
     block.sync();
   }
 
@@ -231,10 +242,7 @@ struct EdgeForward : LayerKernel<Format, EdgeRows<Format>> {
   template <class Tile>
   MOECALC_KERNEL void add_activated(Real routing, const typename Tile::Vector* sums,
                                     typename Tile::Vector* mix) const {
-    MOECALC_UNROLL
-    for (int group = 0; group < Tile::kGroups; ++group) {
-      layer.activation.add_values(routing, sums[group], mix[group]);
-    }
+    layer.activation.template add_values<Tile::kGroups>(routing, sums, mix);
   }
 };
 
@@ -294,13 +302,14 @@ struct MessageBackward : LayerKernel<Format, MessageGradientRows<Format>> {
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
         shared.template message_map_pre_activation<Tile>(thread, layer, weights, rows, place, width, sums);
-        for_own<Tile>(thread, rows, width, [&](int group, int row, int offset) {
+        Vector gradients[Tile::kGroups];
+        for_clamped<Tile>(thread, rows, width, [&](int group, int row, int offset) {
           const int64_t from = shared.slot[row] * static_cast<int64_t>(layer.e_padded) + column + offset;
-          const Vector d_out = load<Vector>(layer.d_edge_out + from);
           const Vector factor = load<Vector>(layer.update.edge + layer.e_padded + column + offset);
-          const Vector gradient = routing * factor * d_out;
-          store(shared.chunk.at(row, offset), layer.activation.times_slopes(gradient, sums[group]));
+          gradients[group] = routing * factor * load<Vector>(layer.d_edge_out + from);
         });
+        layer.activation.template to_gradients<Tile::kGroups>(gradients, sums);
+        store_all<Tile>(thread, shared.chunk, sums);
       });
       block.sync();
       add_product(block, shared.d_message, shared.chunk, rows, columns,
@@ -311,30 +320,15 @@ struct MessageBackward : LayerKernel<Format, MessageGradientRows<Format>> {
   }
 };
 
-/// Arrays in shared memory for the gradients of a tile of edges.
-template <class Format>
-struct EdgeGradientRows : EdgeRows<Format> {
-  using Real = typename Format::Real;
-  SharedRows<Format> d_edge;  // to which every chunk adds
-  Dots<Format> d_switch;      // likewise
-
-  static int64_t bytes(const LayerView<Real>& layer) {
-    return EdgeRows<Format>::bytes(layer) + SharedRows<Format>::bytes(layer.e_padded) + Dots<Format>::bytes();
-  }
-  template <class Block>
-  MOECALC_KERNEL EdgeGradientRows(Block& block, const LayerView<Real>& layer)
-      : EdgeRows<Format>(block, layer), d_edge(block, layer.e_padded), d_switch(block) {}
-};
-
 /// Gradients of the edge maps and of the moments, without what comes through the angle maps. With d_pre =
 /// phi'(pre_activation) times the gradient of an expert's output:
 ///   d_edge_ij = keep_edge d_edge_out + d_pre W_edge^T + sum_c directions_c d_moments_c   (edge block),
 ///   d_edge_centre_part_i = sum_j d_pre_ij,   d_switch_ij = d_message_i . mix phi,
 ///   d_directions_c = d_moments_c . [edge_ij, node_j].
 template <class Format>
-struct EdgeBackward : LayerKernel<Format, EdgeGradientRows<Format>> {
-  using Base = LayerKernel<Format, EdgeGradientRows<Format>>;
-  using Rows = EdgeGradientRows<Format>;
+struct EdgeBackward : LayerKernel<Format, GradientRows<Format, EdgeRows<Format>>> {
+  using Rows = GradientRows<Format, EdgeRows<Format>>;
+  using Base = LayerKernel<Format, Rows>;
   using Base::layer;
   using typename Base::Real;
   using typename Base::Weights;
@@ -368,7 +362,7 @@ struct EdgeBackward : LayerKernel<Format, EdgeGradientRows<Format>> {
   /// keeps its feature).
   template <class Block>
   MOECALC_KERNEL void start_gradient(Block& block, const Rows& shared, const Span& span) const {
-    stage(block, shared.d_edge, span.rows, layer.e_padded, [&](int row, int column) {
+    stage(block, shared.gradient, span.rows, layer.e_padded, [&](int row, int column) {
       using Vector = RowVec<Real>;
       const int64_t edge = span.first + row;
       const int64_t centre = shared.centre[row];
@@ -447,16 +441,18 @@ struct EdgeBackward : LayerKernel<Format, EdgeGradientRows<Format>> {
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
         shared.template pre_activation<Tile>(thread, layer, weights, span.rows, place, width, sums);
-        for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
+        Vector gradients[Tile::kGroups];
+        Real switches[Tile::kGroups];
+        Real dots[Tile::kGroups] = {};
+        for_clamped<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
           const int64_t from = shared.centre[row] * static_cast<int64_t>(layer.message_width);
           const Vector d_message = load<Vector>(layer.d_message + from + column + offset);
-          const Vector gradient = (routing * layer.edge_scale) * d_message;
-          Real dot = 0;
-          const Vector d_pre = through_switch(layer.activation, sums[group], gradient,
-                                              layer.switch_edge[span.first + row], dot);
-          shared.d_switch.template add<Tile>(thread, row, dot);
-          store(shared.chunk.at(row, offset), d_pre);
+          gradients[group] = (routing * layer.edge_scale) * d_message;
+          switches[group] = layer.switch_edge[span.first + row];
         });
+        layer.activation.template to_gradients<Tile::kGroups>(gradients, switches, sums, dots);
+        shared.d_switch.template add<Tile>(thread, span.rows, width, dots);
+        store_all<Tile>(thread, shared.chunk, sums);
       });
       spread<Tile>(block, weights, shared, place, span, width);
     }
@@ -474,13 +470,14 @@ struct EdgeBackward : LayerKernel<Format, EdgeGradientRows<Format>> {
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
         shared.template pre_activation<Tile>(thread, layer, weights, span.rows, place, width, sums);
-        for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
+        Vector gradients[Tile::kGroups];
+        for_clamped<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
           const int64_t from = (span.first + row) * static_cast<int64_t>(layer.e_padded) + column + offset;
-          const Vector d_out = load<Vector>(layer.d_edge_out + from);
           const Vector factor = load<Vector>(layer.update.edge + column + offset);
-          const Vector gradient = routing * factor * d_out;
-          store(shared.chunk.at(row, offset), layer.activation.times_slopes(gradient, sums[group]));
+          gradients[group] = routing * factor * load<Vector>(layer.d_edge_out + from);
         });
+        layer.activation.template to_gradients<Tile::kGroups>(gradients, sums);
+        store_all<Tile>(thread, shared.chunk, sums);
       });
       spread<Tile>(block, weights, shared, place, span, width);
     }
@@ -496,20 +493,22 @@ struct EdgeBackward : LayerKernel<Format, EdgeGradientRows<Format>> {
     block.sync();
     copy_rows(block, shared.chunk, span.rows, columns, layer.d_edge_pre + span.first * stride + place,
               stride);
-    add_product(block, shared.d_edge, shared.chunk, span.rows, columns,
+    add_product(block, shared.gradient, shared.chunk, span.rows, columns,
                 weights.edge_edge_transposed + static_cast<int64_t>(place) * layer.e_padded, layer.e_padded);
-    segment_sums(block, shared.chunk, span.rows, columns, shared.centre,
-                 [&](int row, int offset, const RowVec<Real>& sum) {
-                   const int64_t to = shared.centre[row] * stride + place + offset;
-                   put(layer.d_edge_centre_part + to, false, sum);
-                 });
+    segment_sums(
+        block, shared.chunk, span.rows, columns,
+        [&](int row) { return shared.with_centre(layer.graph, span, row); },
+        [&](int row, int offset, const RowVec<Real>& sum) {
+          const int64_t to = shared.centre[row] * stride + place + offset;
+          put(layer.d_edge_centre_part + to, false, sum);
+        });
     block.sync();
   }
 
   /// d_edge and d_switch_edge to global memory.
   template <class Block>
   MOECALC_KERNEL void finish(Block& block, const Rows& shared, const Span& span) const {
-    copy_rows(block, shared.d_edge, span.rows, layer.e_padded,
+    copy_rows(block, shared.gradient, span.rows, layer.e_padded,
               layer.d_edge + span.first * static_cast<int64_t>(layer.e_padded), layer.e_padded);
     block.each([&](int thread) {
       if (thread >= span.rows) return;

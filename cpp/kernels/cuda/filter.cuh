@@ -19,14 +19,20 @@ struct Positions {
     const double* from = atoms + 3 * static_cast<int64_t>(graph.list_from[item]);
     const double* to = atoms + 3 * static_cast<int64_t>(graph.list_to[item]);
     for (int c = 0; c < 3; ++c) vector[c] = to[c] - from[c];
+    const int64_t first = 3 * static_cast<int64_t>(item);
     if (graph.list_shift != nullptr) {
-      const double* cell = cells + 9 * graph.system[graph.list_centre[item]];
-      const double* shift = graph.list_shift + 3 * static_cast<int64_t>(item);
-      for (int c = 0; c < 3; ++c) {
-        vector[c] += shift[0] * cell[c] + shift[1] * cell[3 + c] + shift[2] * cell[6 + c];
-      }
+      add_shift(graph, item, graph.list_shift + first, vector);
+    } else if (graph.list_wide_shift != nullptr) {
+      add_shift(graph, item, graph.list_wide_shift + first, vector);
     }
     return kernels::length_of(vector);
+  }
+  template <class Shift>
+  MOECALC_KERNEL void add_shift(const Graph& graph, int item, const Shift* shift, double (&vector)[3]) const {
+    const double* cell = cells + 9 * graph.system[graph.list_centre[item]];
+    for (int c = 0; c < 3; ++c) {
+      vector[c] += shift[0] * cell[c] + shift[1] * cell[3 + c] + shift[2] * cell[6 + c];
+    }
   }
   MOECALC_KERNEL bool is_edge(double distance) const { return distance <= cutoff; }
   MOECALC_KERNEL bool is_close(double distance) const {

@@ -36,17 +36,19 @@ struct Graph {
   const int* list_centre = nullptr;    // (n_list)
   const int* list_neighbor = nullptr;  // (n_list)
   const int* list_slot = nullptr;      // (n_list)
-  const double* list_shift = nullptr;  // (n_list, 3) or null
-  const int* slot_node = nullptr;      // (n_slot)
-  const int* slot_first = nullptr;     // (n_slot + 1) into slot_list
-  const int* slot_list = nullptr;      // (n_list) list edges of every slot
-  const int* node_first = nullptr;     // (n_node + 1) into node_slot
-  const int* node_slot = nullptr;      // (n_slot) slots of every node
-  const int* type = nullptr;           // (n_node)
-  const int* engine_row = nullptr;     // (n_node)
-  const int* system = nullptr;         // (n_local)
-  const int* system_first = nullptr;   // (n_systems + 1) into system_row
-  const int* system_row = nullptr;     // (n_local) rows of every system
+  // Cell shifts (n_list, 3), in bytes, or wide where one of them does not fit; both null without cells.
+  const int8_t* list_shift = nullptr;
+  const double* list_wide_shift = nullptr;
+  const int* slot_node = nullptr;     // (n_slot)
+  const int* slot_first = nullptr;    // (n_slot + 1) into slot_list
+  const int* slot_list = nullptr;     // (n_list) list edges of every slot
+  const int* node_first = nullptr;    // (n_node + 1) into node_slot
+  const int* node_slot = nullptr;     // (n_slot) slots of every node
+  const int* type = nullptr;          // (n_node)
+  const int* engine_row = nullptr;    // (n_node)
+  const int* system = nullptr;        // (n_local)
+  const int* system_first = nullptr;  // (n_systems + 1) into system_row
+  const int* system_row = nullptr;    // (n_local) rows of every system
 
   // of this step
   int* n_close = nullptr;       // (n_local) close edges of a centre

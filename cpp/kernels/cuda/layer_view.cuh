@@ -73,7 +73,8 @@ struct LayerView {
   Real* moments = nullptr;        // n_local x 3 x sym_width
   Real* invariants = nullptr;     // n_local x sym_inputs
 
-  // --- outputs, laid out as the inputs
+  // --- outputs, laid out as the inputs. edge_out may be `edge`, angle_out `angle`, and below d_edge
+  // d_edge_out: a kernel reads all of a row before it writes any of it, and no other block reads that row
   Real* node_out = nullptr;
   Real* edge_out = nullptr;
   Real* angle_out = nullptr;

@@ -102,9 +102,43 @@ struct FmaTile {
   }
 };
 
-#if defined(__CUDACC__)
 /// Instructions of the tensor cores and the rounding of their factors.
+///
+/// What a lane loads is a function of its number, written once for both targets. On the device a lane holds
+/// its own fragment. On the host it collects the fragments of all lanes whose factors reach its sums, with
+/// the same function: an element that a lane of the device would load from a wrong place is wrong here too.
 namespace tensor_core {
+
+/// Two neighboring words of the weights.
+struct alignas(8) WordPair {
+  uint32_t x;
+  uint32_t y;
+};
+/// Factors of rows: of m16n8k8 tf32, words (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4) of lane 4 g + q.
+struct Tf32Rows {
+  uint32_t word[4];
+};
+/// Of m16n8k8 bf16: elements 2 q and 2 q + 1 of row g, then of row g + 8; leading and remaining parts.
+struct Bf16Rows {
+  uint32_t high[2];
+  uint32_t low[2];
+};
+
+#if defined(__CUDACC__)
+
+template <class Fragment>
+using RowFragments = Fragment;
+using WeightFragments = WordPair;
+
+template <class F>
+__device__ __forceinline__ auto of_rows(int lane, const F& load) {
+  return load(lane);
+}
+template <class F>
+__device__ __forceinline__ WordPair of_weights(int lane, const F& load) {
+  return load(lane);
+}
+__device__ __forceinline__ WordPair words(const float* from) { return load_weight<WordPair>(from); }
 
 __device__ __forceinline__ uint32_t tf32(float value) {
   uint32_t rounded;
@@ -117,25 +151,114 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
   return packed;
 }
-/// Leading and remaining parts of two numbers.
-__device__ __forceinline__ void split(float first, float second, uint32_t& high, uint32_t& low) {
-  high = pack(first, second);
-  low = pack(first - __uint_as_float(high << 16), second - __uint_as_float(high & 0xffff0000u));
-}
-__device__ __forceinline__ void mma_tf32(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+__device__ __forceinline__ void mma_tf32(float* c, const Tf32Rows& a, const WordPair& b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.x), "r"(b.y));
 }
 __device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[2], uint32_t b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
+__device__ __forceinline__ void mma_bf16x3(float* c, const Bf16Rows& a, const WordPair& b) {
+  mma_bf16(c, a.high, b.y);  // small terms first
+  mma_bf16(c, a.low, b.x);
+  mma_bf16(c, a.high, b.x);
+}
+
+#else
+
+/// Fragments of the four lanes that share rows.
+template <class Fragment>
+struct RowFragments {
+  Fragment of[4];
+};
+/// Fragments of the eight lanes that hold the two columns of a lane's sums.
+struct WeightFragments {
+  WordPair of[2][4];
+};
+
+template <class F>
+auto of_rows(int lane, const F& load) {
+  RowFragments<decltype(load(0))> fragments;
+  for (int peer = 0; peer < 4; ++peer) fragments.of[peer] = load(lane / 4 * 4 + peer);
+  return fragments;
+}
+template <class F>
+WeightFragments of_weights(int lane, const F& load) {
+  WeightFragments fragments;
+  for (int column = 0; column < 2; ++column) {
+    for (int peer = 0; peer < 4; ++peer) {
+      fragments.of[column][peer] = load((lane % 4 * 2 + column) * 4 + peer);
+    }
+  }
+  return fragments;
+}
+inline WordPair words(const float* from) { return {bits_of(from[0]), bits_of(from[1])}; }
+
+inline uint32_t tf32(float value) { return bits_of(to_tf32(value)); }
+inline uint32_t pack(float first, float second) {
+  return bits_of(to_bf16(first)) >> 16 | (bits_of(to_bf16(second)) & 0xffff0000u);
+}
+/// Element 0 or 1 of two bf16 in one register.
+inline float unpacked(uint32_t pair, int element) {
+  return float_of(element == 1 ? pair & 0xffff0000u : pair << 16);
+}
+
+/// c0 c1 are columns 2 q, 2 q + 1 of row g, c2 c3 those of row g + 8 (PTX ISA, mma.m16n8k8).
+inline void mma_tf32(float* c, const RowFragments<Tf32Rows>& a, const WeightFragments& b) {
+  for (int sum = 0; sum < 4; ++sum) {
+    for (int k = 0; k < 8; ++k) {
+      const WordPair& weight = b.of[sum % 2][k % 4];
+      const uint32_t factor = a.of[k % 4].word[sum / 2 + k / 4 * 2];
+      c[sum] += float_of(factor) * float_of(k < 4 ? weight.x : weight.y);
+    }
+  }
+}
+/// One product of bf16: `low_rows`, `low_weights`: of the remaining parts.
+inline void mma_bf16(float* c, const RowFragments<Bf16Rows>& a, const WeightFragments& b, bool low_rows,
+                     bool low_weights) {
+  for (int sum = 0; sum < 4; ++sum) {
+    for (int k = 0; k < 8; ++k) {
+      const Bf16Rows& rows = a.of[k / 2];
+      const WordPair& weights = b.of[sum % 2][k / 2];
+      const uint32_t factors = low_rows ? rows.low[sum / 2] : rows.high[sum / 2];
+      c[sum] += unpacked(factors, k % 2) * unpacked(low_weights ? weights.y : weights.x, k % 2);
+    }
+  }
+}
+inline void mma_bf16x3(float* c, const RowFragments<Bf16Rows>& a, const WeightFragments& b) {
+  mma_bf16(c, a, b, false, true);  // small terms first
+  mma_bf16(c, a, b, true, false);
+  mma_bf16(c, a, b, false, false);
+}
+
+#endif
+
+/// Leading and remaining parts of two numbers.
+MOECALC_KERNEL void split(float first, float second, uint32_t& high, uint32_t& low) {
+  high = pack(first, second);
+  low = pack(first - float_of(high << 16), second - float_of(high & 0xffff0000u));
+}
+
+/// A lane's factors from rows g and g + 8; `rows`: row 0 of 16, column 0 of 8.
+MOECALC_KERNEL Tf32Rows load_tf32(const float* rows, int stride, int lane) {
+  const float* from = rows + lane / 4 * stride + lane % 4;
+  return {{tf32(from[0]), tf32(from[8 * stride]), tf32(from[4]), tf32(from[8 * stride + 4])}};
+}
+MOECALC_KERNEL Bf16Rows load_bf16(const float* rows, int stride, int lane) {
+  const float* from = rows + lane / 4 * stride + lane % 4 * 2;
+  Bf16Rows parts;
+  split(from[0], from[1], parts.high[0], parts.low[0]);
+  split(from[8 * stride], from[8 * stride + 1], parts.high[1], parts.low[1]);
+  return parts;
+}
 
 }  // namespace tensor_core
-#endif
 
 /// The same for mma.sync m16n8: four warps, each half of the rows by half of the columns.
 template <class FORMAT, int COLUMNS>
@@ -161,118 +284,66 @@ struct MmaTile {
     return weights + 8 * column;
   }
 
-#if defined(__CUDACC__)
-  static __device__ __forceinline__ void multiply(int thread, Vector* sums, const SharedRows<Format>& rows,
-                                                  int inputs, const WeightColumns<float>& weights) {
+  static MOECALC_KERNEL void multiply(int thread, Vector* sums, const SharedRows<Format>& rows, int inputs,
+                                      const WeightColumns<float>& weights) {
     const int warp = thread / 32;
     const int lane = thread % 32;
     const int first_column = warp % 2 * (COLUMNS / 2);
-    const float* own_rows = rows.at(warp / 2 * 32 + lane / 4, 0);
-    const float* own_weights = weights.data + first_column * 8 + lane * 2;
+    const float* own_rows = rows.at(warp / 2 * 32, 0);
+    const float* own_weights = weights.data + first_column * 8;
     for (int input = 0; input < inputs; input += 8) {
-      uint2 factors[kAcross];
+      tensor_core::WeightFragments factors[kAcross];
       MOECALC_UNROLL
       for (int across = 0; across < kAcross; ++across) {
-        factors[across] = first_column + across * 8 < weights.width
-                              ? load_weight<uint2>(own_weights + input * weights.stride + across * 64)
-                              : make_uint2(0u, 0u);
+        const float* from = own_weights + input * weights.stride + across * 64;
+        const bool live = first_column + across * 8 < weights.width;
+        factors[across] = tensor_core::of_weights(lane, [&](int of_lane) -> tensor_core::WordPair {
+          return live ? tensor_core::words(from + of_lane * 2) : tensor_core::WordPair{0u, 0u};
+        });
       }
       if constexpr (std::is_same_v<Format, Tf32>) {
-        multiply_tf32(sums, own_rows + input + lane % 4, rows.stride, factors);
+        multiply_block<tensor_core::Tf32Rows>(
+            lane, sums, factors,
+            [&](int down, int of_lane) {
+              return tensor_core::load_tf32(own_rows + down * 16 * rows.stride + input, rows.stride, of_lane);
+            },
+            [&](float* c, const auto& a, const auto& b) { tensor_core::mma_tf32(c, a, b); });
       } else {
-        multiply_bf16x3(sums, own_rows + input + lane % 4 * 2, rows.stride, factors);
+        multiply_block<tensor_core::Bf16Rows>(
+            lane, sums, factors,
+            [&](int down, int of_lane) {
+              return tensor_core::load_bf16(own_rows + down * 16 * rows.stride + input, rows.stride, of_lane);
+            },
+            [&](float* c, const auto& a, const auto& b) { tensor_core::mma_bf16x3(c, a, b); });
       }
     }
   }
 
  private:
-  static __device__ __forceinline__ void multiply_tf32(Vector* sums, const float* rows, int stride,
-                                                       const uint2 (&weights)[kAcross]) {
-    uint32_t factors[2][4];
+  /// sums += 32 rows times 8 rows of weights. load(down, lane): a lane's factors of 16 rows; product(c, a,
+  /// b).
+  template <class Fragment, class Load, class Product>
+  static MOECALC_KERNEL void multiply_block(int lane, Vector* sums,
+                                            const tensor_core::WeightFragments (&weights)[kAcross],
+                                            const Load& load, const Product& product) {
+    tensor_core::RowFragments<Fragment> factors[2];
     MOECALC_UNROLL
     for (int down = 0; down < 2; ++down) {
-      const float* from = rows + down * 16 * stride;
-      factors[down][0] = tensor_core::tf32(from[0]);
-      factors[down][1] = tensor_core::tf32(from[8 * stride]);
-      factors[down][2] = tensor_core::tf32(from[4]);
-      factors[down][3] = tensor_core::tf32(from[8 * stride + 4]);
+      factors[down] = tensor_core::of_rows(lane, [&](int of_lane) { return load(down, of_lane); });
     }
     MOECALC_UNROLL
     for (int across = 0; across < kAcross; ++across) {
       MOECALC_UNROLL
       for (int down = 0; down < 2; ++down) {
-        gathered(sums, down, across, [&](float* c) {
-          tensor_core::mma_tf32(c, factors[down], weights[across].x, weights[across].y);
-        });
+        Vector& upper = sums[2 * down * kAcross + across];
+        Vector& lower = sums[(2 * down + 1) * kAcross + across];
+        float c[4] = {upper[0], upper[1], lower[0], lower[1]};
+        product(c, factors[down], weights[across]);
+        upper = {c[0], c[1]};
+        lower = {c[2], c[3]};
       }
     }
   }
-
-  static __device__ __forceinline__ void multiply_bf16x3(Vector* sums, const float* rows, int stride,
-                                                         const uint2 (&weights)[kAcross]) {
-    uint32_t high[2][2];
-    uint32_t low[2][2];
-    MOECALC_UNROLL
-    for (int down = 0; down < 2; ++down) {
-      const float* from = rows + down * 16 * stride;
-      tensor_core::split(from[0], from[1], high[down][0], low[down][0]);
-      tensor_core::split(from[8 * stride], from[8 * stride + 1], high[down][1], low[down][1]);
-    }
-    MOECALC_UNROLL
-    for (int across = 0; across < kAcross; ++across) {
-      MOECALC_UNROLL
-      for (int down = 0; down < 2; ++down) {
-        gathered(sums, down, across, [&](float* c) {
-          tensor_core::mma_bf16(c, high[down], weights[across].y);  // small terms first
-          tensor_core::mma_bf16(c, low[down], weights[across].x);
-          tensor_core::mma_bf16(c, high[down], weights[across].x);
-        });
-      }
-    }
-  }
-
-  /// f on the four sums of a product of 16 rows and 8 columns, gathered from their groups and put back.
-  template <class F>
-  static __device__ __forceinline__ void gathered(Vector* sums, int down, int across, const F& f) {
-    Vector& upper = sums[2 * down * kAcross + across];
-    Vector& lower = sums[(2 * down + 1) * kAcross + across];
-    float c[4] = {upper[0], upper[1], lower[0], lower[1]};
-    f(c);
-    upper = {c[0], c[1]};
-    lower = {c[2], c[3]};
-  }
-#else
-  /// The emulation: the same elements and the same rounding of factors, sums in float32.
-  static void multiply(int thread, Vector* sums, const SharedRows<Format>& rows, int inputs,
-                       const WeightColumns<float>& weights) {
-    for (int group = 0; group < kGroups; ++group) {
-      const int first = column(thread, group);
-      if (first >= weights.width) continue;
-      const float* own_row = rows.at(row(thread, group), 0);
-      for (int input = 0; input < inputs; ++input) {
-        for (int lane = 0; lane < kVector; ++lane) {
-          sums[group][lane] += product(own_row[input], weights, input, first + lane);
-        }
-      }
-    }
-  }
-
- private:
-  /// `factor` times an element of the weights.
-  static float product(float factor, const WeightColumns<float>& weights, int64_t row, int64_t column) {
-    if constexpr (std::is_same_v<Format, Tf32>) {
-      return to_tf32(factor) * weights.data[tf32_word(row, column, weights.stride)];
-    } else {
-      const auto* words =
-          reinterpret_cast<const uint16_t*>(weights.data + bf16x3_word(row, column, weights.stride));
-      const float weight_high = float_of(uint32_t(words[row % 2]) << 16);
-      const float weight_low = float_of(uint32_t(words[2 + row % 2]) << 16);
-      const float high = to_bf16(factor);
-      const float low = to_bf16(factor - high);
-      return high * weight_low + low * weight_high + high * weight_high;
-    }
-  }
-#endif
 };
 
 template <class Format, int COLUMNS>
@@ -306,6 +377,19 @@ MOECALC_KERNEL void for_own(int thread, int rows, int width, const F& f) {
     const int row = Tile::row(thread, group);
     const int column = Tile::column(thread, group);
     if (row < rows && column < width) f(group, row, column);
+  }
+}
+
+/// f(group, row, column) for all vectors of a tile, given the last row and column of the first `rows` and
+/// `width` in the place of those beyond: what f loads is there, without a branch. What it makes of it may
+/// only be kept where for_own() comes to.
+template <class Tile, class F>
+MOECALC_KERNEL void for_clamped(int thread, int rows, int width, const F& f) {
+  MOECALC_UNROLL
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    const int row = Tile::row(thread, group);
+    const int column = Tile::column(thread, group);
+    f(group, row < rows ? row : rows - 1, column < width ? column : width - Tile::kVector);
   }
 }
 

@@ -82,6 +82,19 @@ struct FittingKernel {
     const int column = static_cast<int>(block % across) * kChunk;
     return {row, column, static_cast<int>(smaller<int64_t>(n_row - row, Format::kRows)), columns - column};
   }
+
+  /// f(row, column, sum) for every number of a tile that counts.
+  template <class Block, class Sums, class F>
+  static MOECALC_KERNEL void for_sums(Block& block, const Place& place, Sums& sums, const F& f) {
+    block.each([&](int thread) {
+      for_own<Tile>(thread, place.rows, place.columns, [&](int group, int row, int column) {
+        MOECALC_UNROLL
+        for (int lane = 0; lane < Tile::kVector; ++lane) {
+          f(place.row + row, place.column + column + lane, sums[thread][group][lane]);
+        }
+      });
+    });
+  }
 };
 
 /// Forward: y, and slope = activation' * timestep.
@@ -113,14 +126,7 @@ struct FittingForward : FittingKernel<Format> {
                           [&](int row, int column) {
                             return load<RowVec<Real>>(inputs + (place.row + row) * map.in_padded + column);
                           });
-    block.each([&](int thread) {
-      for_own<Tile>(thread, place.rows, place.columns, [&](int group, int row, int column) {
-        MOECALC_UNROLL
-        for (int lane = 0; lane < Tile::kVector; ++lane) {
-          write(place.row + row, place.column + column + lane, sums[thread][group][lane]);
-        }
-      });
-    });
+    this->for_sums(block, place, sums, [&](int64_t row, int column, Real sum) { write(row, column, sum); });
   }
 
  private:
@@ -159,14 +165,7 @@ struct FittingBackward : FittingKernel<Format> {
           const int64_t at = (place.row + row) * map.out_padded + column;
           return load<RowVec<Real>>(d_out + at) * load<RowVec<Real>>(slope + at);
         });
-    block.each([&](int thread) {
-      for_own<Tile>(thread, place.rows, place.columns, [&](int group, int row, int column) {
-        MOECALC_UNROLL
-        for (int lane = 0; lane < Tile::kVector; ++lane) {
-          write(place.row + row, place.column + column + lane, sums[thread][group][lane]);
-        }
-      });
-    });
+    this->for_sums(block, place, sums, [&](int64_t row, int column, Real sum) { write(row, column, sum); });
   }
 
  private:

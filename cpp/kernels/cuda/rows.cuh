@@ -44,21 +44,30 @@ MOECALC_KERNEL int centre_of(const int* first, int begin, int end, int row) {
   return low;
 }
 
-/// f(row, column, sum) with the sum over rows row, row + step, row + 2 step, ... as long as their key is the
-/// same; step = step_of(row). `tile`: rows of at most kChunk columns.
-template <class Format, class Block, class Step, class F>
-MOECALC_KERNEL void strided_sums(Block& block, const SharedRows<Format>& tile, int rows, int columns,
-                                 const int* key, const Step& step_of, const F& f) {
+/// Rows of a tile that are summed: the first of them, `step` apart, before `end`.
+struct Segment {
+  bool is_first;
+  int step;
+  int end;
+};
+
+/// f(row, column, sum) for every segment; row: the first of it. segment_of(row): Segment of a row. `tile`:
+/// rows of at most kChunk columns.
+template <class Format, class Block, class SegmentOf, class F>
+MOECALC_KERNEL void segment_sums(Block& block, const SharedRows<Format>& tile, int rows, int columns,
+                                 const SegmentOf& segment_of, const F& f) {
   using Vector = RowVec<typename Format::Real>;
   constexpr int lanes = kChunk / Vector::kSize;
   block.each([&](int thread) {
     const int column = thread % lanes * Vector::kSize;
     if (column >= columns) return;
     for (int row = thread / lanes; row < rows; row += kThreads / lanes) {
-      const int step = step_of(row);
-      if (row >= step && key[row - step] == key[row]) continue;  // not the first of its sum
+      const Segment segment = segment_of(row);
+      if (!segment.is_first) continue;
+      const int end = segment.end < rows ? segment.end : rows;
       Vector sum = load<Vector>(tile.at(row, column));
-      for (int next = row + step; next < rows && key[next] == key[row]; next += step) {
+      MOECALC_UNROLL_4
+      for (int next = row + segment.step; next < end; next += segment.step) {
         sum += load<Vector>(tile.at(next, column));
       }
       f(row, column, sum);
@@ -66,11 +75,14 @@ MOECALC_KERNEL void strided_sums(Block& block, const SharedRows<Format>& tile, i
   });
 }
 
-/// f(row, column, sum) for every sequence of rows with the same key.
-template <class Format, class Block, class F>
-MOECALC_KERNEL void segment_sums(Block& block, const SharedRows<Format>& tile, int rows, int columns,
-                                 const int* key, const F& f) {
-  strided_sums(block, tile, rows, columns, key, [](int) { return 1; }, f);
+/// A thread's vectors to a tile, also those beyond the rows and columns that count.
+template <class Tile>
+MOECALC_KERNEL void store_all(int thread, const SharedRows<typename Tile::Format>& to,
+                              const typename Tile::Vector* values) {
+  MOECALC_UNROLL
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    store(to.at(Tile::row(thread, group), Tile::column(thread, group)), values[group]);
+  }
 }
 
 /// out += chunk W: `chunk` has `inputs` columns, W and `out` have `width`.
@@ -132,9 +144,13 @@ struct Dots {
       for (int place = thread; place < Format::kRows * kStride; place += kThreads) values[place] = Real(0);
     });
   }
+  /// Adds what a thread has for each of its vectors of a tile, as far as they lie in `rows` rows and `width`
+  /// columns.
   template <class Tile>
-  MOECALC_KERNEL void add(int thread, int row, Real value) const {
-    values[row * kStride + Tile::slot(thread)] += value;
+  MOECALC_KERNEL void add(int thread, int rows, int width, const Real* shares) const {
+    for_own<Tile>(thread, rows, width, [&](int group, int row, int) {
+      values[row * kStride + Tile::slot(thread)] += shares[group];
+    });
   }
   MOECALC_KERNEL Real sum(int row) const {
     Real total = 0;
@@ -143,18 +159,19 @@ struct Dots {
   }
 };
 
-/// Gradient of factor phi(x) with respect to x, given that of the result; `dot` += gradient . phi(x).
-template <class Activation, class Vector, class Real>
-MOECALC_KERNEL Vector through_switch(const Activation& activation, const Vector& pre_activation,
-                                     const Vector& gradient, Real factor, Real& dot) {
-  Vector d_pre;
-  MOECALC_UNROLL
-  for (int lane = 0; lane < Vector::kSize; ++lane) {
-    const ValueAndSlope<Real> activated = activation(pre_activation[lane]);
-    dot += gradient[lane] * activated.value;
-    d_pre[lane] = gradient[lane] * factor * activated.slope;
+/// Arrays in shared memory for a tile of rows and for their gradients. `Rows`: AngleRows or EdgeRows.
+template <class Format, class Rows>
+struct GradientRows : Rows {
+  SharedRows<Format> gradient;  // of the rows' features, to which every chunk adds
+  Dots<Format> d_switch;        // likewise
+
+  template <class View>
+  static int64_t bytes(const View& layer) {
+    return Rows::bytes(layer) + SharedRows<Format>::bytes(Rows::width(layer)) + Dots<Format>::bytes();
   }
-  return d_pre;
-}
+  template <class Block, class View>
+  MOECALC_KERNEL GradientRows(Block& block, const View& layer)
+      : Rows(block, layer), gradient(block, Rows::width(layer)), d_switch(block) {}
+};
 
 }  // namespace moecalc::cuda
