@@ -162,7 +162,7 @@ def check_torch() -> list[Finding]:
 def _fails(code: str) -> str | None:
     """The error of Python code in a process of its own, in one line; None if it runs."""
     done = subprocess.run(  # noqa: S603 - this program, with code of our own
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
         return None

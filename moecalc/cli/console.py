@@ -61,24 +61,45 @@ def progress(action: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def counted_progress(action: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for what can be counted; a line per kind of step where standard error is no terminal."""
+def counted_progress(action: str, *, lines: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left, for what can be counted.
+
+    Args:
+        action: begins every line.
+        lines: where standard error is no terminal, a line per kind of step instead of nothing.
+    """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         current = ""
 
         def say(what: str, done: int, total: int) -> None:  # noqa: ARG001 - lines do not count
             nonlocal current
-            if what != current:
+            if lines and what != current:
                 typer.echo(f"{action}: {what}", err=True)
                 current = what
 
         yield say
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # results that go to a file must not be taken to the terminal where the bar is
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
         task = bar.add_task(action, total=None)
         yield lambda what, done, total: bar.update(
             task, description=f"{action}: {escape(what)}", completed=done, total=total

@@ -1,4 +1,4 @@
-"""`moecalc bench` and `report`: how fast a package is, and how good."""
+"""`moecalc bench`, `report` and `devi`: how fast a package is, how good, and where several disagree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import typer
 
 from moecalc.cli.console import counted_progress, new_console, progress, show_written
 from moecalc.cli.evaluation_tables import show_bench, show_report
-from moecalc.cli.options import DEFAULT, DType, PackageName, check_folder_of, named, path_of
+from moecalc.cli.options import (
+    DEFAULT,
+    DType,
+    PackageName,
+    check_folder_of,
+    check_new,
+    named,
+    path_of,
+)
 from moecalc.errors import MoecalcError
 from moecalc.files import check_outputs, write_text
 
@@ -127,3 +135,64 @@ def report(
     console = new_console()
     show_report(console, result)
     show_written(console, out, json_file)
+
+
+def devi(
+    packages: Annotated[
+        list[str], typer.Argument(metavar="PACKAGE...", help="Two or more packages, *.moe.pt.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Frames: any file that ASE reads, also .gz, or a DeePMD-kit folder.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Text file to write, as `dp model-devi` has it.")
+    ] = Path("model_devi.out"),
+    relative: Annotated[
+        float | None, typer.Option(min=0.0, help="Divide deviations of forces by |mean| + this, eV/A.")
+    ] = None,
+    relative_v: Annotated[
+        float | None,
+        typer.Option("--relative-v", min=0.0, help="The same for virials per atom, eV."),
+    ] = None,
+    atomic: Annotated[
+        bool, typer.Option("--atomic", help="Add the deviation of the force on each atom.")
+    ] = False,
+    frequency: Annotated[
+        int, typer.Option(min=1, help="Steps between two frames, for the first column.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto.")] = "auto",
+    dtype: Annotated[DType | None, typer.Option(help="Precision. Default: each package's.")] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Accept elements that a model was not trained on.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Show where several packages disagree: DeePMD-kit's model deviation of every frame."""
+    from moecalc.model_devi import model_devi_text, model_deviations
+
+    check_outputs(
+        [("--out", out)], [("--data", data), *(("package", path_of(package)) for package in packages)]
+    )
+    check_folder_of(out, "deviations")
+    check_new(out, force)
+    with counted_progress("devi") as say:
+        systems = model_deviations(
+            [named(package) for package in packages],
+            data,
+            device=device,
+            dtype=dtype,
+            relative=relative,
+            relative_v=relative_v,
+            allow_untrained=untrained,
+            progress=say,
+        )
+        write_text(out, model_devi_text(systems, atomic=atomic, frequency=frequency))
+    frames = [frame for system in systems for frame in system.frames]
+    largest = max(frame.max_forces for frame in frames)
+    console = new_console()
+    unit = "eV/A" if relative is None else "(relative)"
+    console.print(
+        f"{len(frames):,} frames: largest deviation of a force {largest:.4g} {unit}",
+        soft_wrap=True,
+    )
+    show_written(console, out)

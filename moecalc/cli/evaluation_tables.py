@@ -126,7 +126,7 @@ def show_report(console: Console, report: FitnessReport) -> None:
 
 def _errors(report: FitnessReport) -> Table:
     """A row per group, and one for all frames."""
-    from moecalc.report.render import significant
+    from moecalc.page import significant
 
     names = (
         "group",

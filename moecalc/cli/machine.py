@@ -42,6 +42,8 @@ def doctor(
 
 def _show_findings(console: Console, findings: Sequence[Finding]) -> None:
     table = plain_table()
+    for _ in ("status", "name", "detail"):
+        table.add_column(overflow="fold")
     for finding in findings:
         remedy = f"\n[bold]-> {escape(finding.remedy)}[/bold]" if finding.remedy else ""
         status = f"[{_COLOURS[finding.status]}]{finding.status}[/]"

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from moecalc import __version__
-from moecalc.cli import data, evaluation, lammps, machine, packaging, training, zbl
+from moecalc.cli import data, dynamics, evaluation, lammps, machine, packaging, training, zbl
 from moecalc.cli.group import Commands
 
 COMMANDS: Final = (
@@ -17,6 +17,9 @@ COMMANDS: Final = (
     packaging.upgrade,
     evaluation.bench,
     evaluation.report,
+    evaluation.devi,
+    dynamics.md,
+    dynamics.relax,
     zbl.zbl,
     data.convert,
     training.upcycle,

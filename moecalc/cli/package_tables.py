@@ -161,7 +161,9 @@ def show_routing(console: Console, metadata: Metadata) -> None:
             console.print(_routing_table(f"layer {index}", metadata.elements[:MAX_ELEMENTS], layer))
     hidden = len(metadata.elements) - MAX_ELEMENTS
     if hidden > 0:
-        console.print(f"\n{hidden} more elements: see `moecalc inspect --json`, or --plot for a figure")
+        console.print(
+            f"\n{hidden} more elements: see `moecalc inspect PACKAGE --json`, or --plot for a figure"
+        )
 
 
 def _routing_table(title: str, elements: Sequence[str], layer: Mapping[str, PositionRouting]) -> Table:

@@ -14,7 +14,7 @@ def plain_table(*columns: str, right: Sequence[int] = ()) -> Table:
         box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="bold"
     )
     for k, column in enumerate(columns):
-        table.add_column(column, justify="right" if k in right else "left")
+        table.add_column(column, justify="right" if k in right else "left", overflow="fold")
     return table
 
 
@@ -22,7 +22,7 @@ def facts(*rows: tuple[str, str]) -> Table:
     """Names and values in two columns; every call gives the same widths."""
     table = plain_table()
     table.add_column(width=11, style="dim")
-    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in rows:
         table.add_row(key, escape(value))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moecalc._extras import need_torch
-from moecalc.cli.console import new_console, progress, start_torch
+from moecalc.cli.console import counted_progress, new_console, progress, start_torch
 from moecalc.cli.options import check_new
 from moecalc.files import check_outputs
 
@@ -61,33 +62,70 @@ def fit(
     validation: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of every group to hold out.")
     ] = 0.05,
+    test: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=0.9,
+            help="Share of every group that decides nothing: written to OUT/test.extxyz, for one report.",
+        ),
+    ] = 0.0,
     hours: Annotated[
-        float | None, typer.Option(min=0.0, help="Stop after so long. Default: at the last step.")
+        float | None,
+        typer.Option(
+            help="Train for so long in all, over all calls; the learning rate falls to its last value by "
+            "then. Default: for the steps of the input."
+        ),
+    ] = None,
+    pause_after: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Hours after which to stop, to go on later with the same command."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: those of torch.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 2000,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Make a committee of so many fits, with seeds 1, 2, ... in OUT/seed-1, OUT/seed-2, ...: one "
+            "after the other; --hours and --pause-after are shared.",
+        ),
+    ] = None,
 ) -> None:
     """Fit a potential on CPUs with the fused kernels; the result is a checkpoint for `moecalc package`."""
     need_torch()
     console = new_console()
-    with progress("fitting") as say:
-        say("reading frames")
+    members: list[tuple[int | None, Path, str]] = [(None, out, "model.moe.pt")]
+    if seeds is not None:
+        members = [(seed, out / f"seed-{seed}", f"model-{seed}.moe.pt") for seed in range(1, seeds + 1)]
+    with counted_progress("fitting") as say:
+        say("reading frames", 0, 1)
         from moecalc.training.fit import fit_frames
 
-        say("training")
-        result = fit_frames(
-            source,
-            input_file,
-            out,
-            validation=validation,
-            hours=hours,
-            threads=threads,
-            every=every,
-            progress=lambda entry: _show_step(console, entry),
-        )
-    checkpoint = out / "state.averaged.pt"
-    console.print(f"stopped at step {result.step_number:,} of {result.options.steps:,}", soft_wrap=True)
-    console.print(f"next: moecalc package {checkpoint} -o model.moe.pt", soft_wrap=True, markup=False)
+        for seed, folder, name in members:
+            what = "training" if seed is None else f"training with seed {seed} of {len(members)}"
+            result = fit_frames(
+                source,
+                input_file,
+                folder,
+                validation=validation,
+                test=test,
+                hours=None if hours is None else hours / len(members),
+                pause_after=None if pause_after is None else pause_after / len(members),
+                threads=threads,
+                every=every,
+                seed=seed,
+                progress=lambda entry: _show_step(console, entry),
+                stepped=partial(say, what),
+            )
+            checkpoint = folder / "state.averaged.pt"
+            share = (
+                f"of {result.options.steps:,}"
+                if hours is None
+                else f"after {result.progress:.0%} of the hours"
+            )
+            console.print(f"stopped at step {result.step_number:,} {share}", soft_wrap=True)
+            console.print(f"next: moecalc package {checkpoint} -o {name}", soft_wrap=True, markup=False)
 
 
 def _show_step(console: Console, entry: dict[str, Any]) -> None:

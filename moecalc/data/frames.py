@@ -90,9 +90,7 @@ def _read_last(path: Path) -> list[Atoms]:
     try:
         return _parse(path, "-1:")
     except Exception as error:  # noqa: BLE001 - ASE's readers raise whatever they meet
-        raise StructureError(
-            f"{path}: not a structure that ASE reads ({type(error).__name__}: {error})"
-        ) from None
+        raise StructureError(f"{path}: not a structure that ASE reads ({_reason(error)})") from None
 
 
 def _unreadable(path: Path, error: Exception) -> DatasetError:
@@ -101,9 +99,14 @@ def _unreadable(path: Path, error: Exception) -> DatasetError:
     if what is not None and "text" not in what and path.suffix not in _BINARY:
         return DatasetError(f"{path}: {what}, expected {_EXPECTED}")
     return DatasetError(
-        f"{path}: not readable, ASE cannot read it as structures ({type(error).__name__}: {error}): "
-        f"expected {_EXPECTED}"
+        f"{path}: not readable, ASE cannot read it as structures ({_reason(error)}): expected {_EXPECTED}"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What a reader of ASE met, in one line; its assertions have no text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _parse(path: Path, index: str) -> list[Atoms]:
@@ -143,7 +146,7 @@ def check_frames(frames: Sequence[Atoms], type_map: Sequence[str]) -> None:
 
     Raises:
         DatasetError: names the frames without energy or forces, not periodic, with other elements or with
-        values that are not finite.
+            values that are not finite.
     """
     problems = [(i, problem) for i, atoms in enumerate(frames) if (problem := _problem(atoms, type_map))]
     if not problems:

@@ -38,10 +38,13 @@ class RouterConfig(_Strict):
     Counts of routed and shared experts are separate; shared experts always have weight 1.
     """
 
-    n_routed_experts: int = Field(ge=0)
-    top_k: int = Field(ge=0)
-    n_shared_experts: int = Field(default=0, ge=0)
-    gate: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
+    n_routed_experts: int = Field(ge=0, description="experts that the gate chooses from")
+    top_k: int = Field(ge=0, description="routed experts that an atom uses")
+    n_shared_experts: int = Field(default=0, ge=0, description="experts that all atoms use, with weight 1")
+    gate: Literal["topk_softmax", "softmax_topk"] = Field(
+        default="topk_softmax",
+        description="softmax over the chosen logits, or over all of which the largest are kept",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RouterConfig:
@@ -61,8 +64,11 @@ class PositionConfig(_Strict):
     (MoLE).
     """
 
-    router: str
-    kind: Literal["mlp", "linear"] = "mlp"
+    router: str = Field(description="name of the router; positions with the same one share a gate")
+    kind: Literal["mlp", "linear"] = Field(
+        default="mlp",
+        description="activation inside of every expert (MoE), or after the weighted sum (MoLE)",
+    )
 
 
 class MoEConfig(_Strict):
@@ -73,10 +79,17 @@ class MoEConfig(_Strict):
     embedding is added to it (branch `0415_moe_pack`), not before (branch `moe`).
     """
 
-    routing: Literal["element", "configuration"] = "element"
-    route_on_charge_spin: bool = False
-    routers: dict[str, RouterConfig] = Field(default_factory=dict)
-    positions: dict[str, PositionConfig] = Field(default_factory=dict)
+    routing: Literal["element", "configuration"] = Field(
+        default="element",
+        description="what the gate sees: the type embedding of the centre, or its mean over the structure",
+    )
+    route_on_charge_spin: bool = Field(
+        default=False, description="whether the gate sees the embedding of charge and spin as well"
+    )
+    routers: dict[str, RouterConfig] = Field(default_factory=dict, description="gates by name")
+    positions: dict[str, PositionConfig] = Field(
+        default_factory=dict, description="mixtures of experts by position; the other positions are dense"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
@@ -98,38 +111,68 @@ class DescriptorConfig(_Strict):
     `default_chg_spin` is charge and multiplicity where a structure gives none; without it they are mandatory.
     """
 
-    n_dim: int = Field(gt=0)
-    e_dim: int = Field(gt=0)
-    a_dim: int = Field(gt=0)
-    nlayers: int = Field(gt=0)
-    e_rcut: float = Field(gt=0)
-    e_rcut_smth: float = Field(gt=0)
-    e_sel: int = Field(gt=0)
-    a_rcut: float = Field(gt=0)
-    a_rcut_smth: float = Field(gt=0)
-    a_sel: int = Field(gt=0)
-    axis_neuron: int = Field(default=4, gt=0)
-    n_multi_edge_message: int = Field(default=1, gt=0)
-    a_compress_rate: int = Field(default=0, ge=0)
-    a_compress_e_rate: int = Field(default=1, gt=0)
-    a_compress_use_split: bool = False
-    update_angle: bool = True
-    update_style: Literal["res_residual", "res_avg", "res_incr"] = "res_residual"
-    smooth_edge_update: bool = False
-    edge_init_use_dist: bool = False
-    use_exp_switch: bool = False
-    use_dynamic_sel: bool = False
-    sel_reduce_factor: float = Field(default=10.0, gt=0)
-    sequential_update: bool = False
-    activation_function: str = "silu"
-    precision: Precision = "float64"
-    concat_output_tebd: bool = False
-    use_tebd_bias: bool = False
-    use_econf_tebd: bool = False
-    env_protection: float = 0.0
-    exclude_types: list[tuple[int, int]] = Field(default_factory=list)
-    add_chg_spin_ebd: bool = False
-    default_chg_spin: tuple[int, int] | None = None
+    n_dim: int = Field(gt=0, description="width of node features")
+    e_dim: int = Field(gt=0, description="width of edge features")
+    a_dim: int = Field(gt=0, description="width of angle features")
+    nlayers: int = Field(gt=0, description="layers")
+    e_rcut: float = Field(gt=0, description="cutoff of edges, Angstrom")
+    e_rcut_smth: float = Field(gt=0, description="where the switch of edges begins, Angstrom")
+    e_sel: int = Field(gt=0, description="expected neighbors, for the normalisation only")
+    a_rcut: float = Field(gt=0, description="cutoff of angles, Angstrom")
+    a_rcut_smth: float = Field(gt=0, description="where the switch of angles begins, Angstrom")
+    a_sel: int = Field(
+        gt=0, description="expected neighbors within the angle cutoff, for the normalisation only"
+    )
+    axis_neuron: int = Field(
+        default=4, gt=0, description="columns of the moments that the symmetrisation multiplies by"
+    )
+    n_multi_edge_message: int = Field(default=1, gt=0, description="messages per edge")
+    a_compress_rate: int = Field(
+        default=0, ge=0, description="compression of the node and edge part of the angle input; 0: none"
+    )
+    a_compress_e_rate: int = Field(
+        default=1, gt=0, description="factor on the width of the compressed edge part"
+    )
+    a_compress_use_split: bool = Field(
+        default=False, description="compress by taking the first columns, not by a learnt matrix"
+    )
+    update_angle: bool = Field(default=True, description="whether there are angle features")
+    update_style: Literal["res_residual", "res_avg", "res_incr"] = Field(
+        default="res_residual", description="residuals with learnt vectors, averaged, or added"
+    )
+    smooth_edge_update: bool = Field(
+        default=False,
+        description="false, with static selection: edges beyond the angle cutoff keep their features",
+    )
+    edge_init_use_dist: bool = Field(
+        default=False,
+        description="edge features start from the distance itself, not from the scaled inverse distance",
+    )
+    use_exp_switch: bool = Field(default=False, description="exponential switch functions, not polynomials")
+    use_dynamic_sel: bool = Field(
+        default=False, description="normalise by `e_sel` and `a_sel` over `sel_reduce_factor`"
+    )
+    sel_reduce_factor: float = Field(default=10.0, gt=0, description="see `use_dynamic_sel`")
+    sequential_update: bool = Field(
+        default=False, description="updates of a layer see the updates before them in the same layer"
+    )
+    activation_function: str = Field(default="silu", description="as DeePMD-kit names it")
+    precision: Precision = Field(default="float64", description="of the network; geometry is float64")
+    concat_output_tebd: bool = Field(
+        default=False, description="the fitting net gets the type embedding as well"
+    )
+    use_tebd_bias: bool = Field(default=False, description="bias in the type embedding")
+    use_econf_tebd: bool = Field(default=False, description="type embedding from electron configurations")
+    env_protection: float = Field(default=0.0, description="added to distances that divide, Angstrom")
+    exclude_types: list[tuple[int, int]] = Field(
+        default_factory=list, description="pairs of types without edges"
+    )
+    add_chg_spin_ebd: bool = Field(
+        default=False, description="whether the model takes charge and spin multiplicity"
+    )
+    default_chg_spin: tuple[int, int] | None = Field(
+        default=None, description="charge and multiplicity where a structure gives none"
+    )
 
     @field_validator("activation_function")
     @classmethod
@@ -231,14 +274,20 @@ class FittingConfig(_Strict):
     `default_fparam` is used where a structure gives no frame parameters; without it they are mandatory.
     """
 
-    neuron: list[int]
-    activation_function: str = "tanh"
-    resnet_dt: bool = True
-    dim_case_embd: int = Field(default=0, ge=0)
-    numb_fparam: int = Field(default=0, ge=0)
-    default_fparam: list[float] | None = None
-    precision: Precision = "float64"
-    atom_exclude_types: list[int] = Field(default_factory=list)
+    neuron: list[int] = Field(description="widths of the hidden layers")
+    activation_function: str = Field(default="tanh", description="as DeePMD-kit names it")
+    resnet_dt: bool = Field(default=True, description="learnt time steps of the residual connections")
+    dim_case_embd: int = Field(
+        default=0, ge=0, description="width of the embedding of the head, in multi-task training"
+    )
+    numb_fparam: int = Field(default=0, ge=0, description="number of frame parameters")
+    default_fparam: list[float] | None = Field(
+        default=None, description="frame parameters where a structure gives none"
+    )
+    precision: Precision = Field(default="float64", description="of the fitting net")
+    atom_exclude_types: list[int] = Field(
+        default_factory=list, description="types whose atoms have no energy of the network"
+    )
 
     @field_validator("activation_function")
     @classmethod
@@ -279,12 +328,18 @@ class ModelConfig(_Strict):
     them too (SPEC section 12, generation G2).
     """
 
-    type_map: list[str]
-    descriptor: DescriptorConfig
-    fitting: FittingConfig
-    moe: MoEConfig = Field(default_factory=MoEConfig)
-    pair_exclude_types: list[tuple[int, int]] = Field(default_factory=list)
-    fparam_is_charge_spin: bool = False
+    type_map: list[str] = Field(description="elements, in the order of the types")
+    descriptor: DescriptorConfig = Field(description="DPA3, see below")
+    fitting: FittingConfig = Field(description="energy of an atom from its features, see below")
+    moe: MoEConfig = Field(
+        default_factory=MoEConfig, description="mixture of experts, see below; without it the model is dense"
+    )
+    pair_exclude_types: list[tuple[int, int]] = Field(
+        default_factory=list, description="pairs of types that do not see each other"
+    )
+    fparam_is_charge_spin: bool = Field(
+        default=False, description="the two frame parameters are charge and spin multiplicity"
+    )
 
     @property
     def takes_conditions(self) -> bool:

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -130,12 +131,19 @@ def with_digest(metadata: str, digest: str) -> str:
 def foreign_package(path: Path) -> PackageError:
     """The error for a file that is no package: what it is, where that can be told."""
     what = describe(path)
-    if what is None or what == CHECKPOINT or "TorchScript" in what or "moecalc package" in what:
-        hint = "" if what is None or "moecalc package" in what else f" but {what}"
-        return PackageError(
-            f"{path}: not a moecalc package{hint}; make one with `moecalc package CHECKPOINT -o {path}`"
-        )
+    if what is None or "moecalc package" in what:  # named like one, or with a piece of one in it
+        command = "moecalc package CHECKPOINT -o MODEL.moe.pt"
+        return PackageError(f"{path}: not a moecalc package; make one with `{command}`")
+    if what == CHECKPOINT or "TorchScript" in what:
+        command = f"moecalc package {shlex.quote(str(path))} -o {shlex.quote(_name_of_package(path))}"
+        return PackageError(f"{path}: not a moecalc package but {what}; make one with `{command}`")
     return PackageError(f"{path}: not a moecalc package but {what}; expected a file *.moe.pt")
+
+
+def _name_of_package(checkpoint: Path) -> str:
+    """A name that `moecalc package` accepts, and that is not the checkpoint's own."""
+    name = f"{checkpoint.stem}.moe.pt"
+    return "MODEL.moe.pt" if checkpoint.name.endswith(".moe.pt") else name
 
 
 def _checksum(path: Path, size: int) -> int:

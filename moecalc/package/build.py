@@ -79,12 +79,14 @@ def package_checkpoint(
         head: head of a multi-task checkpoint; None takes the one with the alias `Default`.
         elements: symbols to keep; None = all of the checkpoint.
         dtype: "float32" or "float64"; None = the checkpoint's.
-        charge, spin: charge (e) and multiplicity 2S+1 to fold into the package, for models that take them;
-            with one of them, the other is the checkpoint's default. None for both: they stay open, to be
-            given at run time.
+        charge: in units of e, to fold into the package, for models that take it; with one of charge and spin,
+            the other is the checkpoint's default. None for both: they stay open, to be given at run time.
+        spin: multiplicity 2S+1 to fold, likewise.
         fparam: frame parameters to fold, likewise.
         name: name of the package; default: the file name.
-        note, license, citation: free text kept in the metadata.
+        note: free text kept in the metadata, as `license` and `citation`.
+        license: under which the model may be used.
+        citation: what users of the model are asked to cite.
         progress: called with the name of each step.
 
     Returns:

@@ -6,10 +6,10 @@ evaluation = evaluate("my.moe.pt", "test.extxyz")
 write_report(evaluation, "report.html")
 """
 
+from moecalc.page.routing import plot_routing, routing_table, save_routing
 from moecalc.report.evaluation import Evaluation, evaluate
 from moecalc.report.numbers import Report, summarise
 from moecalc.report.render import check_output, write_report
-from moecalc.report.routing_figure import plot_routing, save_routing
 
 __all__ = [
     "Evaluation",
@@ -17,6 +17,7 @@ __all__ = [
     "check_output",
     "evaluate",
     "plot_routing",
+    "routing_table",
     "save_routing",
     "summarise",
     "write_report",

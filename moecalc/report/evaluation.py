@@ -42,8 +42,10 @@ def _silent(_what: str, _done: int, _total: int) -> None:
 BATCH = 400
 """Atoms per evaluation: beyond, batches are not faster and only take memory."""
 
-_RELAXED = 0.05  # eV/A: largest force of a frame that is taken for a crystal at rest
-_MAX_CRYSTAL = 128  # atoms
+RELAXED = 0.05
+"""eV/A: largest force of a frame that is taken for a crystal at rest."""
+MAX_CRYSTAL = 128
+"""Most atoms of such a crystal."""
 
 
 @dataclass
@@ -336,8 +338,8 @@ def _crystals(
     candidates: dict[str, list[int]] = {}
     for k in usable:
         atoms = frames[k]
-        pure = len(set(atoms.symbols)) == 1 and len(atoms) <= _MAX_CRYSTAL and atoms.pbc.all()
-        if pure and np.abs(values[k][1]).max() < _RELAXED:
+        pure = len(set(atoms.symbols)) == 1 and len(atoms) <= MAX_CRYSTAL and atoms.pbc.all()
+        if pure and np.abs(values[k][1]).max() < RELAXED:
             candidates.setdefault(str(atoms.symbols[0]), []).append(k)
     found = []
 

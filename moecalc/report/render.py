@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import base64
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from moecalc.errors import MoecalcError
-from moecalc.files import write_bytes, write_text
-from moecalc.report.evaluation import Evaluation
+import ase
+
+from moecalc.errors import MoecalcError, PackageError
+from moecalc.files import display_text, write_bytes, write_text
+from moecalc.models import default_model_path
+from moecalc.package.metadata import Metadata
+from moecalc.page import render_page
+from moecalc.page.routing import routing_units
+from moecalc.report.evaluation import MAX_CRYSTAL, RELAXED, Evaluation
 from moecalc.report.numbers import Errors, Report, summarise
+
+if TYPE_CHECKING:
+    from moecalc.report.figures import Pictures
 
 _SUFFIXES = {".html": "report.html.j2", ".md": "report.md.j2"}
 
@@ -36,47 +46,109 @@ def write_report(evaluation: Evaluation, path: str | Path) -> Report:
     Raises:
         MoecalcError: another suffix, or no such folder.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from moecalc.report.figures import draw
 
     path = check_output(path)
     report = summarise(evaluation)
     pictures = draw(evaluation, report)
     html = path.suffix.lower() == ".html"
-    if html:
-        links = {
-            name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()
-        }
-    else:
-        folder = path.with_name(f"{path.stem}_files")
-        folder.mkdir(exist_ok=True)
-        for name, png in pictures.items():
-            write_bytes(folder / f"{name}.png", png)
-        links = {name: f"{folder.name}/{name}.png" for name in pictures}
-    environment = Environment(
-        loader=PackageLoader("moecalc.report", "."),
-        autoescape=html,  # noqa: S701 - Markdown has nothing to escape
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    shown: dict[str, Any] = pictures if html else _write_pictures(pictures, path)
+    text = render_page(
+        "moecalc.report",
+        _SUFFIXES[path.suffix.lower()],
+        html=html,
+        r=report,
+        pictures=shown,
+        compared=_compared(evaluation, report),
+        left_out=_left_out(report),
+        r2=_r2,
+        share=_share,
     )
-    environment.filters.update(sig=significant, r2=_r2, share=_share)
-    template = environment.get_template(_SUFFIXES[path.suffix.lower()])
-    write_text(path, template.render(r=report, pictures=links, ev=evaluation))
+    write_text(path, text)
     return report
 
 
-def significant(value: float | None, digits: int = 3) -> str:
-    """A number for a table: three significant digits, no exponents in the usual range."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 10**digits:
-        decimals = max(0, digits - 1 - int(f"{abs(value):e}".split("e")[1]))
-        return f"{value:.{decimals}f}"
-    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e9 else f"{value:.{digits - 1}g}"
+def _write_pictures(pictures: Pictures, path: Path) -> dict[str, list[tuple[str, str]]]:
+    """Write the pictures of a Markdown report beside it; their links and what they show."""
+    folder = path.with_name(f"{path.stem}_files")
+    folder.mkdir(exist_ok=True)
+    links: dict[str, list[tuple[str, str]]] = {}
+    for name, parts in pictures.items():
+        for k, picture in enumerate(parts, 1):
+            file = f"{name}.png" if len(parts) == 1 else f"{name}-{k}.png"
+            write_bytes(folder / file, picture.png())
+            links.setdefault(name, []).append((f"{folder.name}/{file}", picture.alt))
+    return links
+
+
+def _compared(evaluation: Evaluation, report: Report) -> list[tuple[str, str]]:
+    """What was compared with what, and by which command."""
+    calculator, metadata = evaluation.calculator, report.metadata
+    frames = f"{report.n_frames:,} of {report.n_read:,}"
+    if report.limit:
+        frames += f", at most {report.limit} per group, taken evenly"
+    if report.skipped:
+        frames += f"; {len(report.skipped):,} with elements that the model does not know are left out"
+    source = metadata.get("source", {})
+    elements = " ".join(e.name for e in report.elements)
+    rows = [
+        ("package", f"{display_text(calculator.path.name)}: {report.model}"),
+        (
+            "elements",
+            f"{elements} in the data, {' '.join(metadata['elements'])} in the package",
+        ),
+        ("checkpoint", f"{source.get('file', '')}, SHA-256 {source.get('sha256', '')}"),
+        ("data", report.data or "frames from memory"),
+        ("frames", f"{frames}; {report.n_atoms:,} atoms"),
+        ("groups", f"{len(report.groups):,}, by {report.key!r} of the frames"),
+        (
+            "quantities",
+            "energy, forces" + (", stress" if report.total.stress else "; the data have no stress"),
+        ),
+        ("precision", f"{report.speed.dtype} on {report.speed.device}, {report.speed.threads} threads"),
+        ("versions", f"moecalc {report.moecalc}, ASE {ase.__version__}"),
+        ("made", report.created),
+    ]
+    if evaluation.source:
+        rows.append(("command", _command(evaluation)))
+    return rows
+
+
+def _left_out(report: Report) -> dict[str, str]:
+    """What the data or the model do not allow, by part of the report, and why."""
+    found = {}
+    if report.total.stress is None:
+        found["stress"] = "Stress: left out, the data have none."
+    if not report.elastic:
+        found["elastic"] = (
+            "Left out: the data have no cubic crystal with five strains or more, within 6 %, along one axis "
+            "and as many in shear, with stress."
+        )
+    if not report.crystals:
+        found["eos"] = (
+            "Left out: the data have no bcc, fcc, hcp or diamond crystal of one element and at most "
+            f"{MAX_CRYSTAL} atoms whose forces are below {RELAXED:g} eV/Å."
+        )
+    try:
+        routing_units(Metadata.model_validate(report.metadata))
+    except PackageError as error:
+        found["routing"] = f"Routing: left out, {error}."
+    return found
+
+
+def _command(evaluation: Evaluation) -> str:
+    """The command that makes such a report."""
+    path = evaluation.calculator.path
+    package = "default" if path == default_model_path() else display_text(path)
+    words = ["moecalc", "report", package, "--data", evaluation.source]
+    if evaluation.key != "dataset":
+        words += ["--key", evaluation.key]
+    if evaluation.limit is not None:
+        words += ["--limit", str(evaluation.limit)]
+    words += ["--device", evaluation.calculator.device, "--dtype", evaluation.calculator.dtype]
+    if evaluation.skipped:
+        words.append("--skip-unknown")
+    return shlex.join(words)
 
 
 def _r2(errors: Errors) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ class Checkpoint:
         queue: indices of the frames that are left of this epoch.
         config: the architecture, as JSON has it.
         options: the settings, as JSON has them.
+        seconds: how long the steps have taken in all.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Checkpoint:
     queue: list[int]
     config: dict[str, Any]
     options: dict[str, Any]
+    seconds: float = 0.0
 
     def write(self, path: Path) -> None:
         """Write to a file, in one go."""
@@ -62,7 +64,8 @@ class Checkpoint:
             reason = what if what is not None and what != CHECKPOINT else load_failure(error)
             raise MoecalcError(f"{path}: not the state of a fit ({reason}): {_BEGIN_ANEW}") from None
         with refusing_damage(path):
-            return cls(**{field.name: state[field.name] for field in fields(cls)})
+            known = {field.name for field in fields(cls) if field.default is MISSING or field.name in state}
+            return cls(**{name: state[name] for name in known})
 
 
 @contextmanager

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 
 from moecalc._clean import clean_torch
 from moecalc._torch_threads import torch_threads
-from moecalc.data.frames import check_frames, read_frames, split_frames
+from moecalc.data.frames import check_frames, read_frames
 from moecalc.errors import MoecalcError
 from moecalc.files import check_outputs, drop_partial_line
 from moecalc.nn import ModelConfig
@@ -27,15 +26,13 @@ from moecalc.training.checkpoint import Checkpoint, refusing_damage
 from moecalc.training.graphs import Batch, Frame, collate, to_frame
 from moecalc.training.options import Options
 from moecalc.training.repulsion import Repulsion
+from moecalc.training.schedule import settings_at
+from moecalc.training.split import SPLIT, TEST, draw, keep
 from moecalc.training.step import StepFunction
 from moecalc.training.supercells import smallest_cell
 from moecalc.typing import Floats
 
-
-def _between(ends: tuple[float, float], progress: float) -> float:
-    """From the first value to the second, in equal factors (in equal steps where one is 0)."""
-    first, last = ends
-    return first * (last / first) ** progress if min(ends) > 0 else first + (last - first) * progress
+_FILES: Final = ("state.pt", "state.averaged.pt", "log.jsonl", SPLIT, TEST)
 
 
 class Fit:
@@ -45,16 +42,25 @@ class Fit:
         config: architecture, see `StepFunction`.
         options: settings.
         repulsion: close pairs that must repel; None: the loss has the data alone.
+        hours: how long the steps are to take in all; None: as long as `options.steps` take. The settings
+            follow the time then, and an interrupted fit is like an uninterrupted one, but not equal.
 
     Raises:
         MoecalcError, RuntimeError: an option of the architecture that the kernels do not cover, by name.
     """
 
     @clean_torch()
-    def __init__(self, config: ModelConfig, options: Options, repulsion: Repulsion | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: Options,
+        repulsion: Repulsion | None = None,
+        hours: float | None = None,
+    ) -> None:
         self.config = config
         self.options = options
         self.repulsion = repulsion
+        self.hours = hours
         torch.manual_seed(options.seed)
         self.step_function = StepFunction(config, options)
         self.model = self.step_function.model
@@ -63,6 +69,7 @@ class Fit:
         # running average, which is what is validated and packaged
         self.averaged = [p.detach().clone() for p in self.parameters]
         self.step_number = 0
+        self.seconds = 0.0  # that the steps have taken
         self.rng = np.random.default_rng(options.seed)
         self.repulsion_loss = 0.0
         self.queue: list[int] = []  # frames that are left of this epoch
@@ -76,28 +83,36 @@ class Fit:
             learning rate.
         """
         options = self.options
-        progress = min(1.0, self.step_number / options.steps)
-        rate = self._learning_rate(progress)
+        started = time.perf_counter()
+        settings = settings_at(options, self.progress)
+        rate = settings.rate * min(1.0, (self.step_number + 1) / options.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
         if self.repulsion is not None and options.repulsion > 0:
             self._repel(self.repulsion)
-        weights = (_between(options.energy_weight, progress), _between(options.virial_weight, progress))
-        result = self.step_function.gradients(batch, *weights)
+        result = self.step_function.gradients(batch, settings.energy_weight, settings.virial_weight)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip)
         self.optimizer.step()
         self.step_number += 1
-        keep = min(options.average, (1 + self.step_number) / (10 + self.step_number))
+        keep = min(settings.average, (1 + self.step_number) / (10 + self.step_number))
         for average, parameter in zip(self.averaged, self.parameters, strict=True):
             average.lerp_(parameter.detach(), 1.0 - keep)
+        self.seconds += time.perf_counter() - started
         return {**result, "repulsion": self.repulsion_loss, "norm": float(norm), "rate": rate}
 
-    def _learning_rate(self, progress: float) -> float:
-        """Rises over the first steps, falls along a cosine; `progress` from 0 to 1."""
-        first, last = self.options.learning_rate, self.options.last_learning_rate
-        rate = last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return rate * min(1.0, (self.step_number + 1) / self.options.warm_up)
+    @property
+    def progress(self) -> float:
+        """Which part of the fit is done, from 0 to 1."""
+        if self.hours is None:
+            return min(1.0, self.step_number / self.options.steps)
+        return min(1.0, self.seconds / (3600.0 * self.hours))
+
+    def _counted(self) -> tuple[int, int]:
+        """What is done and what there is to do: steps, or seconds."""
+        if self.hours is None:
+            return self.step_number, self.options.steps
+        return round(self.seconds), round(3600.0 * self.hours)
 
     def _repel(self, repulsion: Repulsion) -> None:
         """Add the gradient of close pairs, at every `repulsion_every`-th step."""
@@ -165,6 +180,7 @@ class Fit:
             queue=self.queue,
             config=self.config.model_dump(mode="json"),
             options=self.options.model_dump(mode="json"),
+            seconds=self.seconds,
         ).write(path)
         with self.averaged_weights():
             save_checkpoint(path.with_suffix(".averaged.pt"), self.model, self.config)
@@ -189,6 +205,7 @@ class Fit:
             self.rng.bit_generator.state = saved.rng
             self.queue = [int(index) for index in saved.queue]
             self.step_number = int(saved.step)
+            self.seconds = float(saved.seconds)
 
     @clean_torch()
     def run(
@@ -199,8 +216,9 @@ class Fit:
         every: int = 2000,
         until: float | None = None,
         progress: Callable[[dict[str, Any]], None] | None = None,
+        stepped: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Train to the last step, or to a time.
+        """Train to the end, or to a time.
 
         Writes to `folder`: `log.jsonl`, a line of errors every `every` steps; `state.pt`, to go on from;
         `state.averaged.pt`, a checkpoint for `moecalc package`.
@@ -211,15 +229,21 @@ class Fit:
             every: steps between validations.
             until: `time.time()` at which to stop, or None.
             progress: called with every line of the log.
+            stepped: called with the step and the last step (or the seconds that steps have taken and are to
+                take), at the beginning and after every step.
         """
         folder.mkdir(parents=True, exist_ok=True)
         drop_partial_line(folder / "log.jsonl")
         batches = self.batches(train)
         recent: list[dict[str, float]] = []
-        while self.step_number < self.options.steps and (until is None or time.time() < until):
+        if stepped is not None:
+            stepped(*self._counted())
+        while self.progress < 1.0 and (until is None or time.time() < until):
             start = time.perf_counter()
             recent.append({**self.step(next(batches)), "seconds": time.perf_counter() - start})
-            if self.step_number % every == 0 or self.step_number == self.options.steps:
+            if stepped is not None:
+                stepped(*self._counted())
+            if self.step_number % every == 0 or self.progress >= 1.0:
                 entry: dict[str, Any] = {"step": self.step_number}
                 entry |= {k: float(np.mean([r[k] for r in recent])) for k in recent[0]}
                 entry["validation"] = self.validate(valid)
@@ -233,13 +257,15 @@ class Fit:
 
 
 @clean_torch()
-def begin(config: ModelConfig, options: Options, train: list[Frame], folder: Path) -> Fit:
+def begin(
+    config: ModelConfig, options: Options, train: list[Frame], folder: Path, hours: float | None = None
+) -> Fit:
     """The fit that was saved in a folder, or else a new one, with the elements' energies from the frames.
 
     Raises:
         MoecalcError: as `Fit` and `Fit.restore`.
     """
-    fit = Fit(config, options, Repulsion(config.type_map, train, config.descriptor.e_rcut))
+    fit = Fit(config, options, Repulsion(config.type_map, train, config.descriptor.e_rcut), hours)
     fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(config.type_map))))
     if (folder / "state.pt").exists():
         fit.restore(folder / "state.pt")
@@ -253,29 +279,42 @@ def fit_frames(
     folder: str | Path,
     *,
     validation: float = 0.05,
+    test: float = 0.0,
     hours: float | None = None,
+    pause_after: float | None = None,
     threads: int | None = None,
     every: int = 2000,
+    seed: int | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    stepped: Callable[[int, int], None] | None = None,
 ) -> Fit:
     """Fit a model to the frames of a file; goes on where an earlier call with the same folder stopped.
 
     Args:
         source: frames as for `moecalc.data.read_frames`.
         input_file: JSON with `model` (a `ModelConfig` without `type_map`) and `fit` (`Options`).
-        folder: for the results, see `Fit.run`.
-        validation: share of every group that is held out, drawn with the seed of the fit.
-        hours: stop after so long; None: at the last step.
+        folder: for the results, see `Fit.run`; `split.json` has the indices of the frames of each kind.
+        validation: share of every group that is held out, drawn with the seed of the input. Its errors are in
+            the log.
+        test: share of every group that neither trains nor validates, written to `test.extxyz` of the folder,
+            for `moecalc report`; drawn first, with the same seed.
+        hours: how long the steps are to take in all, over all calls; the learning rate and the weights of
+            the loss follow the time. None: as long as the steps of the input take.
+        pause_after: hours after which this call stops, to go on later; None: at the end of the fit.
         threads: of the kernels; None: torch's number.
-        every, progress: as in `Fit.run`.
+        every, progress, stepped: as in `Fit.run`.
+        seed: of the weights and the order of the frames; None: that of the input. Members of a committee
+            differ in nothing else, and hold out the same frames.
 
     Raises:
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be
-            used.
+            used; frames for the test that an earlier call has seen; `hours` that are not positive.
     """
+    if hours is not None and not hours > 0:
+        raise MoecalcError(f"expected more than 0 hours of training, got {hours:g}")
     path, folder = Path(input_file), Path(folder)
     check_outputs(
-        [("the fit's file", folder / name) for name in ("state.pt", "state.averaged.pt", "log.jsonl")],
+        [("the fit's file", folder / name) for name in _FILES],
         [("file of frames", source), ("--input", path)],
     )
     started = time.time()
@@ -292,14 +331,17 @@ def fit_frames(
         config = ModelConfig.model_validate({**model, "type_map": elements})
     except ValidationError as error:
         raise MoecalcError(f"{path}: model: {first_error(error)}") from None
-    held_out = set(split_frames(atoms, validation, options.seed))
+    split = draw(atoms, validation, test, options.seed)
+    keep(folder, split, atoms)
+    if seed is not None:
+        options = options.model_copy(update={"seed": seed})
     cutoff = config.descriptor.e_rcut
-    train = [to_frame(smallest_cell(a), elements, cutoff) for k, a in enumerate(atoms) if k not in held_out]
-    valid = [to_frame(atoms[k], elements, cutoff) for k in sorted(held_out)]
+    train = [to_frame(smallest_cell(atoms[k]), elements, cutoff) for k in split.train]
+    valid = [to_frame(atoms[k], elements, cutoff) for k in split.valid]
     with torch_threads(threads):
-        fit = begin(config, options, train, folder)
-        until = None if hours is None else started + 3600.0 * hours
-        fit.run(train, valid, folder, every, until, progress)
+        fit = begin(config, options, train, folder, hours)
+        until = None if pause_after is None else started + 3600.0 * pause_after
+        fit.run(train, valid, folder, every, until, progress, stepped)
     return fit
 
 

@@ -15,7 +15,7 @@ from moecalc._jit import jit_load
 from moecalc.errors import PackageError
 from moecalc.package.archive import read_metadata, read_record, write_archive
 from moecalc.package.metadata import Metadata, PackageReport, PositionRouting, Routing, VerificationReport
-from moecalc.report import routing_figure as plots
+from moecalc.page import routing as plots
 
 ROOT = Path(__file__).parents[2]
 ORACLE = Path(__file__).parent.parent / "data" / "oracle" / "models"
@@ -222,7 +222,7 @@ class TestInspect:
             update={"elements": symbols, "trained_elements": symbols, "routing": routing}
         )
         text = run("inspect", altered("many", **{"metadata.json": metadata.model_dump_json()})).stdout
-        assert "10 more elements: see `moecalc inspect --json`" in text
+        assert "10 more elements: see `moecalc inspect PACKAGE --json`" in text
 
     def test_json_is_the_metadata(self, packaged):
         result = run("inspect", packaged[0], "--json")

@@ -27,6 +27,21 @@ def only(findings, name=None):
     return found
 
 
+def test_sources_in_the_working_folder_are_not_what_is_tested(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "moecalc").mkdir()
+    (tmp_path / "moecalc" / "__init__.py").write_text("raise ImportError('these are sources')")
+    monkeypatch.chdir(tmp_path)
+    assert [f for f in doctor.run_checks() if "these are sources" in f.detail] == []
+
+
+def test_long_paths_are_whole_in_a_narrow_terminal(monkeypatch):
+    path = f"/home/{'long-name/' * 12}moecalc"
+    monkeypatch.setattr(doctor, "run_checks", lambda say: [Finding("ok", "moecalc", f"0.1.0 in {path}")])
+    result = CliRunner(env={"COLUMNS": "60"}).invoke(app, ["doctor"])
+    assert path in "".join(result.stdout.split())
+
+
 @pytest.fixture(scope="module")
 def here():
     """The report of this machine."""

@@ -6,7 +6,10 @@ import json
 import lzma
 import os
 import pickle
+import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,10 +153,28 @@ def test_a_link_to_nothing_is_called_so(tmp_path):
 
 
 def test_a_checkpoint_given_as_package_is_told_how_to_become_one(checkpoint):
+    command = f"moecalc package {checkpoint} -o {checkpoint.stem}.moe.pt"
     with pytest.raises(
-        PackageError, match=r"not a moecalc package but a checkpoint of torch .*moecalc package CHECK"
+        PackageError, match=rf"not a moecalc package but a checkpoint of torch .*`{re.escape(command)}`"
     ):
         check_archive(checkpoint)
+
+
+def test_a_checkpoint_with_the_name_of_a_package_is_not_to_be_replaced_by_it(checkpoint, tmp_path):
+    path = tmp_path / "my model.moe.pt"
+    shutil.copy(checkpoint, path)
+    with pytest.raises(PackageError, match=re.escape(f"`moecalc package '{path}' -o MODEL.moe.pt`")):
+        check_archive(path)
+
+
+def test_the_command_that_a_refused_checkpoint_suggests_makes_a_package(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoint, "my model.pt")
+    refused = run("inspect", "my model.pt")
+    assert refused.exit_code == 2
+    _, *suggested = shlex.split(refused.stderr.split("`")[1])
+    assert run(*suggested).exit_code == 0
+    check_archive("my model.moe.pt")
 
 
 def test_the_advice_to_load_unsafely_is_never_quoted(tmp_path):

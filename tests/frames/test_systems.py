@@ -353,6 +353,55 @@ def test_a_report_on_systems_is_that_on_the_file(shared_calculator, tmp_path):
     np.testing.assert_allclose(by_file.stress, by_system.stress, atol=1e-7)
 
 
+def write_plain(folder, frames):
+    """A plain system of frames that have the same atoms."""
+    (folder / "set.000").mkdir(parents=True)
+    names = sorted(set(frames[0].symbols))
+    (folder / "type_map.raw").write_text("\n".join(names) + "\n")
+    (folder / "type.raw").write_text("\n".join(str(names.index(s)) for s in frames[0].symbols) + "\n")
+    columns = {
+        "coord": [a.positions for a in frames],
+        "box": [a.cell.array for a in frames],
+        "energy": [a.get_potential_energy() for a in frames],
+        "force": [a.get_forces() for a in frames],
+        "virial": [-a.get_stress(voigt=False) * a.get_volume() for a in frames],
+    }
+    for name, values in columns.items():
+        np.save(folder / "set.000" / f"{name}.npy", np.reshape(values, (len(frames), -1)))
+
+
+def fit_checkpoint(source, input_file, folder):
+    """What a fit of two steps makes of frames."""
+    torch = pytest.importorskip("torch")
+    result = run("fit", source, "--input", input_file, "-o", folder, "--validation", 0)
+    assert result.exit_code == 0, result.output
+    return torch.load(folder / "state.averaged.pt", weights_only=False)["state_dict"]
+
+
+@pytest.mark.parametrize("form", ["plain", "mixed"])
+def test_a_fit_on_a_folder_is_that_on_the_file(shared_calculator, tmp_path, form):
+    frames = [labelled(shared_calculator, ["Mo", "Nb"], 0) for _ in range(3)]
+    for k, atoms in enumerate(frames):
+        atoms.info.clear()
+        atoms.calc.results["energy"] += 0.1 * k
+    write(tmp_path / "frames.extxyz", frames)
+    if form == "plain":
+        write_plain(tmp_path / "data", frames)
+    else:
+        write_systems(tmp_path / "data", frames, ["Nb", "Mo"])
+    widths = {"n_dim": 16, "e_dim": 16, "a_dim": 16, "a_compress_rate": 0}
+    model = testing.random_config(["Mo", "Nb"], neuron=[16, 16], **widths).model_dump(mode="json")
+    del model["type_map"]
+    given = {"model": model, "fit": {"steps": 2, "batch_atoms": 2}}
+    (tmp_path / "fit.json").write_text(json.dumps(given))
+    by_file = fit_checkpoint(tmp_path / "frames.extxyz", tmp_path / "fit.json", tmp_path / "a")
+    by_folder = fit_checkpoint(tmp_path / "data", tmp_path / "fit.json", tmp_path / "b")
+    for name, values in by_file.items():
+        np.testing.assert_allclose(
+            by_folder[name].numpy(), values.numpy(), rtol=1e-3, atol=1e-6, err_msg=name
+        )
+
+
 def test_clusters_are_reported_without_stress(shared_calculator, tmp_path):
     atoms = Atoms("W2", [[0, 0, 0], [2.6, 0, 0]])
     energy = float(shared_calculator.calculate_batch([atoms], ["energy"])[0]["energy"])

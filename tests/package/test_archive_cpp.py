@@ -145,7 +145,7 @@ def test_bytes_after_the_end_are_damage(library, path, body):
 @pytest.mark.parametrize("content", [b"hello", b"\x80\x02}q\x00." * 100, b"\x00" * 5000])
 def test_file_that_is_no_zip_is_foreign(library, path, content):
     message = refusal(library, path, content)
-    assert message == f"not a moecalc package; make one with `moecalc package CHECKPOINT -o {path}`"
+    assert message == "not a moecalc package; make one with `moecalc package CHECKPOINT -o MODEL.moe.pt`"
 
 
 def test_an_empty_file_is_called_empty(library, path):

@@ -11,13 +11,15 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from command_line import error_of, run
+from pages import read_page
 
 from moecalc import MoECalculator, testing
 from moecalc.data import read_frames
 from moecalc.errors import ElementError, MoecalcError, StructureError
+from moecalc.page import drawing, significant
 from moecalc.report import Report, evaluate, summarise, write_report
 from moecalc.report.elastic import constants, equation_of_state, find_strained_cells, lattice_name
-from moecalc.report.render import significant
+from moecalc.report.figures import draw
 
 
 def labelled(atoms, group="all", energy=0.0, force=0.0, stress=0.0, model=None):
@@ -296,14 +298,55 @@ class TestFiles:
     def test_html_is_one_file(self, evaluation, tmp_path):
         report = write_report(evaluation, tmp_path / "r.html")
         assert isinstance(report, Report)
-        text = (tmp_path / "r.html").read_text()
         assert list(tmp_path.iterdir()) == [tmp_path / "r.html"]
-        assert text.count("data:image/png;base64,") == 7
-        sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-        assert all(s.startswith("data:image/png;base64,") for s in sources)
-        assert "prefers-color-scheme: dark" in text
+        page = read_page(tmp_path / "r.html")
+        assert len(page.pictures) == 11
+        assert "prefers-color-scheme: dark" in page.text
         for expected in ("tantalum", "W2 bcc", "Worst frames", "atom-steps/s"):
-            assert expected in text
+            assert expected in page.shown
+
+    def test_html_has_every_section(self, evaluation, tmp_path):
+        write_report(evaluation, tmp_path / "r.html")
+        sections = ["compared", "parity", "groups", "forces", "worst", "elastic", "eos", "distances", "model"]
+        page = read_page(tmp_path / "r.html")
+        assert page.ids == page.anchors == sections
+        assert "left out" not in page.shown.lower()
+
+    def test_html_says_what_was_compared(self, model, data, tmp_path):
+        write_report(evaluate(model, data, limit=2), tmp_path / "r.html")
+        shown = read_page(tmp_path / "r.html").shown
+        for text in (
+            "metals10.moe.pt: metals10",
+            "6 of 26, at most 2 per group, taken evenly; 12 atoms",
+            "3, by 'dataset' of the frames",
+            "energy, forces, stress",
+            "float64 on cpu",
+            f"moecalc report default --data {data} --limit 2 --device cpu --dtype float64",
+        ):
+            assert text in shown, text
+
+    def test_what_the_data_do_not_allow_is_said(self, model, frames, tmp_path):
+        bare = frames[0].copy()
+        bare.calc = SinglePointCalculator(bare, energy=-1.0, forces=np.ones((2, 3)))
+        for name in ("r.html", "r.md"):
+            write_report(evaluate(model, [bare]), tmp_path / name)
+        pages = (read_page(tmp_path / "r.html").shown, (tmp_path / "r.md").read_text())
+        for text in pages:
+            assert "Stress: left out, the data have none." in text
+            assert "Left out: the data have no cubic crystal with five strains or more" in text
+            assert "Left out: the data have no bcc, fcc, hcp or diamond crystal of one element" in text
+
+    def test_a_dense_model_has_no_routing(self, frames, tmp_path):
+        pytest.importorskip("torch")
+        package = tmp_path / "dense.moe.pt"
+        testing.write_random_package(package, testing.random_config(["Nb", "Mo"]))
+        write_report(evaluate(package, frames[:1]), tmp_path / "r.html")
+        assert "Routing: left out, dense has no routing to plot" in read_page(tmp_path / "r.html").shown
+
+    def test_pictures_are_the_same_each_time(self, evaluation, report):
+        first, second = (draw(evaluation, report) for _ in range(2))
+        with drawing():
+            assert [p.source for p in first["parity"]] == [p.source for p in second["parity"]]
 
     def test_names_are_escaped(self, model, frames, tmp_path):
         frame = labelled(frames[0], "<b>bold</b>", model=model)
@@ -316,7 +359,7 @@ class TestFiles:
         write_report(evaluation, tmp_path / "r.md")
         text = (tmp_path / "r.md").read_text()
         links = re.findall(r"\]\(([^)]+)\)", text)
-        assert len(links) == 7
+        assert len(links) == 11
         for link in links:
             assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
 

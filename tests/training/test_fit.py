@@ -18,15 +18,17 @@ from typer.testing import CliRunner
 
 from moecalc._lib import load
 from moecalc.cli import app
+from moecalc.data import read_frames
 from moecalc.errors import MoecalcError
 from moecalc.keys import MIN_DISTANCE
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.nn.model import evaluate
 from moecalc.training.fit import Fit, element_energies, fit_frames
 from moecalc.training.graphs import Frame, collate, to_frame
-from moecalc.training.options import Options
+from moecalc.training.options import LastStage, Options
 from moecalc.training.packing import GROUP_TENSORS
 from moecalc.training.repulsion import LARGEST, Repulsion
+from moecalc.training.schedule import settings_at
 from moecalc.training.supercells import smallest_cell
 
 ELEMENTS = ["Cu", "Ni", "Al"]
@@ -160,6 +162,57 @@ def test_training_lowers_the_loss() -> None:
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
 
 
+def test_the_last_stage_has_settings_of_its_own() -> None:
+    stage = LastStage(share=0.2, learning_rate=1e-4, energy_weight=30.0, virial_weight=0.7, average=0.9)
+    options = Options(learning_rate=1e-2, last_learning_rate=1e-6, energy_weight=(0.1, 1.0), last_stage=stage)
+    first, before, begun, last = (settings_at(options, at) for at in (0.0, 0.8 - 1e-9, 0.8, 1.0))
+    assert (first.rate, first.energy_weight, first.average) == (1e-2, 0.1, options.average)
+    assert (before.rate, before.energy_weight) == pytest.approx((1e-6, 1.0), rel=1e-6)
+    assert (begun.energy_weight, begun.virial_weight, begun.average) == (30.0, 0.7, 0.9)
+    assert (begun.rate, last.rate) == pytest.approx((1e-4, 1e-6))
+
+
+def test_without_a_last_stage_the_settings_fall_over_all_steps() -> None:
+    options = Options(learning_rate=1e-2, last_learning_rate=1e-6, energy_weight=(0.0, 1.0))
+    middle = settings_at(options, 0.5)
+    assert middle.rate == pytest.approx(0.5 * (1e-2 + 1e-6))
+    assert middle.energy_weight == pytest.approx(0.5)
+
+
+def test_hours_let_the_learning_rate_fall_over_all_calls(tmp_path: Path) -> None:
+    data, counted = frames(4), []
+    settings = Options(steps=1, batch_atoms=8, warm_up=1, learning_rate=1e-2, last_learning_rate=1e-5)
+    first = Fit(config("mlp", "float32"), settings, hours=2.0)
+    first.seconds = 3600.0  # of an earlier part
+    first.save(tmp_path / "state.pt")
+    second = Fit(config("mlp", "float32"), settings, hours=2.0)
+    second.restore(tmp_path / "state.pt")
+    assert second.progress == 0.5
+    assert second.step(next(second.batches(data)))["rate"] == pytest.approx(0.5 * (1e-2 + 1e-5), rel=1e-3)
+    second.seconds = 7200.0 - 1e-6  # one more step
+    second.run(data, data[:1], tmp_path, stepped=lambda *at: counted.append(at))
+    assert second.step_number == 2
+    assert counted == [(7200, 7200), (7200, 7200)]
+
+
+def test_a_state_from_before_the_time_was_kept_goes_on(tmp_path: Path) -> None:
+    fit = Fit(config("mlp", "float32"), Options(steps=2))
+    fit.save(tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["seconds"]
+    torch.save(state, tmp_path / "state.pt")
+    fit.restore(tmp_path / "state.pt")
+    assert fit.seconds == 0.0
+
+
+@pytest.mark.parametrize("hours", [0.0, -1.0, float("nan")])
+def test_hours_that_are_not_positive_are_refused(
+    hours: float, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(MoecalcError, match="expected more than 0 hours of training, got"):
+        fit_frames(*files, tmp_path / "out", hours=hours)
+
+
 def test_a_restarted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     data, settings = frames(4), Options(steps=6, batch_atoms=8, warm_up=2)
     repulsion = Repulsion(ELEMENTS, data, 4.5)
@@ -282,7 +335,7 @@ def test_what_the_kernels_do_not_cover_is_refused(descriptor: dict[str, Any], me
 def test_the_command_fits_goes_on_and_names_the_next_step(files: tuple[Path, Path], tmp_path: Path) -> None:
     source, input_file = files
     command = ["fit", str(source), "--input", str(input_file), "-o", str(tmp_path / "out"), "--every", "2"]
-    first = CliRunner().invoke(app, [*command, "--hours", "0", "--validation", "0.2"])
+    first = CliRunner().invoke(app, [*command, "--pause-after", "0", "--validation", "0.2"])
     assert first.exit_code == 0, first.output
     assert "stopped at step 0 of 4" in first.output
     second = CliRunner().invoke(app, [*command, "--validation", "0.2"])
@@ -290,6 +343,87 @@ def test_the_command_fits_goes_on_and_names_the_next_step(files: tuple[Path, Pat
     assert "stopped at step 4 of 4" in second.output
     assert "moecalc package" in second.output
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_frames_for_the_test_neither_train_nor_validate(files: tuple[Path, Path], tmp_path: Path) -> None:
+    source, input_file = files
+    command = ["fit", str(source), "--input", str(input_file), "-o", str(tmp_path / "out"), "--test", "0.4"]
+    done = CliRunner().invoke(app, [*command, "--validation", "0.2"])
+    assert done.exit_code == 0, done.output
+    split = json.loads((tmp_path / "out" / "split.json").read_text())
+    assert (len(split["train"]), len(split["valid"]), len(split["test"])) == (2, 1, 2)
+    assert sorted(k for part in split.values() for k in part) == list(range(5))
+    kept, all_frames = read_frames(tmp_path / "out" / "test.extxyz"), structures(5)
+    for atoms, index in zip(kept, split["test"], strict=True):
+        np.testing.assert_allclose(atoms.positions, all_frames[index].positions, atol=1e-7)
+        assert atoms.get_potential_energy() == pytest.approx(all_frames[index].get_potential_energy())
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [(0.2, "keeps 1 other frames for the test than these 2"), (0.0, "keeps 0 other frames")],
+)
+def test_a_fit_goes_on_with_the_same_frames_for_the_test(
+    first: float, message: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fit_frames(*files, tmp_path / "out", test=first, pause_after=0.0)
+    fit_frames(*files, tmp_path / "out", test=first, pause_after=0.0)
+    with pytest.raises(MoecalcError, match=message):
+        fit_frames(*files, tmp_path / "out", test=0.4)
+
+
+def test_frames_that_an_older_fit_has_seen_are_no_test(files: tuple[Path, Path], tmp_path: Path) -> None:
+    fit_frames(*files, tmp_path / "out", pause_after=0.0)
+    (tmp_path / "out" / "split.json").unlink()
+    with pytest.raises(MoecalcError, match="may have seen the frames for the test"):
+        fit_frames(*files, tmp_path / "out", test=0.4)
+
+
+def test_a_damaged_split_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    fit_frames(*files, tmp_path / "out", pause_after=0.0)
+    (tmp_path / "out" / "split.json").write_text("[]")
+    with pytest.raises(MoecalcError, match=r"split\.json: expected what an earlier call wrote"):
+        fit_frames(*files, tmp_path / "out")
+
+
+def test_the_command_makes_a_committee(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Fits of different weights that hold out the same frames; a second call goes on with each."""
+    source, input_file = files
+    command = ["fit", str(source), "--input", str(input_file), "-o", str(tmp_path / "out"), "--every", "2"]
+    first = CliRunner().invoke(app, [*command, "--seeds", "2", "--pause-after", "0", "--validation", "0.2"])
+    assert first.exit_code == 0, first.output
+    assert first.output.count("stopped at step 0 of 4") == 2
+    second = CliRunner().invoke(app, [*command, "--seeds", "2", "--validation", "0.2"])
+    assert second.exit_code == 0, second.output
+    assert second.output.count("stopped at step 4 of 4") == 2
+    for seed in (1, 2):
+        assert f"out/seed-{seed}/state.averaged.pt -o model-{seed}.moe.pt" in second.output
+    checkpoints = [tmp_path / f"out/seed-{seed}/state.averaged.pt" for seed in (1, 2)]
+    one, two = (torch.load(path, weights_only=False)["state_dict"] for path in checkpoints)
+    assert not torch.equal(one["embedding.edge_matrix"], two["embedding.edge_matrix"])
+
+
+def test_every_step_is_counted(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """For a bar with the time left; a fit that goes on begins where it is."""
+    counted: list[tuple[int, int]] = []
+    fit_frames(*files, tmp_path / "out", stepped=lambda step, last: counted.append((step, last)))
+    assert counted == [(step, 4) for step in range(5)]
+    counted.clear()
+    fit_frames(*files, tmp_path / "out", stepped=lambda step, last: counted.append((step, last)))
+    assert counted == [(4, 4)]
+
+
+def test_the_members_of_a_committee_hold_out_the_same_frames(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = []
+    monkeypatch.setattr(
+        Fit, "run", lambda _self, _train, valid, *_: held_out.append([f.energy for f in valid])
+    )
+    for seed in (1, 2, None):
+        fit_frames(*files, tmp_path / f"out{seed}", validation=0.4, seed=seed)
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert len(held_out[0]) == 2
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -325,6 +459,11 @@ def test_an_input_that_is_not_valid_is_refused(
     files[1].write_text(text)
     with pytest.raises(MoecalcError, match=message):
         fit_frames(files[0], files[1], tmp_path / "out")
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(files: tuple[Path, Path]) -> None:
+    with pytest.raises(MoecalcError, match=r"fit\.json/out: not a folder to write to \(Not a directory\)"):
+        fit_frames(*files, files[1] / "out")
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figure of a package's routing: which experts each element uses.
+"""Figure and table of a package's routing: which experts each element uses.
 
 Two positions of a layer are compared only when one gate serves both: expert 2 of one gate has nothing in
 common with expert 2 of another. Positions with the same routing are therefore one *unit*, everything else is
@@ -8,6 +8,7 @@ drawn apart.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import numpy as np
 from moecalc.errors import PackageError
 from moecalc.files import replacing
 from moecalc.keys import short_name
+from moecalc.page.pictures import Picture
 from moecalc.typing import Floats, Ints
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _TABLE_CELL = 0.62
 _COLUMN = (0.15, 0.34)
 _ROW = (0.055, 0.2)
 _MAP_HEIGHT = 1.3
+_WIDE_COLUMN = 0.5
 _MARGIN = 0.55
 _MAX_WIDTH = 16.0
 _OTHER_ROW = 9.6
@@ -111,6 +114,86 @@ def routing_units(metadata: Metadata) -> list[list[RoutingUnit]]:
     if not any(layers):
         raise PackageError(f"{metadata.name} has no routing to plot: all of its experts are shared")
     return layers
+
+
+def routing_of(metadata: Metadata, elements: Sequence[str]) -> Metadata:
+    """The metadata as if the package had been made for these of its elements alone."""
+    rows = [metadata.elements.index(element) for element in elements]
+    layers = [
+        {
+            name: position.model_copy(
+                update={
+                    "experts": [position.experts[row] for row in rows],
+                    "weights": [position.weights[row] for row in rows],
+                }
+            )
+            for name, position in layer.items()
+        }
+        for layer in (metadata.routing.layers if metadata.routing.is_table else [])
+    ]
+    return metadata.model_copy(
+        update={
+            "elements": list(elements),
+            "trained_elements": [e for e in elements if e in metadata.trained_elements],
+            "routing": metadata.routing.model_copy(update={"layers": layers or metadata.routing.layers}),
+        }
+    )
+
+
+def routing_table(metadata: Metadata) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table: experts of every element and their weights, per layer and gate.
+
+    Raises:
+        PackageError: as `routing_units`.
+    """
+    rows = []
+    for units in routing_units(metadata):
+        for unit in units:
+            rows.append(
+                [f"layer {unit.layer}: {unit.label}", *(_experts_text(weights) for weights in unit.weights)]
+            )
+    return ["gate", *metadata.elements], rows
+
+
+def draw_routing(metadata: Metadata) -> list[Picture]:
+    """One picture a layer: the weights of the routed experts (rows) of every element (columns), by gate.
+
+    Made within `moecalc.page.drawing`.
+
+    Raises:
+        PackageError: as `routing_units`.
+    """
+    return [_draw_layer(k, units, metadata.elements) for k, units in enumerate(routing_units(metadata), 1)]
+
+
+def _draw_layer(number: int, units: list[RoutingUnit], symbols: list[str]) -> Picture:
+    from matplotlib.figure import Figure as NewFigure
+
+    width, left = 4.6, 0.35
+    heights = [float(np.clip(0.2 * unit.weights.shape[1], 0.2, 2 * _MAP_HEIGHT)) for unit in units]
+    total = 0.8 + sum(heights) + 0.3 * len(units)
+    columns = min(width - left - 0.15, _WIDE_COLUMN * len(symbols))
+    figure = NewFigure(figsize=(width, total))
+    figure.text(0.5, 1 - 0.1 / total, f"layer {number}", fontsize=11, ha="center", va="top")
+    top = 0.4
+    for unit, height in zip(units, heights, strict=True):
+        figure.text(left / width, 1 - top / total, unit.label, fontsize=8.5, va="top")
+        top += 0.2
+        bounds = (left / width, 1 - (top + height) / total, columns / width, height / total)
+        draw_weights(figure.add_axes(bounds), unit.weights, symbols, labels=unit is units[-1])
+        top += height + 0.1
+    if not units:
+        figure.text(left / width, 1 - top / total, "no experts", fontsize=8.5, va="top")
+    first = (
+        [f"{s} {_experts_text(w)}" for s, w in zip(symbols, units[0].weights, strict=True)] if units else []
+    )
+    shown = "; ".join(first) or "no experts"
+    return Picture(figure, f"Weights of experts in layer {number}, first gate: {shown}")
+
+
+def _experts_text(weights: Floats) -> str:
+    order = [k for k in np.argsort(-weights, kind="stable").tolist() if weights[k] >= 0.005]
+    return ", ".join(f"{k}: {weights[k]:.0%}" for k in order) or "–"
 
 
 def plot_routing(metadata: Metadata, layer: int = 1, position: str | None = None) -> Figure:
