@@ -114,8 +114,7 @@ def measure(rounds: int, repeat: int, steps: int, models: Sequence[Path] = ()) -
         found: list[dict[str, Any]] = []
         for number in range(rounds):
             order = list(children)[:: 1 if number % 2 == 0 else -1]
-            times = {style: children[style].ask() for style in order}
-            found.append({style: times[style] for style in children})
+            found.append({style: children[style].ask() for style in order})
         for child in children.values():
             child.end()
     about = next(iter(children.values())).about

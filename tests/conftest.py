@@ -6,7 +6,6 @@ import pytest
 
 from moecalc import MoECalculator, testing
 
-
 # Ranks of a test that wait for messages leave the processor to the others: there are often fewer processors than ranks.
 os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
 

@@ -148,7 +148,7 @@ class TestNumbers:
     def test_equation_of_state_of_the_lowest_crystal(self, report):
         (crystal,) = report.crystals
         assert (crystal.element, crystal.lattice) == ("W", "bcc")
-        assert crystal.volume_model == pytest.approx(16.24, abs=0.05)
+        assert crystal.volume_model == pytest.approx(16.24, abs=0.15)  # DFT: 16.23
         assert crystal.modulus_model == pytest.approx(305, rel=0.05)  # of DFT
 
     def test_distances(self, report):
