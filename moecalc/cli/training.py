@@ -59,6 +59,13 @@ def fit(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the results; an earlier fit in it goes on.")
     ],
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint to begin with, of any layout (fine-tuning). The model is its, and `model` may "
+            "be left out of the input. Default: random weights."
+        ),
+    ] = None,
     validation: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of every group to hold out.")
     ] = 0.05,
@@ -115,6 +122,7 @@ def fit(
                 threads=threads,
                 every=every,
                 seed=seed,
+                start=start,
                 progress=lambda entry: _show_step(console, entry),
                 stepped=partial(say, what),
             )

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from moecalc.errors import MoecalcError
 from moecalc.files import check_outputs, drop_partial_line
 from moecalc.nn import ModelConfig
 from moecalc.nn.deepmd_input import first_error
-from moecalc.package.importers.native import save_checkpoint
+from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, save_checkpoint
 from moecalc.training.checkpoint import Checkpoint, refusing_damage
 from moecalc.training.graphs import Batch, Frame, collate, to_frame
 from moecalc.training.options import Options
@@ -32,6 +33,7 @@ from moecalc.training.step import StepFunction
 from moecalc.training.supercells import smallest_cell
 from moecalc.typing import Floats
 
+_SHIFT_FRAMES: Final = 200
 _FILES: Final = ("state.pt", "state.averaged.pt", "log.jsonl", SPLIT, TEST)
 
 
@@ -208,6 +210,28 @@ class Fit:
             self.seconds = float(saved.seconds)
 
     @clean_torch()
+    def start_from(self, imported: ImportedModel, train: list[Frame]) -> None:
+        """Take the weights of a checkpoint, and shift its energies of single atoms to those of the frames.
+
+        Data of another program or functional have another zero of energy. The shifts are least-squares ones,
+        of the errors of at most some hundred frames; elements without frames keep their energies.
+
+        Args:
+            imported: of this architecture and these elements.
+            train: frames.
+        """
+        self.model.load_state_dict(build_model(imported).state_dict())
+        for average, parameter in zip(self.averaged, self.parameters, strict=True):
+            average.copy_(parameter.detach())
+        errors = []
+        for frame in train[:: max(1, len(train) // _SHIFT_FRAMES)]:
+            energy = float(self.step_function.predict(collate([frame]))[0][0])
+            errors.append(replace(frame, energy=frame.energy - energy))
+        self.model.readout.energy_shift += torch.from_numpy(
+            element_energies(errors, len(self.config.type_map))
+        )
+
+    @clean_torch()
     def run(
         self,
         train: list[Frame],
@@ -258,9 +282,20 @@ class Fit:
 
 @clean_torch()
 def begin(
-    config: ModelConfig, options: Options, train: list[Frame], folder: Path, hours: float | None = None
+    config: ModelConfig,
+    options: Options,
+    train: list[Frame],
+    folder: Path,
+    hours: float | None = None,
+    start: ImportedModel | None = None,
 ) -> Fit:
     """The fit that was saved in a folder, or else a new one, with the elements' energies from the frames.
+
+    Args:
+        config, options, hours: of the fit.
+        train: frames.
+        folder: of the results.
+        start: checkpoint whose weights a new fit begins with; None: random ones.
 
     Raises:
         MoecalcError: as `Fit` and `Fit.restore`.
@@ -269,6 +304,8 @@ def begin(
     fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(config.type_map))))
     if (folder / "state.pt").exists():
         fit.restore(folder / "state.pt")
+    elif start is not None:
+        fit.start_from(start, train)
     return fit
 
 
@@ -285,6 +322,7 @@ def fit_frames(
     threads: int | None = None,
     every: int = 2000,
     seed: int | None = None,
+    start: str | Path | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     stepped: Callable[[int, int], None] | None = None,
 ) -> Fit:
@@ -305,8 +343,11 @@ def fit_frames(
         every, progress, stepped: as in `Fit.run`.
         seed: of the weights and the order of the frames; None: that of the input. Members of a committee
             differ in nothing else, and hold out the same frames.
+        start: checkpoint to begin with, of any layout; None: random weights. The model has its elements, and
+            `model` of the input may be left out. A fit that goes on does not read it again.
 
     Raises:
+        CheckpointError: `start` cannot be read.
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be
             used; frames for the test that an earlier call has seen; `hours` that are not positive.
     """
@@ -315,22 +356,21 @@ def fit_frames(
     path, folder = Path(input_file), Path(folder)
     check_outputs(
         [("the fit's file", folder / name) for name in _FILES],
-        [("file of frames", source), ("--input", path)],
+        [("file of frames", source), ("--input", path), *([] if start is None else [("--start", start)])],
     )
     started = time.time()
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-        model, options = given["model"], Options.model_validate(given.get("fit", {}))
+        model = given.get("model") if start is not None else given["model"]
+        options = Options.model_validate(given.get("fit", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MoecalcError(f"{path}: expected JSON with `model` and `fit` ({error})") from None
+    imported = None if start is None else load_checkpoint(start)
     atoms = read_frames(source)
     numbers = sorted({int(z) for a in atoms for z in set(a.numbers)})
-    elements = [chemical_symbols[z] for z in numbers]
+    elements = [chemical_symbols[z] for z in numbers] if imported is None else imported.config.type_map
     check_frames(atoms, elements)
-    try:
-        config = ModelConfig.model_validate({**model, "type_map": elements})
-    except ValidationError as error:
-        raise MoecalcError(f"{path}: model: {first_error(error)}") from None
+    config = _config(path, model, elements, imported)
     split = draw(atoms, validation, test, options.seed)
     keep(folder, split, atoms)
     if seed is not None:
@@ -339,10 +379,43 @@ def fit_frames(
     train = [to_frame(smallest_cell(atoms[k]), elements, cutoff) for k in split.train]
     valid = [to_frame(atoms[k], elements, cutoff) for k in split.valid]
     with torch_threads(threads):
-        fit = begin(config, options, train, folder, hours)
+        fit = begin(config, options, train, folder, hours, imported)
         until = None if pause_after is None else started + 3600.0 * pause_after
         fit.run(train, valid, folder, every, until, progress, stepped)
     return fit
+
+
+def _config(path: Path, model: Any, elements: list[str], start: ImportedModel | None) -> ModelConfig:
+    """The architecture of an input and, where there is one, of the checkpoint to begin with.
+
+    Raises:
+        MoecalcError: the input's is not valid, or another than the checkpoint's.
+    """
+    if model is None and start is not None:
+        return start.config
+    try:
+        config = ModelConfig.model_validate({**model, "type_map": elements})
+    except (ValidationError, TypeError) as error:
+        reason = first_error(error) if isinstance(error, ValidationError) else error
+        raise MoecalcError(f"{path}: model: {reason}") from None
+    if start is None or config == start.config:
+        return config
+    wanted, found = (_options(one.model_dump(mode="json")) for one in (config, start.config))
+    name = next(name for name in [*wanted, *found] if wanted.get(name) != found.get(name))
+    raise MoecalcError(
+        f"{path}: model: {name} is {wanted.get(name)}, but {found.get(name)} in {start.path}: leave `model` "
+        "out of the input to take that of the checkpoint"
+    )
+
+
+def _options(section: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Options of a section and those within it, by path."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= (
+            _options(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+        )
+    return found
 
 
 def element_energies(frames: list[Frame], n_types: int) -> Floats:

@@ -23,7 +23,8 @@ from moecalc.errors import MoecalcError
 from moecalc.keys import MIN_DISTANCE
 from moecalc.nn import POSITIONS, ModelConfig
 from moecalc.nn.model import evaluate
-from moecalc.training.fit import Fit, element_energies, fit_frames
+from moecalc.package.importers import load_checkpoint
+from moecalc.training.fit import Fit, begin, element_energies, fit_frames
 from moecalc.training.graphs import Frame, collate, to_frame
 from moecalc.training.options import LastStage, Options
 from moecalc.training.packing import GROUP_TENSORS
@@ -478,6 +479,56 @@ def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path) -> N
     (tmp_path / "example.json").write_text(json.dumps(example))
     fit = fit_frames(files[0], tmp_path / "example.json", tmp_path / "out", validation=0.0)
     assert fit.step_number == 1
+
+
+def test_a_fit_starts_from_the_weights_of_a_checkpoint(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the energies of atoms shifted to those of the frames, forces are the checkpoint's at first."""
+    first = fit_frames(*files, tmp_path / "first", validation=0.0)
+    trained = load_checkpoint(tmp_path / "first" / "state.averaged.pt")
+    trained.state["readout.energy_shift"] += 3.0  # another zero
+    start = begin(first.config, Options(), frames(), tmp_path / "second", start=trained).step_function
+    with first.averaged_weights():
+        for frame in frames():
+            energies, forces, _ = start.predict(collate([frame]))
+            _, same, _ = first.step_function.predict(collate([frame]))
+            np.testing.assert_allclose(forces, same, atol=1e-5)
+            assert abs(energies[0] - frame.energy) < 1.0
+
+
+def test_the_input_of_a_start_needs_no_model(files: tuple[Path, Path], tmp_path: Path) -> None:
+    fit_frames(*files, tmp_path / "first", validation=0.0)
+    files[1].write_text(json.dumps({"fit": {"steps": 2, "batch_atoms": 8}}))
+    start, out = tmp_path / "first" / "state.averaged.pt", tmp_path / "second"
+    arguments = ["fit", str(files[0]), "--input", str(files[1]), "-o", str(out), "--start", str(start)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "stopped at step 2 of 2" in done.output
+
+
+def test_a_start_of_another_architecture_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    fit_frames(*files, tmp_path / "first", validation=0.0)
+    given = json.loads(files[1].read_text())
+    given["model"]["descriptor"]["e_rcut"] = 4.2
+    files[1].write_text(json.dumps(given))
+    start = tmp_path / "first" / "state.averaged.pt"
+    message = (
+        r"fit\.json: model: descriptor\.e_rcut is 4\.2, but 4\.5 in .*state\.averaged\.pt: leave `model`"
+    )
+    with pytest.raises(MoecalcError, match=message):
+        fit_frames(*files, tmp_path / "second", start=start)
+
+
+def test_frames_with_elements_that_a_start_lacks_are_refused(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fit_frames(*files, tmp_path / "first", validation=0.0)
+    others = structures(2)
+    for atoms in others:
+        atoms.symbols[0] = "Au"
+    write(tmp_path / "others.extxyz", others)
+    start = tmp_path / "first" / "state.averaged.pt"
+    with pytest.raises(MoecalcError, match="Au"):
+        fit_frames(tmp_path / "others.extxyz", files[1], tmp_path / "second", start=start)
 
 
 def test_frame_parameters_are_refused_by_name() -> None:
