@@ -33,6 +33,7 @@ from moecalc.training.schedule import settings_at
 from moecalc.training.supercells import smallest_cell
 
 ELEMENTS = ["Cu", "Ni", "Al"]
+EXAMPLES = Path(__file__).parents[2] / "examples" / "train"
 
 
 def config(kind: str = "mlp", precision: str = "float64", **descriptor: Any) -> ModelConfig:
@@ -473,12 +474,19 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         Fit(config("mlp"), Options()).restore(tmp_path / "state.pt")
 
 
-def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path) -> None:
-    example = json.loads((Path(__file__).parents[2] / "examples/train/fit.json").read_text())
+@pytest.mark.parametrize("name", ["fit.json", "narrow.json"])
+def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    example = json.loads((EXAMPLES / name).read_text())
     example["fit"]["steps"] = 1
     (tmp_path / "example.json").write_text(json.dumps(example))
     fit = fit_frames(files[0], tmp_path / "example.json", tmp_path / "out", validation=0.0)
     assert fit.step_number == 1
+
+
+def test_the_example_start_is_of_the_example_input() -> None:
+    start = load_checkpoint(EXAMPLES / "narrow.pt").config
+    model = json.loads((EXAMPLES / "narrow.json").read_text())["model"]
+    assert ModelConfig.model_validate({**model, "type_map": start.type_map}) == start
 
 
 def test_a_fit_starts_from_the_weights_of_a_checkpoint(files: tuple[Path, Path], tmp_path: Path) -> None:
