@@ -10,6 +10,12 @@ Columns: registers and spills; the longest loop that multiplies, once; what lies
 and after it, until one. The latter is the epilogue: its activations are the MUFU.EX2 on the path where no function is
 called, since the activations that are called are rare ones.
 
+A second table has the milliseconds of a step: 10,000 atoms of water with the full-size dense model (n, e, a of 128, 64,
+32, 6 layers) on an H100. A kernel's parts are found in its machine code (products, what lies before and after them,
+staging, sums), `WORK` says how often a step runs them. A warp's cycles are divided by the warps that share its
+scheduler; but a scheduler issues one instruction a cycle, a quarter of the special functions' results, and memory moves
+what it must: the longest of these counts. Small kernels are not modelled (REST). Expect +-40 %: no GPU has run this.
+
 A limits file has the most that every kernel may have of every number. `--write-limits` writes one, 5 % above what is.
 """
 
@@ -23,10 +29,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 # Latencies in cycles, of memory as where the data is in the first-level cache.
 LATENCY = {
@@ -61,6 +68,27 @@ FORMAT = re.compile(r"kernels_(\w+?)_cu")
 RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
 LONGEST_PATH = 5000
 FEWEST_ACTIVATIONS = 4
+
+# An H100.
+CLOCK = 1.755e9
+N_MULTIPROCESSOR = 132
+N_SCHEDULER = 4
+MEMORY_RATE = 3.35e12
+REGISTERS = 65536
+SHARED_BYTES = 227 << 10
+SHARED_OF_BLOCK = 1 << 10  # that the driver keeps of every block
+SPECIAL_FUNCTION = 8  # cycles in which a scheduler's warp gets 32 results
+THREADS = 128
+TILE = 64  # rows
+# Water at 0.1 atoms per cubic Angstrom, cutoffs of 6 and 4 Angstrom: numbers per atom.
+N_ATOM = 10_000
+EDGES = 84
+CLOSE = 26
+ANGLES = 696
+# Finding the rows of a tile: searches, a division and loads that wait for each other.
+TILE_CYCLES = 500
+TILE_INSTRUCTIONS = 150
+REST = 6.6  # ms of the other kernels, as estimated from the first ones
 
 
 @dataclass(frozen=True)
@@ -192,9 +220,16 @@ def cycles(body: list[Instruction], rounds: int = 8) -> float:
 
 
 def multiplies(body: list[Instruction]) -> bool:
-    """Whether a loop is that of a product."""
+    """Whether a loop is that of a product; one of activations has as many multiplications."""
     count = Counter(instruction.operation for instruction in body)
-    return count["FFMA"] + count["DFMA"] >= 32 or count["HMMA"] > 0
+    is_product = count["FFMA"] + count["DFMA"] >= 32 or count["HMMA"] > 0
+    return is_product and not n_activations(body)
+
+
+def is_dense(body: list[Instruction]) -> bool:
+    """Whether a loop multiplies a tile with weights, and not a few vectors with each other."""
+    count = Counter(instruction.operation for instruction in body)
+    return count["HMMA"] > 0 or 2 * (count["FFMA"] + count["DFMA"]) >= len(body)
 
 
 def n_activations(passed: list[Instruction]) -> int:
@@ -257,7 +292,8 @@ def start_of(kernel: Kernel, body: list[Instruction]) -> list[Instruction]:
 def row_of(kernel: Kernel, registers: int = 0) -> Row:
     """A row of the table."""
     count = Counter(instruction.operation for instruction in kernel.code)
-    products = [body for body in kernel.inner_loops if multiplies(body)]
+    multiplying = [body for body in kernel.inner_loops if multiplies(body)]
+    products = [body for body in multiplying if is_dense(body)] or multiplying
     longest = max(products, key=len, default=[])
     starts = [start_of(kernel, body) for body in products]
     ends = [path(kernel, body[-1].address // 16 + 1) for body in products]
@@ -305,6 +341,315 @@ def beyond(rows: list[Row], limits: dict[str, dict[str, int]]) -> Iterator[str]:
         for what in LIMITED:
             if float(row[what]) > allowed.get(what, 0):
                 yield f"{name}: expected at most {allowed.get(what, 0)} for '{what}', got {row[what]}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one warp: cycles if it is alone, and instructions, special functions among them."""
+
+    cycles: float = 0.0
+    instructions: float = 0.0
+    special: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.cycles + other.cycles,
+            self.instructions + other.instructions,
+            self.special + other.special,
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.cycles * times, self.instructions * times, self.special * times)
+
+
+def cost_of(passed: list[Instruction], rounds: int = 1) -> Cost:
+    """Cost of a path, or of one round of a loop."""
+    special = sum(instruction.operation == "MUFU" for instruction in passed)
+    return Cost(cycles(passed, rounds), len(passed), special) if passed else Cost()
+
+
+def longest_of(costs: Iterable[Cost]) -> Cost:
+    """The one with most cycles."""
+    return max(costs, key=lambda cost: cost.cycles)
+
+
+def mean_of(costs: list[Cost]) -> Cost:
+    """Their mean."""
+    return sum(costs, Cost()) * (1 / len(costs))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop that multiplies, with what runs before and after it."""
+
+    body: list[Instruction]
+    before: Cost
+    after: Cost
+    activations: int
+
+    @property
+    def multiplications(self) -> int:
+        """Of each thread; a product of tensor cores counts as what it replaces (three of bf16 are one)."""
+        count = Counter(instruction.operation for instruction in self.body)
+        of_bf16 = sum("HMMA" in i.text and "BF16" in i.text for i in self.body)
+        return count["FFMA"] + 32 * (count["HMMA"] - of_bf16) + 16 * of_bf16 * 2 // 3
+
+    @property
+    def product(self) -> Cost:
+        """Cost of multiplying a tile by one row of 64 weights: 32 multiplications of each thread."""
+        return cost_of(self.body, 8) * (32 / self.multiplications)
+
+
+class Parts:
+    """What a kernel's machine code does with a tile, part by part."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        inner = kernel.inner_loops
+        self.loops = [self._loop(body) for body in inner if multiplies(body) and is_dense(body)]
+        self.others = [body for body in inner if not multiplies(body)]
+
+    def _loop(self, body: list[Instruction]) -> Loop:
+        after = path(self.kernel, body[-1].address // 16 + 1)
+        return Loop(body, cost_of(start_of(self.kernel, body)), cost_of(after), n_activations(after))
+
+    def activated(self, columns: int, inputs: int) -> Cost:
+        """A tile of `columns` (64 or 32) with product and activations; without product where inputs is 0."""
+        number = columns // 2
+        if inputs == 0:
+            straight = [passed for passed in self._straight() if n_activations(passed) == number]
+            self._expect(straight, f"a path with {number} activations")
+            return longest_of(cost_of(passed) for passed in straight)
+        chosen = [loop for loop in self.loops if loop.activations == number]
+        self._expect(chosen, f"a product before {number} activations")
+        before = longest_of(loop.before for loop in chosen)
+        after = longest_of(loop.after for loop in chosen)
+        return before + mean_of([loop.product for loop in chosen]) * (inputs * columns / 64) + after
+
+    def plain(self, columns: int, inputs: int) -> Cost:
+        """The same without activations."""
+        chosen = [loop for loop in self.loops if loop.activations < FEWEST_ACTIVATIONS]
+        self._expect(chosen, "a product without activations")
+        around = mean_of([loop.before + loop.after for loop in chosen])
+        return around + mean_of([loop.product for loop in chosen]) * (inputs * columns / 64)
+
+    def staged(self, vectors: float) -> Cost:
+        """Vectors of four numbers that every thread copies to shared memory."""
+        costs = []
+        for body in self.others:
+            count = Counter(instruction.operation for instruction in body)
+            if count["LDG"] and count["STS"]:
+                costs.append(cost_of(body, 8) * (1 / count["STS"]))
+        self._expect(costs, "a loop that stages")
+        return mean_of(costs) * vectors
+
+    def summed(self, serial: float, rows: float) -> Cost:
+        """Sums over rows of a tile: `serial` after one another, `rows` by every warp."""
+        costs = []
+        for body in self.others:
+            count = Counter(instruction.operation for instruction in body)
+            if count["LDS"] and count["FADD"] and not count["STS"] and not count["LDG"]:
+                costs.append(cost_of(body, 8) * (1 / count["LDS"]))
+        self._expect(costs, "a loop that sums")
+        mean = mean_of(costs)
+        return Cost(mean.cycles * serial, mean.instructions * rows)
+
+    def _expect(self, found: list[Any], what: str) -> None:
+        if not found:
+            raise ValueError(f"{self.kernel.name}: expected {what} in the machine code, got none")
+
+    def _straight(self) -> Iterator[list[Instruction]]:
+        """Paths that begin after a barrier or a jump, or where one goes to, and loops over experts."""
+        code = self.kernel.code
+        starts = {instruction.target for instruction in code}
+        yield from self.others
+        for index in range(1, len(code)):
+            if code[index - 1].operation in ("BAR", "BRA") or code[index].address in starts:
+                yield path(self.kernel, index)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does with the tiles of a kind of rows. Passes: parts of a kernel to their cost."""
+
+    rows: float  # of the step
+    passes: Callable[[Parts], Cost]
+    bytes: float = 0.0  # that a row moves from and to memory
+
+
+def first_sums(parts: Parts) -> Cost:
+    """Angles to their first edges: as many in a row as a centre has close edges."""
+    return parts.summed(CLOSE, TILE / N_SCHEDULER)
+
+
+def second_sums(parts: Parts) -> Cost:
+    """Angles to their second edges."""
+    return parts.summed(10, 10)
+
+
+def edge_sums(parts: Parts) -> Cost:
+    """Edges to their centre."""
+    return parts.summed(TILE, TILE / N_SCHEDULER)
+
+
+def projected(parts: Parts) -> Cost:
+    """Both sides of the parts of close edges in the angle maps."""
+    return (parts.plain(64, 64) + parts.plain(32, 64) + parts.staged(16)) * 2
+
+
+def angle_forward(inputs: int, live: float) -> Callable[[Parts], Cost]:
+    """A tile of angles; `live`: share of the layers that have an angle map."""
+
+    def passes(parts: Parts) -> Cost:
+        message = parts.activated(64, inputs) + first_sums(parts)
+        message += parts.staged(inputs / 8) if inputs else Cost()
+        return message + parts.activated(32, inputs) * live
+
+    return passes
+
+
+def angle_backward(inputs: int, live: float) -> Callable[[Parts], Cost]:
+    """The same backward."""
+
+    def passes(parts: Parts) -> Cost:
+        sums = first_sums(parts) + second_sums(parts)
+        message = parts.activated(64, inputs) + sums
+        update = parts.activated(32, inputs) + sums
+        if inputs:
+            message += parts.staged(inputs / 4) + parts.plain(32, 64)
+            update += parts.plain(32, 32)
+        return message + update * live
+
+    return passes
+
+
+def angles_to_edges(parts: Parts) -> Cost:
+    """Gradients of close edges."""
+    return projected(parts) + (parts.plain(64, 96) + parts.staged(12)) * 2
+
+
+def edge_forward(parts: Parts) -> Cost:
+    """A tile of edges: two chunks of messages, one of the update."""
+    messages = (parts.activated(64, 64) + edge_sums(parts)) * 2
+    return parts.staged(8) + messages + parts.activated(64, 64) * (5 / 6)
+
+
+def edge_backward(parts: Parts) -> Cost:
+    """The same backward; 24 vectors for the gradients of the directions."""
+    chunk = parts.activated(64, 64) + parts.plain(64, 64) + edge_sums(parts)
+    return parts.staged(16 + 24) + chunk * (2 + 5 / 6)
+
+
+def message_forward(parts: Parts) -> Cost:
+    """A tile of messages of angles, with EdgeForward."""
+    return parts.staged(8) + parts.activated(64, 64)
+
+
+def message_backward(parts: Parts) -> Cost:
+    """The same backward."""
+    return parts.staged(16) + parts.activated(64, 64) + parts.plain(64, 64)
+
+
+# By kernel: bytes of shared memory of a block, estimate of the first kernels in ms, and the work. Layer 0 has the
+# kernels <1>, layers 1 to 4 have angles, of which 1 to 3 have an angle map, and layer 5 has edges only.
+KERNELS: dict[str, tuple[int, float, list[Work]]] = {
+    "AngleForward<0>": (
+        28_400,
+        15.7 * 4 / 5,
+        [Work(4 * ANGLES, angle_forward(32, 3 / 4), 128 + 96 + 4), Work(4 * CLOSE, projected, 768)],
+    ),
+    "AngleForward<1>": (
+        20_200,
+        15.7 / 5,
+        [Work(ANGLES, angle_forward(0, 1), 128 + 8), Work(CLOSE, projected, 768)],
+    ),
+    "AngleBackward<0>": (
+        42_000,
+        31.8 * 4 / 5,
+        [Work(4 * ANGLES, angle_backward(32, 3 / 4), 256 + 96 + 8), Work(4 * CLOSE, angles_to_edges, 2048)],
+    ),
+    "AngleBackward<1>": (
+        29_000,
+        31.8 / 5,
+        [Work(ANGLES, angle_backward(0, 1), 128 + 16), Work(CLOSE, angles_to_edges, 2048)],
+    ),
+    "EdgeForward": (
+        35_800,
+        6.9,
+        [Work(6 * EDGES, edge_forward, 512), Work(5 * CLOSE, message_forward, 768)],
+    ),
+    "EdgeBackward": (57_800, 11.0 * 0.9, [Work(6 * EDGES, edge_backward, 768 + 768 + 64)]),
+    "MessageBackward": (53_200, 11.0 * 0.1, [Work(5 * CLOSE, message_backward, 768)]),
+}
+FORMATS = ("float32", "tf32", "bf16x3")
+
+
+def blocks_of(registers: int, shared: int) -> int:
+    """Blocks that share a multiprocessor."""
+    of_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * THREADS)
+    return min(of_registers, SHARED_BYTES // (shared + SHARED_OF_BLOCK))
+
+
+def milliseconds(kernel: Kernel, work: list[Work], blocks: int) -> float:
+    """Of a step."""
+    parts = Parts(kernel)
+    total = 0.0
+    for item in work:
+        tile = item.passes(parts) + Cost(TILE_CYCLES, TILE_INSTRUCTIONS)
+        waited = max(tile.cycles / blocks, tile.instructions, tile.special * SPECIAL_FUNCTION)
+        tiles = N_ATOM * item.rows / TILE
+        moved = N_ATOM * item.rows * item.bytes / MEMORY_RATE
+        # four warps of a tile, one on each scheduler
+        total += max(tiles * waited / (N_MULTIPROCESSOR * CLOCK), moved)
+    return 1e3 * total
+
+
+def step_rows(kernels: list[Kernel], registers: dict[str, int]) -> list[Row]:
+    """The table of a step, with its sum for every format of which all kernels are there."""
+    by_name = {kernel.name: kernel for kernel in kernels}
+    rows: list[Row] = []
+    for number_format in FORMATS:
+        names = [f"{name} {number_format}" for name in KERNELS]
+        if not all(name in by_name for name in names):
+            continue
+        of_format: list[Row] = []
+        for name, (shared, before, work) in zip(names, KERNELS.values(), strict=True):
+            kernel = by_name[name]
+            count = Counter(instruction.operation for instruction in kernel.code)
+            blocks = blocks_of(registers.get(name, 0), shared)
+            of_format.append(
+                {
+                    "kernel of a step": name,
+                    "registers": registers.get(name, 0),
+                    "spills": count["LDL"] + count["STL"],
+                    "shared KB": round(shared / 1e3, 1),
+                    "blocks": blocks,
+                    "ms": round(milliseconds(kernel, work, blocks), 1),
+                    "first estimate": round(before, 1),
+                }
+            )
+        rows += [*of_format, *sums_of(number_format, of_format)]
+    return rows
+
+
+def sums_of(number_format: str, rows: list[Row]) -> Iterator[Row]:
+    """What is not modelled, the step, and its time per atom."""
+    sums = [sum(float(row[name]) for row in rows) + REST for name in ("ms", "first estimate")]
+    for name, values in (
+        (f"rest {number_format}", [REST, REST]),
+        (f"step {number_format}", sums),
+        (f"us per atom {number_format}", [1e3 * value / N_ATOM for value in sums]),
+    ):
+        shown = [round(value, 2 if name.startswith("us") else 1) for value in values]
+        yield {
+            "kernel of a step": name,
+            "registers": "",
+            "spills": "",
+            "shared KB": "",
+            "blocks": "",
+            "ms": shown[0],
+            "first estimate": shown[1],
+        }
 
 
 def shown_table(rows: list[Row]) -> str:
@@ -371,6 +716,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows.sort(key=lambda row: str(row["kernel"]))
     print(shown_table(rows))
     found = [f"{kernel.name}: {what}" for kernel in chosen for what in findings(kernel)]
+    try:
+        print("\n" + shown_table(step_rows(chosen, registers)))
+    except ValueError as error:
+        found.append(str(error))
     if options.write_limits:
         options.write_limits.write_text(json.dumps(limits_of(rows), indent=1) + "\n")
     if options.limits:

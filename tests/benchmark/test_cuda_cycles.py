@@ -18,9 +18,12 @@ def lint():
     return module
 
 
-def sass(*code):
+ANGLE_FORWARD = "_Z10run_kernelINS0_12AngleForwardEE_kernels_tf32_cu"
+
+
+def sass(*code, symbol=ANGLE_FORWARD):
     """Lines as of cuobjdump, of (text, stall, scoreboard set, scoreboards waited for)."""
-    lines = ["arch = sm_90", "\t\tFunction : _Z10run_kernelINS0_12AngleForwardEE_kernels_tf32_cu"]
+    lines = ["arch = sm_90", f"\t\tFunction : {symbol}"]
     for index, (text, stall, written, waits) in enumerate(code):
         control = stall | written << 5 | 7 << 8 | waits << 11
         lines.append(f"        /*{16 * index:04x}*/                   {text} ;  /* 0x{0:016x} */")
@@ -28,8 +31,8 @@ def sass(*code):
     return lines
 
 
-def kernel(lint, *code):
-    (found,) = lint.kernels_of(sass(*code))
+def kernel(lint, *code, symbol=ANGLE_FORWARD):
+    (found,) = lint.kernels_of(sass(*code, symbol=symbol))
     return found
 
 
@@ -150,3 +153,92 @@ def test_a_missing_cuobjdump_is_named(lint, monkeypatch, capsys):
 def test_a_library_without_kernels_is_refused(lint, capsys):
     assert lint.main([str(FILE), "--cuobjdump", "true"]) == 2
     assert "expected kernels for sm_90" in capsys.readouterr().err
+
+
+BARRIER = ("BAR.SYNC.DEFER_BLOCKING 0x0", 5, 7, 0)
+
+
+def a_loop(code, body):
+    """`code` and a loop after it."""
+    return [*code, *body, (f"@P0 BRA {16 * len(code):#x}", 5, 7, 0)]
+
+
+def tile_code(extra=0):
+    """A kernel with every part that the model knows, and `extra` instructions after each product."""
+    code = a_loop([], [LOAD, ("STS.128 [R3], R4", 2, 7, 0)])
+    code = a_loop([*code, BARRIER], [("LDS.128 R4, [R3]", 2, 0, 0), ("FADD R2, R2, R4", 4, 7, 1)])
+    for activations in (0, 16, 32):
+        code = a_loop([*code, BARRIER], PRODUCT * 4)
+        code += [EXPONENTIAL] * activations + [("FADD R2, R2, R4", 4, 7, 0)] * extra
+    # as layer 0 has them: without a product
+    return [*code, BARRIER, *[EXPONENTIAL] * 16, BARRIER, *[EXPONENTIAL] * 32, ("EXIT", 5, 7, 0)]
+
+
+def step_kernels(lint, extra=0):
+    """All kernels of a step in one format."""
+    kernels = []
+    for name in lint.KERNELS:
+        word, _, switch = name.partition("<")
+        argument = f"NS0_7Float32ELb{switch[0]}" if switch else "NS0_7Float32"
+        symbol = f"_Z10run_kernelINS0_{len(word)}{word}I{argument}EEEvT__kernels_tf32_cu"
+        kernels.append(kernel(lint, *tile_code(extra), symbol=symbol))
+    return kernels
+
+
+def test_parts_of_a_kernel_are_found(lint):
+    parts = lint.Parts(kernel(lint, *tile_code()))
+    assert parts.staged(4).instructions == 3 * 4
+    assert parts.summed(10, 5).instructions == 3 * 5
+    # 129 instructions have 128 multiplications of each thread, so four rows of 64 weights
+    assert parts.activated(64, 8).instructions == 129 / 4 * 8 + 32
+    assert parts.activated(32, 8).special == 16
+    assert parts.activated(64, 0).instructions == 32
+    assert parts.plain(32, 8).instructions == 129 / 4 * 4
+
+
+def test_a_product_of_tensor_cores_counts_as_what_it_replaces(lint):
+    tf32 = [("HMMA.1688.F32.TF32 R4, R8, R12, R4", 4, 7, 0)] * 8
+    bf16 = [("HMMA.1688.F32.BF16 R4, R8, R12, R4", 4, 7, 0)] * 24
+    for products in (tf32, bf16):
+        (loop,) = lint.Parts(kernel(lint, *a_loop([], products))).loops
+        assert loop.multiplications == 8 * 32
+
+
+def test_a_loop_with_activations_is_no_product(lint):
+    assert lint.Parts(kernel(lint, *a_loop([], [*PRODUCT, EXPONENTIAL]))).loops == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "blocks"), [(168, 20_000, 3), (128, 20_000, 4), (32, 100_000, 2)]
+)
+def test_registers_and_shared_memory_limit_the_blocks(lint, registers, shared, blocks):
+    assert lint.blocks_of(registers, shared) == blocks
+
+
+def test_a_step_has_its_sum_and_the_time_per_atom(lint):
+    kernels = step_kernels(lint)
+    registers = {kernel.name: 168 for kernel in kernels}
+    rows = lint.step_rows(kernels, registers)
+    *of_kernels, rest, step, per_atom = rows
+    assert [row["kernel of a step"] for row in of_kernels] == [f"{name} tf32" for name in lint.KERNELS]
+    assert all(row["ms"] > 0 and row["blocks"] == 3 for row in of_kernels)
+    assert step["ms"] == pytest.approx(sum(row["ms"] for row in [*of_kernels, rest]), abs=0.11)
+    assert per_atom["ms"] == pytest.approx(step["ms"] / 10, abs=0.01)
+    assert step["first estimate"] == pytest.approx(72, abs=0.1)
+
+
+def test_more_instructions_make_a_step_slower(lint):
+    registers = {kernel.name: 168 for kernel in step_kernels(lint)}
+    short, long = (lint.step_rows(step_kernels(lint, extra), registers)[-2]["ms"] for extra in (0, 400))
+    assert long > 1.05 * short
+
+
+def test_a_format_of_which_a_kernel_is_missing_has_no_step(lint):
+    assert lint.step_rows(step_kernels(lint)[1:], {}) == []
+
+
+def test_a_part_that_is_not_found_is_named(lint):
+    with pytest.raises(
+        ValueError, match="AngleForward tf32: expected a loop that stages in the machine code"
+    ):
+        lint.Parts(kernel(lint, *PRODUCT, BACK)).staged(1)

@@ -52,11 +52,14 @@ template <class Format>
 int64_t most_shared_bytes(const LayerView<typename Format::Real>& layer) {
   EdgeBackward<Format> edges;
   edges.layer = layer;
-  AngleBackward<Format> angles;
+  AngleBackward<Format, false> angles;
   angles.layer = layer;
+  AngleBackward<Format, true> first_angles;
+  first_angles.layer = layer;
   InvariantsBackward<typename Format::Real> invariants;
   invariants.layer = layer;
-  return std::max({edges.shared_bytes(), angles.shared_bytes(), invariants.shared_bytes()});
+  return std::max(
+      {edges.shared_bytes(), angles.shared_bytes(), first_angles.shared_bytes(), invariants.shared_bytes()});
 }
 
 }  // namespace moecalc::cuda

@@ -58,6 +58,7 @@ class Step {
   void embed();
   void project(const LayerView<Real>& layer);
   void forward(size_t l);
+  void angle_forward(const LayerView<Real>& layer);
   void features_of_edges(const LayerView<Real>& layer);
   void repeat_before(size_t l);
   void backward(size_t l, bool gradients_to_nodes);
@@ -293,11 +294,22 @@ void Step<Format, Target>::forward(size_t l) {
   launch<Nodes<Format, false>>(layer, list_.row_runs());
 }
 
+/// Messages of angles and their features after the layer.
+template <class Format, class Target>
+void Step<Format, Target>::angle_forward(const LayerView<Real>& layer) {
+  if (!layer.with_angles) return;
+  if (layer.first_layer) {
+    launch<AngleForward<Format, true>>(layer, list_.angle_runs());
+  } else {
+    launch<AngleForward<Format, false>>(layer, list_.angle_runs());
+  }
+}
+
 /// What a layer makes of edges and angles: features, and messages to nodes. In place where these features do
 /// not stay.
 template <class Format, class Target>
 void Step<Format, Target>::features_of_edges(const LayerView<Real>& layer) {
-  if (layer.with_angles) launch<AngleForward<Format>>(layer, list_.angle_runs());
+  angle_forward(layer);
   launch<EdgeForward<Format>>(layer, list_.edge_runs());
 }
 
@@ -315,7 +327,7 @@ void Step<Format, Target>::repeat_before(size_t l) {
   if (!messages.with_angles || kept_.has_messages(shape(l))) return;
   project(messages);
   messages.live_angle = false;  // its outputs are of no use now
-  launch<AngleForward<Format>>(messages, list_.angle_runs());
+  angle_forward(messages);
 }
 
 template <class Format, class Target>
@@ -339,7 +351,13 @@ void Step<Format, Target>::backward(size_t l, bool gradients_to_nodes) {
   launch<InvariantsBackward<Real>>(layer);
   if (layer.with_angles) launch<MessageBackward<Format>>(layer, list_.edge_runs());
   launch<EdgeBackward<Format>>(layer, list_.edge_runs());
-  if (layer.with_angles) launch<AngleBackward<Format>>(layer, list_.angle_runs());
+  if (layer.with_angles) {
+    if (layer.first_layer) {
+      launch<AngleBackward<Format, true>>(layer, list_.angle_runs());
+    } else {
+      launch<AngleBackward<Format, false>>(layer, list_.angle_runs());
+    }
+  }
   if (gradients_to_nodes) gradients_of_nodes(layer);
 }
 

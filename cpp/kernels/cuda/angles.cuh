@@ -5,9 +5,14 @@
 //   pre_activation_ijk = P_ij + Q_ik + angle_ijk W_angle,   P_ij = node_i W_centre + b + edge_ij W_first,
 //                                                           Q_ik = edge_ik W_second.
 // P and Q of the close edges of a run are computed by the block that works on its angles.
+//
+// FIRST: of the first layer, where angle_ijk is cosine_ijk times the same direction for all angles. There
+// angle_ijk W_angle = cosine_ijk angle_of_cos, and the gradient of the cosine is that of the pre-activation
+// times angle_of_cos: no product.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/layer_view.cuh"
 #include "kernels/cuda/rows.cuh"
@@ -15,10 +20,10 @@
 namespace moecalc::cuda {
 
 /// Arrays in shared memory for a tile of angles.
-template <class Format>
+template <class Format, bool FIRST>
 struct AngleRows {
   using Real = typename Format::Real;
-  SharedRows<Format> angle;  // features of the rows
+  SharedRows<Format> angle;  // features of the rows; none if FIRST
   SharedRows<Format> chunk;  // results in a chunk of columns
   // Of every row:
   int* centre;
@@ -30,14 +35,14 @@ struct AngleRows {
   int* n_close;  // of the centre: as many rows have the same first edge; step between those of a second
 
   /// Columns of the rows' features.
-  static MOECALC_BOTH int width(const LayerView<Real>& layer) { return layer.a_padded; }
+  static MOECALC_BOTH int width(const LayerView<Real>& layer) { return FIRST ? 0 : layer.a_padded; }
   static int64_t bytes(const LayerView<Real>& layer) {
-    return SharedRows<Format>::bytes(layer.a_padded) + SharedRows<Format>::bytes(kChunk) +
+    return SharedRows<Format>::bytes(width(layer)) + SharedRows<Format>::bytes(kChunk) +
            7 * shared_size<int>(Format::kRows);
   }
   template <class Block>
   MOECALC_KERNEL AngleRows(Block& block, const LayerView<Real>& layer)
-      : angle(block, layer.a_padded),
+      : angle(block, width(layer)),
         chunk(block, kChunk),
         centre(block.template shared<int>(Format::kRows)),
         first(block.template shared<int>(Format::kRows)),
@@ -69,12 +74,12 @@ struct AngleRows {
       second[thread] = graph.first_close[own_centre] + own_place;
       message[thread] = static_cast<int>(layer.message_row(own_centre, first[thread]));
     });
-    stage(block, angle, span.rows, layer.a_padded, [&](int row, int column) {
-      using Vector = RowVec<Real>;
-      const int64_t from = span.first + row;
-      if (!layer.first_layer) return load<Vector>(layer.angle + from * layer.a_padded + column);
-      return layer.cosine[from] * load<Vector>(layer.direction + column);
-    });
+    if constexpr (!FIRST) {
+      stage(block, angle, span.rows, layer.a_padded, [&](int row, int column) {
+        const int64_t from = span.first + row;
+        return load<RowVec<Real>>(layer.angle + from * layer.a_padded + column);
+      });
+    }
     block.sync();
   }
 
@@ -108,28 +113,33 @@ struct AngleRows {
   /// pre_activation = P_ij + Q_ik + angle W_angle in the columns of the angle maps from `column` on.
   template <class Tile>
   MOECALC_KERNEL void pre_activation(int thread, const LayerView<Real>& layer,
-                                     const kernels::GroupWeights<Real>& weights, int rows, int column,
+                                     const kernels::GroupWeights<Real>& weights, const Span& span, int column,
                                      int width, typename Tile::Vector* sums) const {
     using Vector = typename Tile::Vector;
     const Real* first_parts = layer.angle_edge_parts + layer.part_offset(0, 0) + column;
     const Real* second_parts = layer.angle_edge_parts + layer.part_offset(0, 1) + column;
     const int stride = 2 * layer.angle_columns;
-    for_clamped<Tile>(thread, rows, width, [&](int group, int row, int offset) {
+    for_clamped<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
       sums[group] = load<Vector>(first_parts + static_cast<int64_t>(first[row]) * stride + offset) +
                     load<Vector>(second_parts + static_cast<int64_t>(second[row]) * stride + offset);
+      if constexpr (FIRST) {
+        const Vector of_cos = load<Vector>(weights.angle_of_cos + column + offset);
+        sums[group] += layer.cosine[span.first + row] * of_cos;
+      }
     });
-    Tile::multiply(thread, sums, angle, layer.a_padded,
-                   weight_columns<Tile>(weights.angle_angle, layer.angle_columns, column, width));
+    if constexpr (!FIRST) {
+      Tile::multiply(thread, sums, angle, layer.a_padded,
+                     weight_columns<Tile>(weights.angle_angle, layer.angle_columns, column, width));
+    }
   }
 };
 
 /// P_ij = edge_ij W_first + (node_i W_centre + b) and Q_ij = edge_ij W_second of one tile of close edges and
 /// one chunk of columns; side 0: P, side 1: Q.
-template <class Tile, class Block>
+template <class Tile, class Block, class Rows>
 MOECALC_KERNEL void project_close_chunk(Block& block, const LayerView<typename Tile::Real>& layer,
-                                        const typename Tile::Real* weights,
-                                        const AngleRows<typename Tile::Format>& shared, const Span& span,
-                                        int side, int column) {
+                                        const typename Tile::Real* weights, const Rows& shared,
+                                        const Span& span, int side, int column) {
   using Real = typename Tile::Real;
   using Vector = typename Tile::Vector;
   const int width = layer.angle_columns - column;
@@ -158,9 +168,9 @@ MOECALC_KERNEL void project_close_chunk(Block& block, const LayerView<typename T
 }
 
 /// P and Q of the close edges of a run, for the angles of the same block.
-template <class Format, class Block>
+template <class Format, class Block, class Rows>
 MOECALC_KERNEL void project_close(Block& block, const LayerView<typename Format::Real>& layer, const Run& run,
-                                  const AngleRows<Format>& shared) {
+                                  const Rows& shared) {
   const Graph& graph = layer.graph;
   const auto& weights = layer.weights[run.group];
   for_tiles<Format>(graph.first_close[run.begin], graph.first_close[run.end], [&](const Span& span) {
@@ -178,9 +188,10 @@ MOECALC_KERNEL void project_close(Block& block, const LayerView<typename Format:
 /// Messages of the angles to their first edges, and the angles' own update:
 ///   angle_message_ij = angle_scale sum_k switch_ijk mix phi(pre_activation_ijk)        (angle message map)
 ///   angle_out = keep_angle angle + update mix phi(pre_activation)                      (angle map)
-template <class Format>
-struct AngleForward : LayerKernel<Format, AngleRows<Format>> {
-  using Base = LayerKernel<Format, AngleRows<Format>>;
+template <class Format, bool FIRST>
+struct AngleForward : LayerKernel<Format, AngleRows<Format, FIRST>> {
+  using Rows = AngleRows<Format, FIRST>;
+  using Base = LayerKernel<Format, Rows>;
   using Base::layer;
   using typename Base::Real;
   using typename Base::Weights;
@@ -190,8 +201,8 @@ struct AngleForward : LayerKernel<Format, AngleRows<Format>> {
     const Run run = this->runs[block.index()];
     const Weights& weights = layer.weights[run.group];
     const Graph& graph = layer.graph;
-    const AngleRows<Format> shared(block, layer);
-    project_close(block, layer, run, shared);
+    const Rows shared(block, layer);
+    project_close<Format>(block, layer, run, shared);
     for_tiles<Format>(graph.first_angle[run.begin], graph.first_angle[run.end], [&](const Span& span) {
       shared.read(block, layer, run, span);
       for_chunks<Format>(layer.e_padded, [&](auto tile, int column) {
@@ -208,14 +219,14 @@ struct AngleForward : LayerKernel<Format, AngleRows<Format>> {
   /// The angle message in a chunk of its columns. A first edge whose rows continue in the next tile is added
   /// to there.
   template <class Tile, class Block>
-  MOECALC_KERNEL void send_messages(Block& block, const Weights& weights, const AngleRows<Format>& shared,
+  MOECALC_KERNEL void send_messages(Block& block, const Weights& weights, const Rows& shared,
                                     const Span& span, int column) const {
     const int width = layer.e_padded - column;
     block.each([&](int thread) {
       typename Tile::Vector mix[Tile::kGroups] = {};
       for (int expert = 0; expert < layer.experts_angle_message; ++expert) {
         add_expert<Tile>(thread, shared, weights, weights.routing_angle_message[expert],
-                         expert * layer.e_padded + column, span.rows, width, mix);
+                         expert * layer.e_padded + column, span, width, mix);
       }
       for_clamped<Tile>(thread, span.rows, width,
                         [&](int group, int row, int) { mix[group] *= layer.switch_angle[span.first + row]; });
@@ -235,42 +246,70 @@ struct AngleForward : LayerKernel<Format, AngleRows<Format>> {
 
   /// angle_out in a chunk of its columns.
   template <class Tile>
-  MOECALC_KERNEL void update(int thread, const Weights& weights, const AngleRows<Format>& shared,
-                             const Span& span, int column) const {
+  MOECALC_KERNEL void update(int thread, const Weights& weights, const Rows& shared, const Span& span,
+                             int column) const {
     using Vector = typename Tile::Vector;
     const int width = layer.a_padded - column;
     Vector mix[Tile::kGroups] = {};
     for (int expert = 0; expert < layer.experts_angle; ++expert) {
       add_expert<Tile>(thread, shared, weights, weights.routing_angle[expert],
-                       layer.angle_message_columns + expert * layer.a_padded + column, span.rows, width, mix);
+                       layer.angle_message_columns + expert * layer.a_padded + column, span, width, mix);
     }
     for_own<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
-      const Vector old = load<Vector>(shared.angle.at(row, column + offset));
+      const Vector old = feature<Vector>(shared, span, row, column + offset);
       const Vector factor = load<Vector>(layer.update.angle + column + offset);
       const int64_t to = (span.first + row) * static_cast<int64_t>(layer.a_padded) + column + offset;
       store(layer.angle_out + to, layer.keep_angle * old + factor * mix[group]);
     });
   }
 
+  /// Columns of the features of an angle.
+  template <class Vector>
+  MOECALC_KERNEL Vector feature(const Rows& shared, const Span& span, int row, int column) const {
+    if constexpr (FIRST) {
+      return layer.cosine[span.first + row] * load<Vector>(layer.direction + column);
+    } else {
+      return load<Vector>(shared.angle.at(row, column));
+    }
+  }
+
   /// mix += routing phi(pre_activation) of one expert, whose columns start at `column`.
   template <class Tile>
-  MOECALC_KERNEL void add_expert(int thread, const AngleRows<Format>& shared, const Weights& weights,
-                                 Real routing, int column, int rows, int width,
-                                 typename Tile::Vector* mix) const {
+  MOECALC_KERNEL void add_expert(int thread, const Rows& shared, const Weights& weights, Real routing,
+                                 int column, const Span& span, int width, typename Tile::Vector* mix) const {
     typename Tile::Vector sums[Tile::kGroups] = {};
-    shared.template pre_activation<Tile>(thread, layer, weights, rows, column, width, sums);
+    shared.template pre_activation<Tile>(thread, layer, weights, span, column, width, sums);
     layer.activation.template add_values<Tile::kGroups>(routing, sums, mix);
   }
 };
+
+/// Arrays in shared memory for the gradients of a tile of angles of the first layer.
+template <class Format>
+struct CosineGradientRows : AngleRows<Format, true> {
+  using Base = AngleRows<Format, true>;
+  Dots<Format> d_cosine;  // to which every chunk adds
+  Dots<Format> d_switch;  // likewise
+
+  template <class View>
+  static int64_t bytes(const View& layer) {
+    return Base::bytes(layer) + 2 * Dots<Format>::bytes();
+  }
+  template <class Block, class View>
+  MOECALC_KERNEL CosineGradientRows(Block& block, const View& layer)
+      : Base(block, layer), d_cosine(block), d_switch(block) {}
+};
+template <class Format, bool FIRST>
+using AngleGradientRows =
+    std::conditional_t<FIRST, CosineGradientRows<Format>, GradientRows<Format, AngleRows<Format, false>>>;
 
 /// Gradients of the angle maps. With d_pre = phi'(pre_activation) times the gradient of an expert's output:
 ///   d_switch_ijk = d_angle_message_ij . mix phi,   d_angle = keep_angle d_angle_out + d_pre W_angle^T,
 ///   dP_ij = sum_k d_pre_ijk,   dQ_ik = sum_j d_pre_ijk,   d_edge += dP W_first^T + dQ W_second^T,
 ///   d_angle_centre_part_i = sum_j dP_ij.
 /// In the first layer d_cosine = direction . d_angle in place of d_angle.
-template <class Format>
-struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format>>> {
-  using Rows = GradientRows<Format, AngleRows<Format>>;
+template <class Format, bool FIRST>
+struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format, FIRST>> {
+  using Rows = AngleGradientRows<Format, FIRST>;
   using Base = LayerKernel<Format, Rows>;
   using Base::layer;
   using typename Base::Real;
@@ -286,7 +325,12 @@ struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format
     for_tiles<Format>(graph.first_angle[run.begin], graph.first_angle[run.end], [&](const Span& span) {
       shared.read(block, layer, run, span);
       shared.d_switch.clear(block);
-      start_gradient(block, shared, span);
+      if constexpr (FIRST) {
+        shared.d_cosine.clear(block);
+        block.sync();
+      } else {
+        start_gradient(block, shared, span);
+      }
       for_chunks<Format>(layer.e_padded, [&](auto tile, int column) {
         through_messages<decltype(tile)>(block, weights, shared, span, column);
       });
@@ -331,7 +375,7 @@ struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format
       const Real routing = weights.routing_angle_message[expert];
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
-        shared.template pre_activation<Tile>(thread, layer, weights, span.rows, place, width, sums);
+        shared.template pre_activation<Tile>(thread, layer, weights, span, place, width, sums);
         Vector gradients[Tile::kGroups];
         Real switches[Tile::kGroups];
         Real dots[Tile::kGroups] = {};
@@ -343,6 +387,11 @@ struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format
         });
         layer.activation.template to_gradients<Tile::kGroups>(gradients, switches, sums, dots);
         shared.d_switch.template add<Tile>(thread, span.rows, width, dots);
+        if constexpr (FIRST) {
+          Real shares[Tile::kGroups] = {};
+          add_to_cosine<Tile>(thread, weights.angle_of_cos + place, width, sums, shares);
+          shared.d_cosine.template add<Tile>(thread, span.rows, width, shares);
+        }
         store_all<Tile>(thread, shared.chunk, sums);
       });
       spread<Tile>(block, weights, shared, place, span.rows, width);
@@ -360,18 +409,38 @@ struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format
       const Real routing = weights.routing_angle[expert];
       block.each([&](int thread) {
         Vector sums[Tile::kGroups] = {};
-        shared.template pre_activation<Tile>(thread, layer, weights, span.rows, place, width, sums);
+        shared.template pre_activation<Tile>(thread, layer, weights, span, place, width, sums);
         Vector gradients[Tile::kGroups];
+        [[maybe_unused]] Real shares[Tile::kGroups] = {};  // of d_cosine
         for_clamped<Tile>(thread, span.rows, width, [&](int group, int row, int offset) {
           const int64_t from = (span.first + row) * static_cast<int64_t>(layer.a_padded) + column + offset;
           const Vector factor = load<Vector>(layer.update.angle + column + offset);
-          gradients[group] = routing * factor * load<Vector>(layer.d_angle + from);
+          const Vector d_out = load<Vector>(layer.d_angle + from);
+          gradients[group] = routing * factor * d_out;
+          if constexpr (FIRST) {
+            // what the update keeps of a feature, once for all experts
+            const Real keep = expert == 0 ? layer.keep_angle : Real(0);
+            shares[group] = keep * dot(d_out, load<Vector>(layer.direction + column + offset));
+          }
         });
         layer.activation.template to_gradients<Tile::kGroups>(gradients, sums);
+        if constexpr (FIRST) {
+          add_to_cosine<Tile>(thread, weights.angle_of_cos + place, width, sums, shares);
+          shared.d_cosine.template add<Tile>(thread, span.rows, width, shares);
+        }
         store_all<Tile>(thread, shared.chunk, sums);
       });
       spread<Tile>(block, weights, shared, place, span.rows, width);
     }
+  }
+
+  /// shares += d_pre . angle_of_cos, of a thread's vectors.
+  template <class Tile>
+  MOECALC_KERNEL void add_to_cosine(int thread, const Real* of_cos, int width,
+                                    const typename Tile::Vector* d_pre, Real* shares) const {
+    for_clamped<Tile>(thread, Format::kRows, width, [&](int group, int, int offset) {
+      shares[group] += dot(d_pre[group], load<typename Tile::Vector>(of_cos + offset));
+    });
   }
 
   /// d_pre of a chunk (columns of the angle maps from `place` on) to d_angle, dP and dQ.
@@ -381,9 +450,11 @@ struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format
     using Vector = RowVec<Real>;
     const int columns = width < Tile::kColumns ? width : Tile::kColumns;
     block.sync();
-    add_product(block, shared.gradient, shared.chunk, rows, columns,
-                weights.angle_angle_transposed + static_cast<int64_t>(place) * layer.a_padded,
-                layer.a_padded);
+    if constexpr (!FIRST) {
+      add_product(block, shared.gradient, shared.chunk, rows, columns,
+                  weights.angle_angle_transposed + static_cast<int64_t>(place) * layer.a_padded,
+                  layer.a_padded);
+    }
     segment_sums(
         block, shared.chunk, rows, columns, [&](int row) { return shared.with_first(row); },
         [&](int row, int offset, const Vector& sum) {
@@ -407,16 +478,12 @@ struct AngleBackward : LayerKernel<Format, GradientRows<Format, AngleRows<Format
       const int row = span.first + thread;
       const Real value = shared.d_switch.sum(thread);
       layer.d_switch_angle[row] = layer.add_switch_angle ? layer.d_switch_angle[row] + value : value;
-      if (!layer.first_layer) return;
-      Real total = 0;
-      for (int column = 0; column < layer.a_padded; ++column) {
-        total += *shared.gradient.at(thread, column) * layer.direction[column];
-      }
-      layer.d_cosine[row] = total;
+      if constexpr (FIRST) layer.d_cosine[row] = shared.d_cosine.sum(thread);
     });
-    if (layer.first_layer) return;
-    copy_rows(block, shared.gradient, span.rows, layer.a_padded,
-              layer.d_angle + span.first * static_cast<int64_t>(layer.a_padded), layer.a_padded);
+    if constexpr (!FIRST) {
+      copy_rows(block, shared.gradient, span.rows, layer.a_padded,
+                layer.d_angle + span.first * static_cast<int64_t>(layer.a_padded), layer.a_padded);
+    }
   }
 
   /// d_angle_centre_part_i = sum_j dP_ij.

@@ -290,32 +290,41 @@ struct MmaTile {
     const int lane = thread % 32;
     const int first_column = warp % 2 * (COLUMNS / 2);
     const float* own_rows = rows.at(warp / 2 * 32, 0);
-    const float* own_weights = weights.data + first_column * 8;
+    const float* own_weights = weights.data;
+    // Beyond the width the last columns are taken once more: loads need no condition, and nobody reads the
+    // sums.
+    const int last_column = (weights.width - 1) / 8 * 8;
+    int offsets[kAcross];
+    MOECALC_UNROLL
+    for (int across = 0; across < kAcross; ++across) {
+      const int own_column = first_column + across * 8;
+      offsets[across] = (own_column < last_column ? own_column : last_column) * 8;
+    }
     for (int input = 0; input < inputs; input += 8) {
       tensor_core::WeightFragments factors[kAcross];
       MOECALC_UNROLL
       for (int across = 0; across < kAcross; ++across) {
-        const float* from = own_weights + input * weights.stride + across * 64;
-        const bool live = first_column + across * 8 < weights.width;
-        factors[across] = tensor_core::of_weights(lane, [&](int of_lane) -> tensor_core::WordPair {
-          return live ? tensor_core::words(from + of_lane * 2) : tensor_core::WordPair{0u, 0u};
-        });
+        const float* from = own_weights + offsets[across];
+        factors[across] = tensor_core::of_weights(
+            lane, [&](int of_lane) { return tensor_core::words(from + of_lane * 2); });
       }
       if constexpr (std::is_same_v<Format, Tf32>) {
         multiply_block<tensor_core::Tf32Rows>(
             lane, sums, factors,
             [&](int down, int of_lane) {
-              return tensor_core::load_tf32(own_rows + down * 16 * rows.stride + input, rows.stride, of_lane);
+              return tensor_core::load_tf32(own_rows + down * 16 * rows.stride, rows.stride, of_lane);
             },
             [&](float* c, const auto& a, const auto& b) { tensor_core::mma_tf32(c, a, b); });
       } else {
         multiply_block<tensor_core::Bf16Rows>(
             lane, sums, factors,
             [&](int down, int of_lane) {
-              return tensor_core::load_bf16(own_rows + down * 16 * rows.stride + input, rows.stride, of_lane);
+              return tensor_core::load_bf16(own_rows + down * 16 * rows.stride, rows.stride, of_lane);
             },
             [&](float* c, const auto& a, const auto& b) { tensor_core::mma_bf16x3(c, a, b); });
       }
+      own_rows += 8;
+      own_weights += 8 * weights.stride;
     }
   }
 
@@ -393,20 +402,38 @@ MOECALC_KERNEL void for_clamped(int thread, int rows, int width, const F& f) {
   }
 }
 
+/// f(row, column) for the vectors of `rows` rows of `columns` values that a thread has, if a block shares
+/// them. One division per thread: from one to the next the place is counted on.
+template <class Vector, class F>
+MOECALC_KERNEL void for_vectors(int thread, int rows, int columns, const F& f) {
+  const int row_step = kThreads * Vector::kSize / columns;
+  const int column_step = kThreads * Vector::kSize - row_step * columns;
+  int row = thread * Vector::kSize / columns;
+  int column = thread * Vector::kSize - row * columns;
+  const int count = (rows * (columns / Vector::kSize) - thread + kThreads - 1) / kThreads;
+  MOECALC_UNROLL_4
+  for (int turn = 0; turn < count; ++turn) {
+    f(row, column);
+    row += row_step;
+    column += column_step;
+    if (column >= columns) {
+      column -= columns;
+      ++row;
+    }
+  }
+}
+
 /// Copies `columns` values of rows 0..kRows-1 to shared memory, zeros for rows >= rows. value(row, column):
 /// RowVec.
 template <class Format, class Block, class F>
 MOECALC_KERNEL void stage(Block& block, const SharedRows<Format>& to, int rows, int columns, const F& value) {
   using Vector = RowVec<typename Format::Real>;
   block.each([&](int thread) {
-    const int per_row = columns / Vector::kSize;
-    for (int place = thread; place < Format::kRows * per_row; place += kThreads) {
-      const int row = place / per_row;
-      const int column = place % per_row * Vector::kSize;
+    for_vectors<Vector>(thread, Format::kRows, columns, [&](int row, int column) {
       Vector staged = {};
       if (row < rows) staged = value(row, column);
       store(to.at(row, column), staged);
-    }
+    });
   });
 }
 

@@ -107,12 +107,9 @@ MOECALC_KERNEL void copy_rows(Block& block, const SharedRows<Format>& tile, int 
                               typename Format::Real* to, int64_t to_stride) {
   using Vector = RowVec<typename Format::Real>;
   block.each([&](int thread) {
-    const int per_row = columns / Vector::kSize;
-    for (int place = thread; place < rows * per_row; place += kThreads) {
-      const int row = place / per_row;
-      const int column = place % per_row * Vector::kSize;
+    for_vectors<Vector>(thread, rows, columns, [&](int row, int column) {
       store(to + row * to_stride + column, load<Vector>(tile.at(row, column)));
-    }
+    });
   });
 }
 

@@ -56,6 +56,15 @@ struct alignas(SIZE * sizeof(Number)) Vec {
   }
 };
 
+/// Sum of the products of their elements.
+template <class Number, int SIZE>
+MOECALC_VECTOR Number dot(const Vec<Number, SIZE>& left, const Vec<Number, SIZE>& right) {
+  Number sum = left.values[0] * right.values[0];
+  MOECALC_UNROLL
+  for (int lane = 1; lane < SIZE; ++lane) sum += left.values[lane] * right.values[lane];
+  return sum;
+}
+
 /// The widest: 16 bytes. Rows of features are whole ones.
 template <class Real>
 using RowVec = Vec<Real, 16 / static_cast<int>(sizeof(Real))>;
