@@ -181,7 +181,7 @@ class Machine:
     message: float  # of the host, per message
 
 
-GPU = Machine("GPU, through the host", 7.2e-6, 1.5e-3, 1e12, 25e9, 30e-6, 25e9, 3e-6, 1e-6)
+GPU = Machine("GPU, through the host", 3.8e-6, 1.5e-3, 1e12, 25e9, 30e-6, 25e9, 3e-6, 1e-6)
 GPU_NEXT = replace(GPU, name="GPU, kernels at 2.5 us/atom", atom=2.5e-6)
 GPU_DIRECT = replace(GPU_NEXT, name="the same, MPI takes memory of the device", bus=0, wait=10e-6)
 CPU = Machine("CPU core", 1.6e-3, 1e-4, 4e9, 0, 0, 0.4e9, 2e-6, 1e-6)
