@@ -34,7 +34,7 @@ double exact(const SharedRows<Format>& rows, const std::vector<float>& weights, 
   return sum;
 }
 
-/// Largest error of a tile of which `width` columns count; the others must stay zero.
+/// Largest error of a tile of which `width` columns count; what is in the others is not read.
 template <class Format, int COLUMNS>
 double largest_error(int width) {
   using Tile = MmaTile<Format, COLUMNS>;
@@ -59,7 +59,8 @@ double largest_error(int width) {
     for (int group = 0; group < Tile::kGroups; ++group) {
       for (int lane = 0; lane < Tile::kVector; ++lane) {
         const int column = Tile::column(thread, group) + lane;
-        const double expected = column < width ? exact(rows, weights, Tile::row(thread, group), column) : 0.0;
+        if (column >= width) continue;
+        const double expected = exact(rows, weights, Tile::row(thread, group), column);
         worst = std::max(worst, std::abs(expected - double(sums[group][lane])));
       }
     }
