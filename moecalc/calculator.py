@@ -376,9 +376,8 @@ class MoECalculator(Calculator):
     ) -> None:
         if system_changes:
             self.results = {}  # a structure that is refused must not be answered with older results
-        known = keys.ENERGY in self.results and _DEVIATIONS.issuperset(
-            properties
-        )  # but for how models disagree
+        # all but how models disagree
+        known = keys.ENERGY in self.results and _DEVIATIONS.issuperset(properties)
         super().calculate(atoms, properties, system_changes)
         if self.atoms is None:
             raise CalculatorSetupError(

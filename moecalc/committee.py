@@ -118,10 +118,11 @@ class Committee:
             ElementError: an element that one of the models does not know, or was not trained on.
             MoecalcError: as for one model.
         """
-        types = [model.types(numbers, allow_untrained=allow_untrained) for model in self.models]
+        models = self.models[first:]
+        types = [model.types(numbers, allow_untrained=allow_untrained) for model in models]
         return [
             model.evaluate(pairs, of_model, positions, cells, given, virial=virial, threads=threads)
-            for model, of_model, given in list(zip(self.models, types, conditions, strict=True))[first:]
+            for model, of_model, given in zip(models, types, conditions[first:], strict=True)
         ]
 
 

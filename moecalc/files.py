@@ -298,6 +298,18 @@ def move_into_place(temporary: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for results, and those that it lies in; one that is there stays as it is.
+
+    Raises:
+        MoecalcError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoecalcError(f"{path}: not a folder to write to ({error.strerror})") from None
+
+
 def remove_stale(folder: Path) -> None:
     """Remove temporary files of runs that were killed a day ago or more."""
     import shutil

@@ -37,7 +37,7 @@ from moecalc.dynamics.records import (
 )
 from moecalc.dynamics.settings import MDSettings, check_cell
 from moecalc.errors import MoecalcError, StructureError
-from moecalc.files import check_outputs, replacing, write_bytes, write_text
+from moecalc.files import check_outputs, make_folder, replacing, write_bytes, write_text
 from moecalc.typing import Floats
 
 STATE: Final = "state.npz"
@@ -132,10 +132,7 @@ def run_md(
     calculator.get_potential_energy(atoms)  # what the model refuses leaves no folder behind
     description = _describe(settings, atoms, calculator)
     earlier = None if force else _earlier(out, description)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MoecalcError(f"{out}: not a folder to write to ({error.strerror})") from None
+    make_folder(out)
     run = _Run(atoms, calculator, settings, out, earlier)
     if earlier is None:
         (out / STATE).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from moecalc.dynamics.records import (
 )
 from moecalc.dynamics.settings import check_cell, check_positive
 from moecalc.errors import MoecalcError, StructureError
-from moecalc.files import check_outputs, replacing, write_bytes, write_text
+from moecalc.files import check_outputs, make_folder, replacing, write_bytes, write_text
 
 OPTIMIZERS: Final = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
 CELLS: Final = ("fixed", "isotropic", "full")
@@ -133,10 +133,7 @@ def relax(
         check_cell(atoms, f"--cell {settings.cell}")
     atoms.calc = MoECalculator(package, device=device, dtype=dtype or "float64", threads=threads)
     atoms.get_potential_energy()  # what the model refuses leaves no folder behind
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MoecalcError(f"{out}: not a folder to write to ({error.strerror})") from None
+    make_folder(out)
     converged, steps = _optimize(atoms, out, settings, progress)
     write_text(out / RELAXED, frame_text(atoms))
     if has_volume(atoms):

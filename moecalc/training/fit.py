@@ -301,11 +301,13 @@ def begin(
         MoecalcError: as `Fit` and `Fit.restore`.
     """
     fit = Fit(config, options, Repulsion(config.type_map, train, config.descriptor.e_rcut), hours)
-    fit.model.readout.energy_shift.copy_(torch.from_numpy(element_energies(train, len(config.type_map))))
     if (folder / "state.pt").exists():
         fit.restore(folder / "state.pt")
     elif start is not None:
         fit.start_from(start, train)
+    else:
+        energies = element_energies(train, len(config.type_map))
+        fit.model.readout.energy_shift.copy_(torch.from_numpy(energies))
     return fit
 
 
@@ -344,7 +346,7 @@ def fit_frames(
         seed: of the weights and the order of the frames; None: that of the input. Members of a committee
             differ in nothing else, and hold out the same frames.
         start: checkpoint to begin with, of any layout; None: random weights. The model has its elements, and
-            `model` of the input may be left out. A fit that goes on does not read it again.
+            `model` of the input may be left out. A fit that goes on takes no weights from it.
 
     Raises:
         CheckpointError: `start` cannot be read.

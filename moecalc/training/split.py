@@ -13,7 +13,7 @@ from ase.io import write
 
 from moecalc.data.frames import split_frames
 from moecalc.errors import MoecalcError
-from moecalc.files import write_bytes, write_text
+from moecalc.files import make_folder, write_bytes, write_text
 
 SPLIT = "split.json"
 TEST = "test.extxyz"
@@ -74,10 +74,7 @@ def keep(folder: Path, split: Split, frames: Sequence[Atoms]) -> None:
             f"{folder} has a fit that may have seen the frames for the test: give --test at its first call, "
             "or another folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MoecalcError(f"{folder}: not a folder to write to ({error.strerror})") from None
+    make_folder(folder)
     if split.test:
         text = io.StringIO()
         write(text, [frames[k] for k in split.test], format="extxyz")
