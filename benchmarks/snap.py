@@ -23,7 +23,7 @@ from typing import Any
 
 from ase.data import atomic_masses, atomic_numbers
 
-from moecalc.benchmark import Worker, machine
+from moecalc.benchmark import Worker, machine, replace_section
 
 BEGIN = "<!-- results of benchmarks/snap.py: begin -->"
 END = "<!-- results of benchmarks/snap.py: end -->"
@@ -159,12 +159,7 @@ def write_docs(record: dict[str, Any], page: Path) -> None:
     Raises:
         ValueError: the page does not have them.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page}: expected the lines {BEGIN!r} and {END!r} once each")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(record)}\n\n{END}{after}", encoding="utf-8")
+    replace_section(page, BEGIN, END, markdown(record))
 
 
 def main() -> int:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moecalc.benchmark import replace_section
+
 BEGIN = "<!-- results of benchmarks/peers/compare.py: begin -->"
 END = "<!-- results of benchmarks/peers/compare.py: end -->"
 
@@ -126,12 +128,7 @@ def write_docs(record: dict[str, Any], page: Path) -> None:
     Raises:
         ValueError: the page does not have them.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page}: expected the lines {BEGIN!r} and {END!r} once each")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(record)}\n\n{END}{after}", encoding="utf-8")
+    replace_section(page, BEGIN, END, markdown(record))
 
 
 def main() -> int:

@@ -4,6 +4,7 @@
 """
 
 from moecalc.benchmark.costs import evaluation_costs, total_cost
+from moecalc.benchmark.docs_page import replace_section
 from moecalc.benchmark.figure import check_plot_path, save_plot
 from moecalc.benchmark.hardware import Ceilings, Machine, ceilings, machine
 from moecalc.benchmark.isolated import (
@@ -44,6 +45,7 @@ __all__ = [
     "memory",
     "part_costs",
     "repeated",
+    "replace_section",
     "reset_peak",
     "run_isolated",
     "save_plot",

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 from ase import Atoms
+from committees import METALS, write_members
 from helpers import DATA
 from lammps_cases import run_cases
 from lammps_runs import EV_PER_KCAL, alloy, lmp, succeed, write_data
 
-from moecalc import MoECalculator, testing
+from moecalc import MoECalculator
 
-METALS = ["Nb", "Mo", "Ta", "W"]
 HEADER = (
     "#       step         max_devi_v         min_devi_v         avg_devi_v"
     "         max_devi_f         min_devi_f         avg_devi_f"
@@ -36,16 +36,7 @@ pair_coeff * * {files} Nb Mo Ta W
 @pytest.fixture(scope="module")
 def members(tmp_path_factory):
     """Models whose cutoffs, widths, layers and orders of elements differ; the first has the smallest cutoff."""
-    folder = tmp_path_factory.mktemp("members")
-    configs = [
-        testing.random_config(METALS, n_routed=4, e_rcut=4.0, e_rcut_smth=3.2),
-        testing.random_config(["W", "O", *METALS[:3]], e_rcut=5.0, e_rcut_smth=4.0, n_dim=12),
-        testing.random_config([*METALS[::-1], "O"], n_routed=2, nlayers=2),
-    ]
-    paths = [folder / f"{name}.moe.pt" for name in "abc"]
-    for seed, (path, config) in enumerate(zip(paths, configs, strict=True)):
-        testing.write_random_package(path, config, "float64", seed)
-    return paths
+    return write_members(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")

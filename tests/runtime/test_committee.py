@@ -10,28 +10,19 @@ import pytest
 from ase import units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.md.verlet import VelocityVerlet
+from committees import METALS, write_members
 
 from moecalc import MoECalculator, testing
 from moecalc.committee import deviations, run_below
 from moecalc.errors import ElementError, MoecalcError, PackageError
 
-METALS = ["Nb", "Mo", "Ta", "W"]
 OPTIONS = {"dtype": "float64", "device": "cpu", "check": False, "allow_untrained": True}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Models whose cutoffs, widths and orders of elements differ; the first has the smallest cutoff."""
-    folder = tmp_path_factory.mktemp("members")
-    configs = [
-        testing.random_config(METALS, n_routed=4, e_rcut=4.0, e_rcut_smth=3.2),
-        testing.random_config(["W", "O", *METALS[:3]], e_rcut=5.0, e_rcut_smth=4.0, n_dim=12),
-        testing.random_config([*METALS[::-1], "O"], n_routed=2, nlayers=2),
-    ]
-    paths = [folder / f"{name}.moe.pt" for name in "abc"]
-    for seed, (path, config) in enumerate(zip(paths, configs, strict=True)):
-        testing.write_random_package(path, config, "float64", seed)
-    return paths
+    return write_members(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture
