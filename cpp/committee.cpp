@@ -7,6 +7,20 @@
 
 namespace moecalc {
 
+namespace {
+
+/// The mean over members of n_rows * width numbers.
+std::vector<double> mean_of_members(const std::vector<const double*>& values, int64_t n_rows, int64_t width) {
+  std::vector<double> mean(n_rows * width, 0.0);
+  for (const double* const of_member : values) {
+    for (int64_t k = 0; k < n_rows * width; ++k) mean[k] += of_member[k];
+  }
+  for (double& value : mean) value /= static_cast<double>(values.size());
+  return mean;
+}
+
+}  // namespace
+
 Committee::Committee(std::vector<Evaluator*> members) : members_(std::move(members)) {
   if (members_.empty()) throw Error("expected at least one model, got none");
   for (size_t k = 0; k < members_.size(); ++k) {
@@ -59,15 +73,6 @@ std::vector<Evaluation> Committee::evaluate(int64_t n_members, const Array& posi
     results.push_back(members_[k]->evaluate(positions, cells, request, exchange));
   }
   return results;
-}
-
-std::vector<double> mean_of_members(const std::vector<const double*>& values, int64_t n_rows, int64_t width) {
-  std::vector<double> mean(n_rows * width, 0.0);
-  for (const double* const of_member : values) {
-    for (int64_t k = 0; k < n_rows * width; ++k) mean[k] += of_member[k];
-  }
-  for (double& value : mean) value /= static_cast<double>(values.size());
-  return mean;
 }
 
 std::vector<double> deviations(const std::vector<const double*>& values, int64_t n_rows, int64_t width,

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,15 +36,6 @@ void write_text(FILE* fp, const std::string& text) {
 /// Whether a word of pair_coeff is another package, not an element.
 bool names_file(const std::string& word) {
   return word == "default" || word.find('.') != std::string::npos || word.find('/') != std::string::npos;
-}
-
-/// The parts of a text between the given characters.
-std::vector<std::string> split_at(const std::string& text, char separator) {
-  std::vector<std::string> parts;
-  std::string part;
-  std::istringstream stream(text);
-  while (std::getline(stream, part, separator)) parts.push_back(part);
-  return parts;
 }
 
 /// Counterpart of write_text; rank 0 reads, all ranks get it.
@@ -253,7 +243,7 @@ void PairMoE::write_restart(FILE* fp) {
 /// before.
 void PairMoE::read_restart(FILE* fp) {
   read_restart_settings(fp);
-  impl->files = split_at(read_text(fp, world, error), '\n');
+  impl->files = utils::split_lines(read_text(fp, world, error));
   impl->type_labels = utils::split_words(read_text(fp, world, error));
   if (impl->files.empty()) return;
   if (!allocated) allocate();

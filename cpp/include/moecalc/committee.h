@@ -33,11 +33,8 @@ class MOECALC_API Committee {
   std::vector<std::vector<int64_t>> type_of_;  // by member: type of each element of the first, or -1
 };
 
-/// The mean over members of n_rows * width numbers. values: by member.
-MOECALC_API std::vector<double> mean_of_members(const std::vector<const double*>& values, int64_t n_rows,
-                                                int64_t width);
-
 /// Deviation of each row of `width` numbers, DeePMD-kit's: sqrt(mean over members of |x - mean|^2).
+/// values: of each member, n_rows * width numbers.
 /// level: divided by |mean| + level where it is given.
 MOECALC_API std::vector<double> deviations(const std::vector<const double*>& values, int64_t n_rows,
                                            int64_t width, std::optional<double> level = std::nullopt);
