@@ -25,12 +25,14 @@ from moecalc.nn.deepmd_input import first_error
 from moecalc.package.importers import ImportedModel, build_model, load_checkpoint, save_checkpoint
 from moecalc.training.checkpoint import Checkpoint, refusing_damage
 from moecalc.training.graphs import Batch, Frame, collate, to_frame
+from moecalc.training.optimizer import make_optimizer
 from moecalc.training.options import Options
 from moecalc.training.repulsion import Repulsion
 from moecalc.training.schedule import settings_at
 from moecalc.training.split import SPLIT, TEST, draw, keep
 from moecalc.training.step import StepFunction
 from moecalc.training.supercells import smallest_cell
+from moecalc.training.team import Alone, team
 from moecalc.typing import Floats
 
 _SHIFT_FRAMES: Final = 200
@@ -67,7 +69,8 @@ class Fit:
         self.step_function = StepFunction(config, options)
         self.model = self.step_function.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = make_optimizer(options.optimizer, self.model, options.learning_rate)
+        self.team = Alone()
         # running average, which is what is validated and packaged
         self.averaged = [p.detach().clone() for p in self.parameters]
         self.step_number = 0
@@ -94,13 +97,14 @@ class Fit:
         if self.repulsion is not None and options.repulsion > 0:
             self._repel(self.repulsion)
         result = self.step_function.gradients(batch, settings.energy_weight, settings.virial_weight)
+        self.team.average(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.clip)
         self.optimizer.step()
         self.step_number += 1
         keep = min(settings.average, (1 + self.step_number) / (10 + self.step_number))
         for average, parameter in zip(self.averaged, self.parameters, strict=True):
             average.lerp_(parameter.detach(), 1.0 - keep)
-        self.seconds += time.perf_counter() - started
+        self.seconds = self.team.of_first(self.seconds + time.perf_counter() - started)
         return {**result, "repulsion": self.repulsion_loss, "norm": float(norm), "rate": rate}
 
     @property
@@ -120,24 +124,32 @@ class Fit:
         """Add the gradient of close pairs, at every `repulsion_every`-th step."""
         if self.step_number % self.options.repulsion_every != 0:
             return
-        self.repulsion_loss = self.step_function.repulsion_gradients(repulsion, self.rng)
+        rng = np.random.default_rng([self.options.seed, self.step_number, self.team.rank])
+        self.repulsion_loss = self.step_function.repulsion_gradients(repulsion, rng)
         # forces in a hole may be anything
         torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
 
     def batches(self, frames: list[Frame]) -> Iterator[Batch]:
-        """Endless batches of about `batch_atoms` atoms; frames come equally often, or by `group_weights`."""
+        """Endless batches of about `batch_atoms` atoms; frames come equally often, or by `group_weights`.
+
+        All processes of a team draw the same, and each has its own of every `team.size` batches.
+        """
         weights = np.array([self.options.group_weights.get(f.group, 1.0) for f in frames])
         while True:
-            chosen: list[Frame] = []
-            atoms = 0
-            while atoms < self.options.batch_atoms:
-                while not self.queue:
-                    counts = np.floor(weights + self.rng.random(len(frames))).astype(int)
-                    self.queue = self.rng.permutation(np.repeat(np.arange(len(frames)), counts)).tolist()
-                frame = frames[self.queue.pop()]
-                chosen.append(frame)
-                atoms += len(frame.types)
-            yield collate(chosen)
+            drawn = [self._draw(frames, weights) for _ in range(self.team.size)]
+            yield collate(drawn[self.team.rank])
+
+    def _draw(self, frames: list[Frame], weights: Floats) -> list[Frame]:
+        chosen: list[Frame] = []
+        atoms = 0
+        while atoms < self.options.batch_atoms:
+            while not self.queue:
+                counts = np.floor(weights + self.rng.random(len(frames))).astype(int)
+                self.queue = self.rng.permutation(np.repeat(np.arange(len(frames)), counts)).tolist()
+            frame = frames[self.queue.pop()]
+            chosen.append(frame)
+            atoms += len(frame.types)
+        return chosen
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -192,12 +204,18 @@ class Fit:
         """Go on from a file of `save`.
 
         Raises:
-            MoecalcError: it is of another architecture, or not a file of `save`.
+            MoecalcError: it is of another architecture or optimizer, or not a file of `save`.
         """
         saved = Checkpoint.read(path)
         if saved.config != self.config.model_dump(mode="json"):
             raise MoecalcError(
                 f"{path} belongs to another model: choose another folder, or the input that it was begun with"
+            )
+        begun = saved.options.get("optimizer", "adam")  # what fits had before there was a choice
+        if begun != self.options.optimizer:
+            raise MoecalcError(
+                f"{path} was begun with the optimizer {begun}, the input has {self.options.optimizer}: give "
+                f'"optimizer": "{begun}" in `fit`, or choose another folder'
             )
         with refusing_damage(path):
             self.model.load_state_dict(saved.model)
@@ -258,13 +276,11 @@ class Fit:
         """
         folder.mkdir(parents=True, exist_ok=True)
         drop_partial_line(folder / "log.jsonl")
-        batches = self.batches(train)
         recent: list[dict[str, float]] = []
         if stepped is not None:
             stepped(*self._counted())
-        while self.progress < 1.0 and (until is None or time.time() < until):
-            start = time.perf_counter()
-            recent.append({**self.step(next(batches)), "seconds": time.perf_counter() - start})
+        for result in self._steps(train, until):
+            recent.append(result)
             if stepped is not None:
                 stepped(*self._counted())
             if self.step_number % every == 0 or self.progress >= 1.0:
@@ -278,6 +294,18 @@ class Fit:
                 if progress is not None:
                     progress(entry)
         self.save(folder / "state.pt")
+
+    @clean_torch()
+    def accompany(self, train: list[Frame]) -> None:
+        """Take part in the steps of the team's first process, until that stops."""
+        for _ in self._steps(train, None):
+            pass
+
+    def _steps(self, train: list[Frame], until: float | None) -> Iterator[dict[str, float]]:
+        batches = self.batches(train)
+        while self.team.of_first(self.progress < 1.0 and (until is None or time.time() < until)):
+            start = time.perf_counter()
+            yield {**self.step(next(batches)), "seconds": time.perf_counter() - start}
 
 
 @clean_torch()
@@ -322,6 +350,7 @@ def fit_frames(
     hours: float | None = None,
     pause_after: float | None = None,
     threads: int | None = None,
+    processes: int = 1,
     every: int = 2000,
     seed: int | None = None,
     start: str | Path | None = None,
@@ -341,7 +370,10 @@ def fit_frames(
         hours: how long the steps are to take in all, over all calls; the learning rate and the weights of
             the loss follow the time. None: as long as the steps of the input take.
         pause_after: hours after which this call stops, to go on later; None: at the end of the fit.
-        threads: of the kernels; None: torch's number.
+        threads: of the kernels, in every process; None: torch's number, divided by the processes.
+        processes: that share every step. Each takes a batch of its own, and the step is that of the mean
+            gradient: as many times the atoms per step. A script that asks for more than one needs
+            `if __name__ == "__main__":`.
         every, progress, stepped: as in `Fit.run`.
         seed: of the weights and the order of the frames; None: that of the input. Members of a committee
             differ in nothing else, and hold out the same frames.
@@ -351,10 +383,13 @@ def fit_frames(
     Raises:
         CheckpointError: `start` cannot be read.
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be
-            used; frames for the test that an earlier call has seen; `hours` that are not positive.
+            used; frames for the test that an earlier call has seen; `hours` or `processes` that are not
+            positive; a process of the fit that has ended.
     """
     if hours is not None and not hours > 0:
         raise MoecalcError(f"expected more than 0 hours of training, got {hours:g}")
+    if processes < 1:
+        raise MoecalcError(f"expected at least 1 process, got {processes}")
     path, folder = Path(input_file), Path(folder)
     check_outputs(
         [("the fit's file", folder / name) for name in _FILES],
@@ -380,11 +415,24 @@ def fit_frames(
     cutoff = config.descriptor.e_rcut
     train = [to_frame(smallest_cell(atoms[k]), elements, cutoff) for k in split.train]
     valid = [to_frame(atoms[k], elements, cutoff) for k in split.valid]
+    if threads is None and processes > 1:
+        threads = max(1, torch.get_num_threads() // processes)
+    beginning = (config, options, train, folder, hours, imported)
     with torch_threads(threads):
-        fit = begin(config, options, train, folder, hours, imported)
+        fit = begin(*beginning)
         until = None if pause_after is None else started + 3600.0 * pause_after
-        fit.run(train, valid, folder, every, until, progress, stepped)
+        with team(processes, fit.parameters, _accompany, threads, beginning) as fit.team:
+            fit.run(train, valid, folder, every, until, progress, stepped)
+        fit.team = Alone()
     return fit
+
+
+def _accompany(own_team: Alone, threads: int, beginning: tuple[Any, ...]) -> None:
+    """What the other processes of a fit do: begin like the first one, and take part in its steps."""
+    with torch_threads(threads):
+        fit = begin(*beginning)
+        fit.team = own_team
+        fit.accompany(beginning[2])
 
 
 def _config(path: Path, model: Any, elements: list[str], start: ImportedModel | None) -> ModelConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moecalc.training.optimizer import OptimizerName
+
 
 class LastStage(BaseModel):
     """Settings of the last part of a fit, in which energies count most.
@@ -41,7 +43,12 @@ class Options(BaseModel):
         default=200_000, gt=0, description="steps in all; not used where `--hours` gives the time in all"
     )
     batch_atoms: int = Field(
-        default=96, gt=0, description="frames are added to a batch until it has as many atoms"
+        default=96,
+        gt=0,
+        description="frames are added to a batch until it has as many atoms; every process has a batch",
+    )
+    optimizer: OptimizerName = Field(
+        default="muon", description="`muon`: orthogonal steps for matrices, Adam for the rest; `adam`"
     )
     learning_rate: float = Field(default=2e-3, gt=0, description="largest learning rate, after the warm-up")
     last_learning_rate: float = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moecalc.nn.model import evaluate
 from moecalc.package.importers import load_checkpoint
 from moecalc.training.fit import Fit, begin, element_energies, fit_frames
 from moecalc.training.graphs import Frame, collate, to_frame
+from moecalc.training.optimizer import Muon, make_optimizer, orthogonalized
 from moecalc.training.options import LastStage, Options
 from moecalc.training.packing import GROUP_TENSORS
 from moecalc.training.repulsion import LARGEST, Repulsion
@@ -547,3 +549,85 @@ def test_frame_parameters_are_refused_by_name() -> None:
         MoecalcError, match="numb_fparam = 2: training with the fused kernels takes no charge"
     ):
         Fit(with_fparam, Options(steps=1))
+
+
+def shared_fit(files: tuple[Path, Path], folder: Path, processes: int, **options: Any) -> Fit:
+    """Three steps, by so many processes of one thread."""
+    content = json.loads(files[1].read_text())
+    content["fit"] |= {"repulsion": 0.0, "steps": 3, "warm_up": 1, **options}
+    files[1].write_text(json.dumps(content))
+    return fit_frames(*files, folder, validation=0.0, processes=processes, threads=1)
+
+
+def test_processes_that_share_a_step_equal_one_with_all_their_batches(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # two frames of a step in one batch, or in one of each process: the loss of a batch is a mean over frames
+    options = {"optimizer": "adam", "learning_rate": 1e-4, "displacement": 1e-3}
+    one = shared_fit(files, tmp_path / "one", 1, batch_atoms=16, **options)
+    two = shared_fit(files, tmp_path / "two", 2, batch_atoms=8, **options)
+    for of_one, of_two in zip(one.averaged, two.averaged, strict=True):
+        torch.testing.assert_close(of_one, of_two, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_take_the_same_steps_in_every_run(files: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = (shared_fit(files, tmp_path / name, 2, repulsion=0.3) for name in ("first", "second"))
+    for one, two in zip(first.parameters, second.parameters, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_a_process_that_ends_ends_the_fit(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(step: int, last: int) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(MoecalcError, match="a process of the fit has ended"):
+        fit_frames(*files, tmp_path / "out", processes=2, threads=1, stepped=kill)
+    assert not multiprocessing.active_children()
+
+
+def test_no_processes_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(MoecalcError, match="expected at least 1 process, got 0"):
+        fit_frames(*files, tmp_path / "out", processes=0)
+
+
+def test_a_fit_does_not_go_on_with_another_optimizer(files: tuple[Path, Path], tmp_path: Path) -> None:
+    shared_fit(files, tmp_path / "out", 1, optimizer="adam")
+    with pytest.raises(MoecalcError, match=r"begun with the optimizer adam, the input has muon: give"):
+        shared_fit(files, tmp_path / "out", 1, optimizer="muon")
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 16), (16, 48), (16, 16)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalized(matrices)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.7
+    assert values.max() < 1.3
+    # the directions are those of the matrices
+    torch.testing.assert_close(left.mT @ found @ right.mT, torch.diag_embed(values), rtol=0, atol=0.35)
+
+
+def test_a_step_of_muon_is_as_long_for_a_small_gradient_as_for_a_large_one() -> None:
+    gradient = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    lengths = []
+    for size in (1e-6, 1e3):
+        weights = torch.zeros(32, 16, requires_grad=True)
+        optimizer = Muon([weights], 1e-3, lambda _: True)
+        weights.grad = size * gradient
+        optimizer.step()
+        lengths.append(float(weights.detach().square().mean().sqrt()))
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-3)
+    assert lengths[0] == pytest.approx(0.2 * 1e-3, rel=0.2)
+
+
+def test_muon_turns_matrices_of_layers_and_of_the_fitting_net_alone() -> None:
+    model = Fit(config("linear", "float32"), Options(steps=1)).model
+    optimizer = make_optimizer("muon", model, 1e-3)
+    assert isinstance(optimizer, Muon)
+    turned = {name for name, p in model.named_parameters() if p.requires_grad and optimizer.is_matrix(p)}
+    assert {"layers.0.node_edge_linear.matrix", "readout.net.layers.1.matrix"} <= turned
+    assert all(name.endswith(".matrix") and not name.startswith("embedding") for name in turned)
