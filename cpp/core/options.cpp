@@ -119,6 +119,7 @@ EvaluatorOptions EvaluatorOptions::parse(const std::string& device, const std::s
   options.weight_bytes = settings.weight_bytes;
   options.device_bytes = settings.device_bytes;
   options.instruction_set = settings.instruction_set;
+  options.cuda_graphs = settings.cuda_graphs;
   options.emulation_reversed = settings.emulation_reversed;
   return options;
 }

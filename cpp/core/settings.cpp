@@ -61,6 +61,7 @@ Settings read_settings() {
   settings.keep_bytes = mebibytes("MOECALC_KEEP", " per thread", 0.0);
   settings.weight_bytes = mebibytes("MOECALC_WEIGHTS", "", 0.0);
   settings.device_bytes = mebibytes("MOECALC_DEVICE_MEMORY", "", 1e-3);
+  settings.cuda_graphs = choice("MOECALC_CUDA_GRAPHS", {"0", "1"}) != "0";
   settings.emulation_reversed = choice("MOECALC_EMULATION_REVERSED", {"0", "1"}) == "1";
   return settings;
 }

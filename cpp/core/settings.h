@@ -15,6 +15,7 @@ struct Settings {
   std::optional<int64_t> keep_bytes;    // MOECALC_KEEP
   std::optional<int64_t> weight_bytes;  // MOECALC_WEIGHTS
   std::optional<int64_t> device_bytes;  // MOECALC_DEVICE_MEMORY
+  bool cuda_graphs = true;              // MOECALC_CUDA_GRAPHS
   bool emulation_reversed = false;      // MOECALC_EMULATION_REVERSED
 };
 

@@ -80,6 +80,27 @@ def test_a_write_beyond_a_shared_array_is_found(tmp_path):
     assert "use-after-poison" in beyond.stderr
 
 
+def steps(folder: Path, sources: Path) -> str:
+    others = ["-idirafter", str(ROOT / "cpp"), "-idirafter", str(ROOT / "cpp/include")]
+    program = compile_check("recording_check", folder, sources, *others)
+    return subprocess.run([program], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_step_is_recorded_when_it_comes_again_and_replayed_until_something_changes(tmp_path):
+    assert steps(tmp_path, ROOT / "cpp") == "drpdrpddr ddd ddd"
+
+
+def test_a_step_that_is_replayed_for_another_request_is_found(tmp_path):
+    sources = tmp_path / "mutated"
+    shutil.copytree(ROOT / "cpp/backends", sources / "backends")
+    path = sources / "backends/cuda/step_recording.h"
+    text = path.read_text()
+    assert text.count("  bool operator==(const StepKey&) const = default;") == 1
+    same = "  bool operator==(const StepKey& other) const { return list == other.list; }"
+    path.write_text(text.replace("  bool operator==(const StepKey&) const = default;", same))
+    assert steps(tmp_path, sources) != "drpdrpddr ddd ddd"
+
+
 # Largest errors of phi and phi', relative to the largest of 1 and the value: 24 bits, less those that the special
 # functions and differences like 1 - sigmoid take.
 ACTIVATION_ERRORS = {"silu": 4e-6, "silut": 2e-6, "tanh": 2e-6, "sigmoid": 5e-7, "gelu": 1e-5}

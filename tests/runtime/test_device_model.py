@@ -218,6 +218,31 @@ def test_a_step_that_overflows_its_capacity_is_redone(write):
     assert_same(many, evaluate(reference, atoms), 1e-11)
 
 
+def moving(path, graphs):
+    """Results of steps that move, ask for more or less, and get another list on the way."""
+    with environment(MOECALC_BACKEND=EMULATED, MOECALC_CUDA_GRAPHS=graphs):
+        model = _lib.load().Evaluator(str(path), "cpu", "float32")
+    results = []
+    for name in ("bulk", "slab", "bulk"):
+        atoms = STRUCTURES[name].copy()
+        listed(model, atoms, skin=1.0)
+        rng = np.random.default_rng(5)
+        for request in ({}, {}, {}, {"atom_virial": True}, {"atom_virial": True}, {"forces": False}, {}, {}):
+            atoms.positions += rng.uniform(-0.05, 0.05, atoms.positions.shape)
+            results.append(step(model, atoms, **request))
+    return results
+
+
+@pytest.mark.parametrize("name", ["mlp", "configuration"])
+def test_recorded_steps_give_the_bits_of_launched_ones(write, name):
+    path = write(**OPTIONS[name])
+    for launched, recorded in zip(moving(path, "0"), moving(path, "1"), strict=True):
+        assert launched.keys() == recorded.keys()
+        for key in ("energy", "energies", "forces", "virial", "atom_virial"):
+            if key in launched and launched[key] is not None:
+                np.testing.assert_array_equal(launched[key], recorded[key], key)
+
+
 def test_no_neighbours_and_no_atoms(write):
     path = write(**OPTIONS["mlp"])
     device, reference = evaluator(path, backend=EMULATED), evaluator(path, backend="fused")

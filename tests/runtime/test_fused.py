@@ -154,6 +154,7 @@ def test_unknown_backend_is_refused(write):
     [
         ("MOECALC_CPU", "sse", "expected MOECALC_CPU to be 'avx512', 'avx2' or 'generic', got 'sse'"),
         ("MOECALC_DEVICE_MEMORY", "12GB", "expected MOECALC_DEVICE_MEMORY to be a number of MiB, got '12GB'"),
+        ("MOECALC_CUDA_GRAPHS", "no", "expected MOECALC_CUDA_GRAPHS to be '0' or '1', got 'no'"),
         (
             "MOECALC_EMULATION_REVERSED",
             "yes",

@@ -25,6 +25,8 @@ struct Sizes {
   int64_t n_edge = 0;
   int64_t n_close = 0;
   int64_t n_angle = 0;
+
+  bool operator==(const Sizes&) const = default;
 };
 
 /// What of the forward stays for the backward: the inputs of every `every`-th layer. Those in between take

@@ -124,6 +124,54 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+/// Launches and copies that the driver starts at once (a CUDA graph).
+class GraphRecording {
+ public:
+  GraphRecording() = default;
+  ~GraphRecording() { reset(); }
+  GraphRecording(const GraphRecording&) = delete;
+  GraphRecording& operator=(const GraphRecording&) = delete;
+
+  /// Takes what `work` adds to the stream. Where nothing but arguments and numbers of blocks has changed
+  /// since the last time, what the driver has of it is updated, which takes less time.
+  template <class Work>
+  void record(cudaStream_t stream, const Work& work) {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+    try {
+      work();
+    } catch (...) {
+      if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) (void)cudaGraphDestroy(graph);
+      (void)cudaGetLastError();
+      throw;
+    }
+    check(cudaStreamEndCapture(stream, &graph), "recording a step");
+    cudaError_t status = cudaSuccess;
+    if (!is_updated(graph)) {
+      reset();
+      status = cudaGraphInstantiate(&executable_, graph, 0);
+    }
+    (void)cudaGraphDestroy(graph);
+    check(status, "recording a step");
+  }
+  void launch(cudaStream_t stream) const { check(cudaGraphLaunch(executable_, stream), "starting a step"); }
+
+ private:
+  bool is_updated(cudaGraph_t graph) {
+    if (executable_ == nullptr) return false;
+    cudaGraphExecUpdateResultInfo info{};
+    if (cudaGraphExecUpdate(executable_, graph, &info) == cudaSuccess) return true;
+    (void)cudaGetLastError();
+    return false;
+  }
+  void reset() {
+    if (executable_ != nullptr) (void)cudaGraphExecDestroy(executable_);
+    executable_ = nullptr;
+  }
+
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 class CudaTarget {
  public:
   static constexpr bool survives_fork = false;
@@ -192,6 +240,13 @@ class CudaTarget {
     run_kernel<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, bytes, stream_>>>(kernel);
     check(cudaGetLastError(), "launching a kernel");
   }
+
+  using Recording = GraphRecording;
+  template <class Work>
+  void record(Recording& recording, const Work& work) const {
+    recording.record(stream_, work);
+  }
+  void replay(const Recording& recording) const { recording.launch(stream_); }
 
  private:
   /// There must be machine code for this device.

@@ -9,6 +9,7 @@
 //   trim()                           gives back what is not in use
 //   to_device, to_host               copies; they do not wait
 //   launch(kernel), synchronize(), finish()   the last does not throw
+//   record(recording, work), replay(recording)   Recording of what work() adds; it can be replayed often
 //   free_bytes(), shared_limit(), wanted_blocks(), name(), place(), survives_fork
 #pragma once
 
@@ -29,6 +30,7 @@
 #include "backends/cuda/device_weights.h"
 #include "backends/cuda/ghosts.h"
 #include "backends/cuda/step.h"
+#include "backends/cuda/step_recording.h"
 
 namespace moecalc::cuda {
 
@@ -46,6 +48,7 @@ class Model final : public Backend {
   explicit Model(const BackendInputs& inputs)
       : target_(inputs.options),
         memory_limit_(inputs.options.device_bytes),
+        recording_(inputs.options.cuda_graphs),
         model_(inputs.package.architecture),
         weights_(inputs, target_),
         buffers_(widths().buffers()) {
@@ -107,6 +110,7 @@ class Model final : public Backend {
   Step<Format, Target> step(const Positions& positions) {
     return {target_, weights_, list_, buffers_, capacity_, kept_, positions};
   }
+  StepKey key(const Positions& positions, const Request& request) const;
   void count_first(const Positions& positions);
   void check_counts(int64_t problem) const;
   const double* run(const Positions& positions, const Request& request, const ResultPlaces& places,
@@ -115,6 +119,7 @@ class Model final : public Backend {
 
   Target target_;  // before everything that has memory of it
   std::optional<int64_t> memory_limit_;
+  StepRecording<Target> recording_;
   const Architecture& model_;
   DeviceWeights<Format, Target> weights_;
   TypeTables tables_;
@@ -122,6 +127,8 @@ class Model final : public Backend {
   Sizes capacity_;
   Kept kept_;
   Buffers<Real> buffers_;
+  int64_t list_version_ = 0;
+  int64_t buffer_version_ = 0;
   Staged positions_;
   Staged cells_;
   Memory results_;  // of the host
@@ -149,6 +156,7 @@ void Model<Format, Target>::set_list(const NeighborList& list) {
   const auto start = std::chrono::steady_clock::now();
   const typename Target::Scope scope(target_);
   list_.set(list, tables_.rules, {Format::kRows, target_.wanted_blocks()}, target_);
+  ++list_version_;
   ghost_memory_.forget();
   list_seconds_ = seconds_since(start);
   // where groups are structures, weights follow from compositions, which other ranks know of as well
@@ -199,6 +207,7 @@ void Model<Format, Target>::reserve(const Sizes& capacity) {
     }
     if (!kept) refuse(capacity, free);
     kept_ = *kept;
+    ++buffer_version_;
     allocate(widths(), buffers_, capacity, kept_, target_);
   }
   capacity_ = capacity;
@@ -314,6 +323,23 @@ void Model<Format, Target>::count_first(const Positions& positions) {
   reserve_for_counts(counts);
 }
 
+template <class Format, class Target>
+StepKey Model<Format, Target>::key(const Positions& positions, const Request& request) const {
+  StepKey key;
+  key.list = list_version_;
+  key.weights = weights_.version();
+  key.buffers = buffer_version_;
+  key.capacity = capacity_;
+  key.positions = positions.atoms;
+  key.cells = positions.cells;
+  key.results = results_.template as<void>();
+  key.gradients = request.gradients();
+  key.forces = request.forces;
+  key.virial = request.virial;
+  key.atom_virial = request.atom_virial;
+  return key;
+}
+
 /// Runs the step until the capacities suffice, and returns its results on the host.
 template <class Format, class Target>
 const double* Model<Format, Target>::run(const Positions& positions, const Request& request,
@@ -322,9 +348,16 @@ const double* Model<Format, Target>::run(const Positions& positions, const Reque
   if (results_.bytes() < bytes) results_ = target_.pinned(bytes + bytes / 8);
   const auto* results = results_.template as<double>();
   for (;;) {
-    step(positions).run(request, places, ghosts);
-    target_.to_host(results_.template as<char>(), buffers_.results.memory.template as<char>(),
-                    static_cast<size_t>(bytes));
+    const auto work = [&] {
+      step(positions).run(request, places, ghosts);
+      target_.to_host(results_.template as<char>(), buffers_.results.memory.template as<char>(),
+                      static_cast<size_t>(bytes));
+    };
+    if (ghosts == nullptr) {
+      recording_.run(target_, key(positions, request), list_.graph().n_local, work);
+    } else {
+      work();  // which waits for other ranks
+    }
     target_.synchronize();
     check_counts(static_cast<int64_t>(results[kProblem]));
     if (results[kOverflow] == 0.0) return results;

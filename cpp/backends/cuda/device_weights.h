@@ -74,6 +74,9 @@ class DeviceWeights {
     upload_groups();
   }
 
+  /// Another one whenever pointers or numbers of what is on the target may be others.
+  int64_t version() const { return version_; }
+
   size_t n_layer() const { return shapes().size(); }
   const std::vector<kernels::LayerShape>& shapes() const { return packed_.weights().shapes; }
   const ModelWeights<Real>& model() const { return packed_.weights(); }
@@ -123,6 +126,7 @@ class DeviceWeights {
   const Architecture& model_;
   PackedWeights<Real> packed_;
   bool are_up_ = false;
+  int64_t version_ = 0;
   std::map<uint64_t, Held> blocks_;  // by id
   Memory update_memory_;
   Memory pointer_memory_;
@@ -221,6 +225,7 @@ auto DeviceWeights<Format, Target>::block_places() const -> Places {
 /// Uploads what the target does not hold of the packed weights, and drops what is no longer packed.
 template <class Format, class Target>
 void DeviceWeights<Format, Target>::upload_groups() {
+  ++version_;
   const typename Target::Scope scope(target_);
   upload_blocks();
   upload_updates();
@@ -307,6 +312,7 @@ void DeviceWeights<Format, Target>::add_fitting(Upload& upload) {
 
 template <class Format, class Target>
 void DeviceWeights<Format, Target>::upload_constants(const TypeTables& tables) {
+  ++version_;
   const typename Target::Scope scope(target_);
   const ModelWeights<Real>& weights = packed_.weights();
   const kernels::LayerShape& shape = weights.shapes[0];

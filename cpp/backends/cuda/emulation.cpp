@@ -72,6 +72,20 @@ class HostTarget {
     stream_.add([this, kernel] { run(kernel); });
   }
 
+  using Recording = EmulatedStream::Recording;
+  template <class Work>
+  void record(Recording& recording, const Work& work) {
+    stream_.start_recording(recording);
+    try {
+      work();
+    } catch (...) {
+      stream_.stop_recording();
+      throw;
+    }
+    stream_.stop_recording();
+  }
+  void replay(const Recording& recording) { stream_.replay(recording); }
+
  private:
   template <class Kernel>
   void run(const Kernel& kernel) {

@@ -45,6 +45,8 @@ struct MOECALC_API EvaluatorOptions {
   std::optional<int64_t> device_bytes;
   /// Processes that share the GPU: each takes its part of the memory at most.
   int device_sharers = 1;
+  /// Whether steps of small systems on a GPU are recorded and replayed.
+  bool cuda_graphs = true;
   std::string instruction_set;      // "avx512", "avx2", "generic"; "": the best of this processor
   bool emulation_reversed = false;  // the emulation runs blocks and threads backwards; for tests
 
