@@ -70,7 +70,12 @@ std::vector<Evaluation> Committee::evaluate(int64_t n_members, const Array& posi
                                             const Request& request, GhostExchange* exchange) {
   std::vector<Evaluation> results;
   for (int64_t k = 0; k < std::min(n_members, size()); ++k) {
-    results.push_back(members_[k]->evaluate(positions, cells, request, exchange));
+    try {
+      results.push_back(members_[k]->evaluate(positions, cells, request, exchange));
+    } catch (const NotFiniteError& error) {
+      if (size() == 1) throw;
+      throw NotFiniteError("model " + members_[k]->facts().name + ": " + error.what(), error.atom);
+    }
   }
   return results;
 }

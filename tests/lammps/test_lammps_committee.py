@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from ase import Atoms
+from broken_package import broken_package
 from committees import METALS, write_members
 from helpers import DATA
 from lammps_cases import run_cases
@@ -343,6 +344,24 @@ def test_mistakes_are_named(members, packages, atoms, tmp_path):
     found = run_cases(cases, tmp_path)
     for name, (_, _, message) in mistakes.items():
         assert message in " ".join(found[name].error.split()), (name, found[name].error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_energies_that_are_not_finite_name_their_package(packages, ranks, tmp_path):
+    text = f"""
+    units metal
+    region box block 0 20 0 12 0 12
+    create_box 1 box
+    create_atoms 1 single 3 3 3
+    create_atoms 1 single 5.2 3 3
+    mass * 50
+    pair_style moe device cpu untrained yes
+    pair_coeff * * {packages("E1_moe_all")} {broken_package(tmp_path)} H
+    run 0
+    """
+    run = lmp(text, tmp_path, ranks=ranks)
+    assert run.code not in {0, -9, -11}
+    assert "(model broken: expected finite energies" in run.error()
 
 
 def test_a_list_is_made_once_for_all_packages(members, atoms, tmp_path):
