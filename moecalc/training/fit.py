@@ -12,12 +12,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.data import chemical_symbols
 from pydantic import ValidationError
 
 from moecalc._clean import clean_torch
 from moecalc._torch_threads import torch_threads
-from moecalc.data.frames import check_frames, read_frames
+from moecalc.data.frames import check_frames, group_of, read_frames
 from moecalc.errors import MoecalcError
 from moecalc.files import check_outputs, drop_partial_line
 from moecalc.nn import ModelConfig
@@ -383,8 +384,8 @@ def fit_frames(
     Raises:
         CheckpointError: `start` cannot be read.
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be
-            used; frames for the test that an earlier call has seen; `hours` or `processes` that are not
-            positive; a process of the fit that has ended.
+            used; groups in `without_stress` that there are not; frames for the test that an earlier call has
+            seen; `hours` or `processes` that are not positive; a process of the fit that has ended.
     """
     if hours is not None and not hours > 0:
         raise MoecalcError(f"expected more than 0 hours of training, got {hours:g}")
@@ -413,6 +414,7 @@ def fit_frames(
     if seed is not None:
         options = options.model_copy(update={"seed": seed})
     cutoff = config.descriptor.e_rcut
+    _drop_stresses(atoms, options.without_stress)
     train = [to_frame(smallest_cell(atoms[k]), elements, cutoff) for k in split.train]
     valid = [to_frame(atoms[k], elements, cutoff) for k in split.valid]
     if threads is None and processes > 1:
@@ -433,6 +435,21 @@ def _accompany(own_team: Alone, threads: int, beginning: tuple[Any, ...]) -> Non
         fit = begin(*beginning)
         fit.team = own_team
         fit.accompany(beginning[2])
+
+
+def _drop_stresses(frames: list[Atoms], groups: list[str]) -> None:
+    """Take the stresses from the frames of these groups.
+
+    Raises:
+        MoecalcError: no frame is of one of them.
+    """
+    known = {group_of(frame) for frame in frames}
+    for name in groups:
+        if name not in known:
+            raise MoecalcError(f"without_stress: expected groups of the frames, got {name}")
+    for frame in frames:
+        if group_of(frame) in groups:
+            frame.calc.results.pop("stress", None)
 
 
 def _config(path: Path, model: Any, elements: list[str], start: ImportedModel | None) -> ModelConfig:

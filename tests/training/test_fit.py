@@ -470,6 +470,35 @@ def test_a_file_in_the_place_of_the_folder_is_told(files: tuple[Path, Path]) -> 
         fit_frames(*files, files[1] / "out")
 
 
+def test_stresses_of_groups_that_contradict_their_energies_are_not_used(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    wrong = structures(5)
+    for atoms in wrong:
+        atoms.info["dataset"] = "offset"
+        atoms.calc.results["stress"] += 1.0
+    write(tmp_path / "wrong.extxyz", wrong)
+    given = json.loads(files[1].read_text())
+    fits = []
+    for name, groups in (("with", []), ("without", ["offset"])):
+        given["fit"] |= {"steps": 1, "without_stress": groups}
+        files[1].write_text(json.dumps(given))
+        fit_frames(tmp_path / "wrong.extxyz", files[1], tmp_path / name, validation=0.0)
+        fits.append(json.loads((tmp_path / name / "log.jsonl").read_text())["virial"])
+    assert fits[0] > 1.0
+    assert fits[1] == 0.0
+
+
+def test_a_group_without_stress_that_there_is_not_is_refused(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given = json.loads(files[1].read_text())
+    given["fit"]["without_stress"] = ["mlern_Cu"]
+    files[1].write_text(json.dumps(given))
+    with pytest.raises(MoecalcError, match="without_stress: expected groups of the frames, got mlern_Cu"):
+        fit_frames(*files, tmp_path / "out")
+
+
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     Fit(config("dense"), Options()).save(tmp_path / "state.pt")
     with pytest.raises(MoecalcError, match="belongs to another model"):
