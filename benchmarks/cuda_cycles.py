@@ -13,8 +13,9 @@ called, since the activations that are called are rare ones.
 A second table has the milliseconds of a step: 10,000 atoms of water with the full-size dense model (n, e, a of 128, 64,
 32, 6 layers) on an H100. A kernel's parts are found in its machine code (products, what lies before and after them,
 staging, sums), `WORK` says how often a step runs them. A warp's cycles are divided by the warps that share its
-scheduler; but a scheduler issues one instruction a cycle, a quarter of the special functions' results, and memory moves
-what it must: the longest of these counts. Small kernels are not modelled (REST). Expect +-40 %: no GPU has run this.
+scheduler; but a scheduler issues one instruction a cycle, a quarter of the special functions' results, its tensor core
+multiplies at its rate, and memory moves what it must: the longest of these counts. Small kernels are not modelled
+(REST). Expect +-40 %: no GPU has run this.
 
 A limits file has the most that every kernel may have of every number. `--write-limits` writes one, 5 % above what is.
 """
@@ -65,6 +66,7 @@ PREDICATE = re.compile(r"@!?U?P[T\d]+ ")
 KERNEL = re.compile(r"run_kernelINS\d*_(\d+)(\w+)")
 SWITCH = re.compile(r"ELb([01])E")
 FORMAT = re.compile(r"kernels_(\w+?)_cu")
+HMMA = re.compile(r"HMMA\.(1688|16816)\.F32\.?(TF32)?")
 RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
 LONGEST_PATH = 5000
 FEWEST_ACTIVATIONS = 4
@@ -78,6 +80,10 @@ REGISTERS = 65536
 SHARED_BYTES = 227 << 10
 SHARED_OF_BLOCK = 1 << 10  # that the driver keeps of every block
 SPECIAL_FUNCTION = 8  # cycles in which a scheduler's warp gets 32 results
+# Multiplications per cycle of a scheduler's tensor core, of which mma.sync is taken to reach 62 %, and those of an
+# instruction.
+TENSOR_RATE = {"TF32": 256 * 0.62, "": 512 * 0.62}
+TENSOR_SIZE = {"1688": 1024, "16816": 2048}
 THREADS = 128
 TILE = 64  # rows
 # Water at 0.1 atoms per cubic Angstrom, cutoffs of 6 and 4 Angstrom: numbers per atom.
@@ -345,27 +351,39 @@ def beyond(rows: list[Row], limits: dict[str, dict[str, int]]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one warp: cycles if it is alone, and instructions, special functions among them."""
+    """Of one warp: cycles if it is alone, instructions, special functions among them, and cycles of tensor cores."""
 
     cycles: float = 0.0
     instructions: float = 0.0
     special: float = 0.0
+    tensor: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.cycles + other.cycles,
             self.instructions + other.instructions,
             self.special + other.special,
+            self.tensor + other.tensor,
         )
 
     def __mul__(self, times: float) -> Cost:
-        return Cost(self.cycles * times, self.instructions * times, self.special * times)
+        return Cost(self.cycles * times, self.instructions * times, self.special * times, self.tensor * times)
+
+
+def shapes_of(passed: list[Instruction]) -> list[tuple[str, str]]:
+    """Shape of every instruction of tensor cores, and `TF32` or nothing."""
+    return [
+        (found[1], found[2] or "")
+        for instruction in passed
+        if (found := HMMA.search(instruction.text)) is not None
+    ]
 
 
 def cost_of(passed: list[Instruction], rounds: int = 1) -> Cost:
     """Cost of a path, or of one round of a loop."""
     special = sum(instruction.operation == "MUFU" for instruction in passed)
-    return Cost(cycles(passed, rounds), len(passed), special) if passed else Cost()
+    tensor = sum(TENSOR_SIZE[shape] / TENSOR_RATE[kind] for shape, kind in shapes_of(passed))
+    return Cost(cycles(passed, rounds), len(passed), special, tensor) if passed else Cost()
 
 
 def longest_of(costs: Iterable[Cost]) -> Cost:
@@ -386,13 +404,14 @@ class Loop:
     before: Cost
     after: Cost
     activations: int
+    products: int  # of tensor cores, for one of float32
 
     @property
     def multiplications(self) -> int:
-        """Of each thread; a product of tensor cores counts as what it replaces (three of bf16 are one)."""
+        """Of each thread; products of split factors count as the one that they replace."""
         count = Counter(instruction.operation for instruction in self.body)
-        of_bf16 = sum("HMMA" in i.text and "BF16" in i.text for i in self.body)
-        return count["FFMA"] + 32 * (count["HMMA"] - of_bf16) + 16 * of_bf16 * 2 // 3
+        of_tensor_cores = sum(TENSOR_SIZE[shape] // 32 for shape, _ in shapes_of(self.body))
+        return count["FFMA"] + of_tensor_cores // self.products
 
     @property
     def product(self) -> Cost:
@@ -411,7 +430,10 @@ class Parts:
 
     def _loop(self, body: list[Instruction]) -> Loop:
         after = path(self.kernel, body[-1].address // 16 + 1)
-        return Loop(body, cost_of(start_of(self.kernel, body)), cost_of(after), n_activations(after))
+        products = 3 if self.kernel.name.endswith("x3") else 1
+        return Loop(
+            body, cost_of(start_of(self.kernel, body)), cost_of(after), n_activations(after), products
+        )
 
     def activated(self, columns: int, inputs: int) -> Cost:
         """A tile of `columns` (64 or 32) with product and activations; without product where inputs is 0."""
@@ -581,7 +603,7 @@ KERNELS: dict[str, tuple[int, float, list[Work]]] = {
     "EdgeBackward": (57_800, 11.0 * 0.9, [Work(6 * EDGES, edge_backward, 768 + 768 + 64)]),
     "MessageBackward": (53_200, 11.0 * 0.1, [Work(5 * CLOSE, message_backward, 768)]),
 }
-FORMATS = ("float32", "tf32", "bf16x3")
+FORMATS = ("float32", "tf32x3", "bf16x3", "tf32", "fp16")
 
 
 def blocks_of(registers: int, shared: int) -> int:
@@ -596,7 +618,7 @@ def milliseconds(kernel: Kernel, work: list[Work], blocks: int) -> float:
     total = 0.0
     for item in work:
         tile = item.passes(parts) + Cost(TILE_CYCLES, TILE_INSTRUCTIONS)
-        waited = max(tile.cycles / blocks, tile.instructions, tile.special * SPECIAL_FUNCTION)
+        waited = max(tile.cycles / blocks, tile.instructions, tile.special * SPECIAL_FUNCTION, tile.tensor)
         tiles = N_ATOM * item.rows / TILE
         moved = N_ATOM * item.rows * item.bytes / MEMORY_RATE
         # four warps of a tile, one on each scheduler

@@ -29,12 +29,12 @@ from typing import Any
 DRIVE = Path(__file__).parent / "peers" / "drive.py"
 COPIES = (1, 8, 52, 260)  # of 192 atoms of water: 192 to 49,920 atoms
 MODELS = {"dense": 0, "moe": 8}  # routed experts, of which 2 are active beside 1 shared
-PRECISIONS = ("fp32", "tf32", "bf16x3", "float64")
+PRECISIONS = ("fp32", "fp32-ffma", "bf16x3", "tf32", "fp16", "float64")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 TIME_LIMIT = 120.0  # seconds for one measurement
 MOST_IN_FLOAT64 = 10_000  # atoms; more do not fit on every device
 # Of the first results: deviation of forces from the CPU in float64, relative to the largest force
-BOUNDS = {"fp32": 1e-4, "tf32": 3e-2, "bf16x3": 1e-3, "float64": 1e-8}
+BOUNDS = {"fp32": 1e-4, "fp32-ffma": 1e-4, "bf16x3": 1e-3, "tf32": 3e-2, "fp16": 3e-2, "float64": 1e-8}
 SMALL = "small"  # the package that the sanitizer runs
 
 

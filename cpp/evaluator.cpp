@@ -93,7 +93,7 @@ std::string crowded(int64_t found, double radius, int64_t limit) {
 /// add.
 double reference_tolerance(Dtype dtype, Precision precision) {
   if (dtype == Dtype::float64) return 1e-8;
-  return precision == Precision::tf32 ? 2e-3 : 2e-5;
+  return precision == Precision::tf32 || precision == Precision::fp16 ? 2e-3 : 2e-5;
 }
 
 }  // namespace

@@ -131,7 +131,8 @@ void set(PairSettings& settings, const std::string& keyword, const std::string& 
     expect(keyword, value, {"float32", "float64"}, "float32 or float64");
     settings.dtype = value;
   } else if (keyword == "precision") {
-    expect(keyword, value, {"fp32", "tf32", "bf16x3"}, "fp32, tf32 or bf16x3");
+    expect(keyword, value, {"fp32", "fp32-ffma", "bf16x3", "tf32", "fp16"},
+           "fp32, fp32-ffma, bf16x3, tf32 or fp16");
     settings.precision = value;
   } else {
     expect(keyword, value, {"yes", "no"}, "yes or no");

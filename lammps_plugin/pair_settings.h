@@ -24,7 +24,7 @@ struct DeviationSettings {
 struct PairSettings {
   std::string device = "auto";     // auto, cpu, cuda or cuda:N
   std::string dtype;               // of the network: float32, float64, or "" for the package's own
-  std::string precision = "fp32";  // of products on a GPU: fp32, tf32 or bf16x3
+  std::string precision = "fp32";  // of products on a GPU: fp32, fp32-ffma, bf16x3, tf32 or fp16
   bool allow_untrained = false;    // elements that the model was not trained on
   moecalc::GivenConditions given;  // charge, spin and frame parameters
   DeviationSettings deviation;

@@ -54,8 +54,9 @@ class MoECalculator(Calculator):
             `forces_std`, how far they disagree, when these are asked for (docs/committees.md).
         device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         dtype: "float32" or "float64"; None is the precision the package was made for.
-        precision: how a GPU multiplies the matrices of a float32 network: "fp32", "tf32" or "bf16x3"
-            (docs/cuda.md has the error of each). The last two are for CUDA only.
+        precision: how a GPU multiplies the matrices of a float32 network: "fp32" as accurately as float32,
+            "bf16x3", "tf32" or "fp16" faster and less accurately, "fp32-ffma" for comparisons (docs/cuda.md
+            has the error of each). All but "fp32" are for CUDA only.
         skin: extra reach of the neighbor list in Angstrom. The list is searched anew only when atoms moved
             (or the cell was strained) so much that a pair could be missing; 0 searches at every step. The
             results do not depend on it.

@@ -308,7 +308,7 @@ def open_model(
         path: absolute path of the package.
         device: "cpu", "cuda", "cuda:N" or "auto".
         dtype: "float32", "float64", or "" for the package's own.
-        precision: "fp32", "tf32" or "bf16x3".
+        precision: "fp32", "fp32-ffma", "bf16x3", "tf32" or "fp16".
         backend: one of `BACKENDS`; "": MOECALC_BACKEND, else the best that fits. "torchscript" runs the code
             of the file.
         check: evaluate stored reference frames when the package is first used in this way in this process.

@@ -15,10 +15,14 @@ const char* name_of(Precision precision) {
   switch (precision) {
     case Precision::fp32:
       return "fp32";
+    case Precision::fp32_ffma:
+      return "fp32-ffma";
     case Precision::tf32:
       return "tf32";
     case Precision::bf16x3:
       return "bf16x3";
+    case Precision::fp16:
+      return "fp16";
   }
   return "";
 }
@@ -90,10 +94,12 @@ std::optional<Dtype> parse_dtype(const std::string& name) {
 }
 
 Precision parse_precision(const std::string& name) {
-  if (name == "fp32") return Precision::fp32;
-  if (name == "tf32") return Precision::tf32;
-  if (name == "bf16x3") return Precision::bf16x3;
-  throw Error("expected `precision` to be 'fp32', 'tf32' or 'bf16x3', got " + quoted(name, 40, '\''));
+  for (const Precision precision :
+       {Precision::fp32, Precision::fp32_ffma, Precision::bf16x3, Precision::tf32, Precision::fp16}) {
+    if (name == name_of(precision)) return precision;
+  }
+  throw Error("expected `precision` to be 'fp32', 'fp32-ffma', 'bf16x3', 'tf32' or 'fp16', got " +
+              quoted(name, 40, '\''));
 }
 
 BackendKind parse_backend(const std::string& name) {

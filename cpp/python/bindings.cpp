@@ -354,7 +354,8 @@ void bind_evaluator(py::module_& module) {
       py::init(&open_evaluator), py::arg("path"), py::arg("device") = "cpu", py::arg("dtype") = "",
       py::arg("precision") = "fp32", py::arg("backend") = "",
       "device: 'cpu', 'cuda', 'cuda:N' or 'auto'; dtype: 'float32', 'float64' or '' (the package's own); "
-      "precision: 'fp32', 'tf32' or 'bf16x3' (products on a GPU); backend: 'fused', 'plain', "
+      "precision: 'fp32', 'fp32-ffma', 'bf16x3', 'tf32' or 'fp16' (products on a GPU); backend: 'fused', "
+      "'plain', "
       "'torchscript', 'cuda-emulation' or '' (the kernels of the device where they cover the model).");
   bind_properties(evaluator);
   bind_services(evaluator);

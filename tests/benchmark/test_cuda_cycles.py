@@ -196,12 +196,36 @@ def test_parts_of_a_kernel_are_found(lint):
     assert parts.plain(32, 8).instructions == 129 / 4 * 4
 
 
-def test_a_product_of_tensor_cores_counts_as_what_it_replaces(lint):
-    tf32 = [("HMMA.1688.F32.TF32 R4, R8, R12, R4", 4, 7, 0)] * 8
-    bf16 = [("HMMA.1688.F32.BF16 R4, R8, R12, R4", 4, 7, 0)] * 24
-    for products in (tf32, bf16):
-        (loop,) = lint.Parts(kernel(lint, *a_loop([], products))).loops
-        assert loop.multiplications == 8 * 32
+# Products of 32 rows, 32 columns and 8 inputs, or 16, in the formats of the kernels.
+TENSOR_PRODUCTS = {
+    "tf32": ("HMMA.1688.F32.TF32", 8),
+    "tf32x3": ("HMMA.1688.F32.TF32", 24),
+    "bf16x3": ("HMMA.16816.F32.BF16", 24),
+    "fp16": ("HMMA.16816.F32", 8),
+}
+
+
+def tensor_loop(lint, number_format):
+    operation, count = TENSOR_PRODUCTS[number_format]
+    code = a_loop([], [(f"{operation} R4, R8, R12, R4", 4, 7, 0)] * count)
+    (loop,) = lint.Parts(kernel(lint, *code, symbol=ANGLE_FORWARD.replace("tf32", number_format))).loops
+    return loop
+
+
+@pytest.mark.parametrize("number_format", TENSOR_PRODUCTS)
+def test_a_product_of_tensor_cores_counts_as_what_it_replaces(lint, number_format):
+    inputs = 16 if "16816" in TENSOR_PRODUCTS[number_format][0] else 8
+    assert tensor_loop(lint, number_format).multiplications == 32 * inputs
+
+
+def test_three_products_keep_tensor_cores_busy_three_times_as_long(lint):
+    one, three = (tensor_loop(lint, name).product.tensor for name in ("tf32", "tf32x3"))
+    assert three == pytest.approx(3 * one)
+
+
+def test_tensor_cores_multiply_16_bits_twice_as_fast(lint):
+    slow, fast = (tensor_loop(lint, name).product.tensor for name in ("tf32", "fp16"))
+    assert fast == pytest.approx(slow / 2)
 
 
 def test_a_loop_with_activations_is_no_product(lint):

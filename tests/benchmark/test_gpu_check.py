@@ -47,7 +47,7 @@ def test_a_dry_run_goes_through_every_step(tmp_path):
     assert steps_of(tmp_path) == dict.fromkeys(ran, "ok") | dict.fromkeys(skipped, "skipped")
     first = json.loads((tmp_path / "smoke.json").read_text())["smoke"]
     assert [(row["model"], row["runs"]) for row in first] == [
-        (m, r) for m in ("dense", "moe") for r in ("fp32", "tf32", "bf16x3", "float64")
+        (m, r) for m in ("dense", "moe") for r in ("fp32", "fp32-ffma", "bf16x3", "tf32", "fp16", "float64")
     ]
     results = json.loads((tmp_path / "times.json").read_text())
     timed = {(row["model"], row["runs"]): row for row in results["times"]}

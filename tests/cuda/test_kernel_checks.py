@@ -1,5 +1,6 @@
 """Checks of the kernels' building blocks, each with a mutation of the sources that it must catch."""
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,10 +25,15 @@ def compile_check(name: str, folder: Path, sources: Path, *flags: str) -> Path:
     return program
 
 
-def mma_errors(folder: Path, sources: Path) -> list[float]:
-    """Largest errors of tf32 and bf16x3 products."""
+def mma_errors(folder: Path, sources: Path) -> dict[str, float]:
+    """Largest error of a sum of 48 products by number format, and what one beyond the range of fp16 gives."""
     program = compile_check("mma_check", folder, sources)
-    return [float(word) for word in subprocess.run([program], check=True, capture_output=True).stdout.split()]
+    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    return {name: float(error) for name, error in map(str.split, lines)}
+
+
+# Of sums in float32, and of the products that bf16x3 leaves out.
+MMA_ERRORS = {"fp32-ffma": 2e-5, "fp32": 2e-5, "bf16x3": 4e-4, "tf32": 2e-5, "fp16": 2e-5}
 
 
 @pytest.fixture
@@ -47,29 +53,62 @@ def mutated(tmp_path):
 
 
 def test_fragments_give_the_product(tmp_path):
-    tf32, bf16x3 = mma_errors(tmp_path, ROOT / "cpp")
-    assert tf32 < 2e-5
-    assert bf16x3 < 4e-4
+    errors = mma_errors(tmp_path, ROOT / "cpp")
+    assert all(errors[name] < bound for name, bound in MMA_ERRORS.items()), errors
 
 
-def test_swapped_tf32_fragments_are_found(tmp_path, mutated):
+def test_three_products_of_tf32_are_as_accurate_as_float32(tmp_path):
+    errors = mma_errors(tmp_path, ROOT / "cpp")
+    assert errors["fp32"] < 1.5 * errors["fp32-ffma"]
+
+
+def test_a_factor_beyond_the_range_of_fp16_is_not_hidden(tmp_path):
+    assert not math.isfinite(mma_errors(tmp_path, ROOT / "cpp")["beyond"])
+
+
+TENSOR = ("fp32", "bf16x3", "tf32", "fp16")
+SPLIT, HALVES = ("fp32", "bf16x3"), ("bf16x3", "fp16")
+# Mistakes in where a lane loads its factors, with the formats that they spoil.
+MISTAKES = {
+    "row": ("tensor_cores.cuh", "load<Pair>(from + 8 * stride", "load<Pair>(from + 4 * stride", TENSOR),
+    "column": ("tensor_cores.cuh", "lane % 4 * 2;", "lane % 4;", TENSOR),
+    "lane of weights": ("formats.cuh", "column % 8 * 4 + row % 8 / 2", "column % 8 * 4 + row % 4", TENSOR),
+    "register": ("tensor_cores.cuh", "(words, column / 4, ", "(words, column / 8, ", HALVES),
+    "register of weights": (
+        "formats.cuh",
+        "row % 16 / 8 * 2 + row % 2",
+        "row % 16 / 8 + row % 2 * 2",
+        HALVES,
+    ),
+    "order of tf32": ("tensor_cores.cuh", "= rounded_tf32(second)", "= rounded_tf32(first)", ("tf32",)),
+    "parts of tf32": (
+        "tensor_cores.cuh",
+        "split_tf32(second, to.part[0][place + 2], to.part[1][place + 2])",
+        "split_tf32(second, to.part[1][place + 2], to.part[0][place + 2])",
+        ("fp32",),
+    ),
+    "parts of a product": ("tensor_cores.cuh", "is_split && number == 1", "false", SPLIT),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_factors_from_a_wrong_place_are_found(tmp_path, mutated, mistake):
+    *exchange, spoiled = MISTAKES[mistake]
+    errors = mma_errors(tmp_path, mutated(*exchange))
+    assert {name for name, bound in MMA_ERRORS.items() if errors[name] > 5 * bound} == set(spoiled), errors
+
+
+def test_sums_that_tensor_cores_cut_off_are_found(tmp_path, mutated):
     sources = mutated(
-        "product.cuh",
-        "tf32(from[8 * stride]), tf32(from[4])",
-        "tf32(from[4]), tf32(from[8 * stride])",
+        "tensor_cores.cuh", "kSumsBlocks = std::is_same_v<Format, Tf32x3>", "kSumsBlocks = false"
     )
-    tf32, bf16x3 = mma_errors(tmp_path, sources)
-    assert tf32 > 0.1
-    assert bf16x3 < 4e-4
+    errors = mma_errors(tmp_path, sources)
+    assert errors["fp32"] > 1.5 * errors["fp32-ffma"]
 
 
-def test_bf16_fragments_of_the_wrong_row_are_found(tmp_path, mutated):
-    sources = mutated(
-        "product.cuh",
-        "split(from[8 * stride], from[8 * stride + 1], parts",
-        "split(from[4 * stride], from[4 * stride + 1], parts",
-    )
-    assert mma_errors(tmp_path, sources)[1] > 0.1
+def test_fp16_that_stays_finite_is_found(tmp_path, mutated):
+    sources = mutated("formats.cuh", "sign | 0x7c00u", "sign | 0x7bffu")
+    assert math.isfinite(mma_errors(tmp_path, sources)["beyond"])
 
 
 def test_a_write_beyond_a_shared_array_is_found(tmp_path):

@@ -70,7 +70,7 @@ MISTAKES = {
     "null": (STYLE + "pair_coeff * * default Nb NULL", "NULL is for pair_style hybrid"),
     "cuda": ("pair_style moe device cuda\npair_coeff * * default Nb Mo", "Pair style moe: device 'cuda'"),
     "keyword": ("pair_style moe accuracy float64", "expected keyword device, dtype, precision, untrained, charge, spin, fparam, out_file, out_freq, relative, relative_v or atomic, got accuracy"),
-    "precision": ("pair_style moe precision fp8", "expected precision fp32, tf32 or bf16x3, got fp8"),
+    "precision": ("pair_style moe precision fp8", "expected precision fp32, fp32-ffma, bf16x3, tf32 or fp16, got fp8"),
     "precision_cpu": (
         "pair_style moe device cpu dtype float32 precision tf32\npair_coeff * * default Nb Mo",
         "precision 'tf32' is for GPUs, got device 'cpu': use precision fp32",

@@ -21,7 +21,12 @@ from moecalc.testing import evaluate_edges
 
 FLOAT64 = 1e-8  # of energies, forces and virials, in eV and A
 FLOAT32 = 5e-6  # relative to the largest component
-PRECISIONS = {"tf32": 2e-2, "bf16x3": 1e-4}  # the same, of the other precisions
+PRECISIONS = {
+    "fp32-ffma": 5e-6,
+    "tf32": 2e-2,
+    "bf16x3": 1e-4,
+    "fp16": 2e-2,
+}  # the same, of the other precisions
 FRAMES = frames("oracle/fixtures") + frames("deepmd")
 STRUCTURES = {
     "bulk": lambda: testing.bulk_alloy(repeat=1),

@@ -93,7 +93,7 @@ def test_oracle_frames_in_float32_are_as_accurate_as_torchscripts(package, frame
         assert errors[0] <= max(testing.ORACLE_FLOAT32 * scale, 3 * errors[1]), key
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("tf32", 3e-2), ("bf16x3", 2e-4)])
+@pytest.mark.parametrize(("precision", "bound"), [("tf32", 3e-2), ("bf16x3", 2e-4), ("fp16", 3e-2)])
 def test_reduced_products_stay_within_their_rounding(write, precision, bound):
     path = write(**OPTIONS["wide"])
     exact = evaluate(evaluator(path, backend="fused"), STRUCTURES["bulk"])

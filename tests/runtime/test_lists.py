@@ -144,7 +144,11 @@ def test_invalid_positions_are_refused(evaluator, positions, cells, message):
     [
         ("float64", "tf32", "precision 'tf32' is for float32 networks, got dtype float64: use dtype float32"),
         ("float32", "bf16x3", "precision 'bf16x3' is for GPUs, got device 'cpu': use precision fp32"),
-        ("float32", "fp8", "expected `precision` to be 'fp32', 'tf32' or 'bf16x3', got 'fp8'"),
+        (
+            "float32",
+            "fp8",
+            "expected `precision` to be 'fp32', 'fp32-ffma', 'bf16x3', 'tf32' or 'fp16', got 'fp8'",
+        ),
     ],
 )
 def test_a_precision_that_does_not_apply_is_refused(dtype, precision, message):

@@ -86,7 +86,7 @@ def test_there_are_no_races_in_wide_layers(detector, write, name):
     assert detector.found() == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16x3"])
+@pytest.mark.parametrize("precision", ["fp32", "fp32-ffma", "bf16x3", "tf32", "fp16"])
 @pytest.mark.parametrize(("name", "structure"), [("mlp", "bulk"), ("all wider than 64", "molecule")])
 def test_there_are_no_races_in_float32(detector, write, name, structure, precision):
     run(write(**OPTIONS[name]), STRUCTURES[structure], "float32", precision)

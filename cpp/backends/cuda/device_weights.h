@@ -153,7 +153,9 @@ auto DeviceWeights<Format, Target>::upload_block(const Block& block) -> Held {
         std::copy_n(values, part.rows * part.columns, to);
       }
     };
-    upload.add(static_cast<size_t>(part.rows * part.columns), write, &held.parts[index]);
+    const int64_t size =
+        part.matrix ? fragments_size<Format>(part.rows, part.columns) : part.rows * part.columns;
+    upload.add(static_cast<size_t>(size), write, &held.parts[index]);
   }
   held.memory = upload.send(target_);
   return held;
@@ -277,7 +279,7 @@ void DeviceWeights<Format, Target>::add_padded(Upload& upload, const Array& matr
     const std::vector<Real> laid_out = fragments<Format>(padded.data(), rows, columns);
     std::copy(laid_out.begin(), laid_out.end(), to);
   };
-  upload.add(static_cast<size_t>(rows * columns), write, place);
+  upload.add(static_cast<size_t>(fragments_size<Format>(rows, columns)), write, place);
 }
 
 /// `row` float64, padded with zeros.

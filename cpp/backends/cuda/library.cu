@@ -17,9 +17,13 @@ std::unique_ptr<Backend> make_cuda_model<Float64>(const BackendInputs& inputs);
 template <>
 std::unique_ptr<Backend> make_cuda_model<Float32>(const BackendInputs& inputs);
 template <>
-std::unique_ptr<Backend> make_cuda_model<Tf32>(const BackendInputs& inputs);
+std::unique_ptr<Backend> make_cuda_model<Tf32x3>(const BackendInputs& inputs);
 template <>
 std::unique_ptr<Backend> make_cuda_model<Bf16x3>(const BackendInputs& inputs);
+template <>
+std::unique_ptr<Backend> make_cuda_model<Tf32>(const BackendInputs& inputs);
+template <>
+std::unique_ptr<Backend> make_cuda_model<Fp16>(const BackendInputs& inputs);
 
 namespace {
 

@@ -161,9 +161,9 @@ class MOECALC_API Evaluator {
   double angle_cutoff() const;                       // Angstrom; 0 = the model has no angles
   const std::string& dtype() const;                  // "float32" or "float64"
   const std::string& device() const;                 // "cpu" or "cuda:N"
-  const std::string& precision() const;              // of products on a GPU: "fp32", "tf32" or "bf16x3"
+  const std::string& precision() const;              // of products on a GPU: "fp32", "tf32", ...
   int64_t n_layers() const;
-  /// What runs the layers: "fused avx512" (or avx2, generic), "cuda fp32" (or tf32, bf16x3, float64),
+  /// What runs the layers: "fused avx512" (or avx2, generic), "cuda fp32" (or another precision, float64),
   /// "plain" or "torchscript" where the kernels do not apply, for the reason that backend_reason() gives.
   const std::string& backend() const;
   const std::string& backend_reason() const;

@@ -12,7 +12,13 @@ namespace moecalc {
 
 /// How products are computed on a GPU where the network is float32 (docs/cuda.md has the error of each).
 /// float64 networks always use float64.
-enum class Precision { fp32, tf32, bf16x3 };
+enum class Precision {
+  fp32,       // as accurate as float32: split into three products of tensor cores
+  fp32_ffma,  // float32 on the other cores; for comparisons
+  bf16x3,
+  tf32,
+  fp16,
+};
 MOECALC_API const char* name_of(Precision precision);
 
 /// What computes. `automatic`: the kernels of the device, or the plain backend where they do not cover the
@@ -51,10 +57,10 @@ struct MOECALC_API EvaluatorOptions {
   bool emulation_reversed = false;  // the emulation runs blocks and threads backwards; for tests
 
   /// From what a user writes. device: "cpu", "cuda", "cuda:N" or "auto" (cuda if there is one); dtype:
-  /// "float32", "float64" or ""; precision: "fp32", "tf32" or "bf16x3"; backend: "", "fused", "plain",
-  /// "torchscript" or "cuda-emulation". Whatever else there is has the value of its environment variable
-  /// (docs/environment.md), backend as well if it is "". Throws Error that names the value and what was
-  /// expected.
+  /// "float32", "float64" or ""; precision: "fp32", "fp32-ffma", "bf16x3", "tf32" or "fp16"; backend: "",
+  /// "fused", "plain", "torchscript" or "cuda-emulation". Whatever else there is has the value of its
+  /// environment variable (docs/environment.md), backend as well if it is "". Throws Error that names the
+  /// value and what was expected.
   static EvaluatorOptions parse(const std::string& device = "cpu", const std::string& dtype = "",
                                 const std::string& precision = "fp32", const std::string& backend = "");
 };

@@ -452,8 +452,7 @@ struct AngleBackward : LayerKernel<Format, AngleGradientRows<Format, FIRST>> {
     block.sync();
     if constexpr (!FIRST) {
       add_product(block, shared.gradient, shared.chunk, rows, columns,
-                  weights.angle_angle_transposed + static_cast<int64_t>(place) * layer.a_padded,
-                  layer.a_padded);
+                  weights.angle_angle_transposed + row_offset<Format>(place, layer.a_padded), layer.a_padded);
     }
     segment_sums(
         block, shared.chunk, rows, columns, [&](int row) { return shared.with_first(row); },

@@ -313,8 +313,7 @@ struct MessageBackward : LayerKernel<Format, MessageGradientRows<Format>> {
       });
       block.sync();
       add_product(block, shared.d_message, shared.chunk, rows, columns,
-                  weights.message_map_transposed + static_cast<int64_t>(place) * layer.e_padded,
-                  layer.e_padded);
+                  weights.message_map_transposed + row_offset<Format>(place, layer.e_padded), layer.e_padded);
       block.sync();
     }
   }
@@ -494,7 +493,7 @@ struct EdgeBackward : LayerKernel<Format, GradientRows<Format, EdgeRows<Format>>
     copy_rows(block, shared.chunk, span.rows, columns, layer.d_edge_pre + span.first * stride + place,
               stride);
     add_product(block, shared.gradient, shared.chunk, span.rows, columns,
-                weights.edge_edge_transposed + static_cast<int64_t>(place) * layer.e_padded, layer.e_padded);
+                weights.edge_edge_transposed + row_offset<Format>(place, layer.e_padded), layer.e_padded);
     segment_sums(
         block, shared.chunk, span.rows, columns,
         [&](int row) { return shared.with_centre(layer.graph, span, row); },

@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/formats.cuh"
+#include "kernels/cuda/tensor_cores.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace moecalc::cuda {
@@ -26,14 +27,16 @@ MOECALC_BOTH constexpr int chunk_count(int width) { return (width + kChunk - 1) 
 
 // --- operands ---
 
-/// Rows of a tile in shared memory, one vector of padding apart: they start in different banks.
+/// Rows of a tile in shared memory. The padding between them is what the lanes of a warp read of one, so that
+/// rows of a multiple of 32 columns meet no bank twice.
 template <class Format>
 struct SharedRows {
   using Real = typename Format::Real;
   Real* data;
   int stride;
 
-  static MOECALC_BOTH constexpr int stride_of(int width) { return width + RowVec<Real>::kSize; }
+  static constexpr int kPadding = kOnTensorCores<Format> ? 8 : RowVec<Real>::kSize;
+  static MOECALC_BOTH constexpr int stride_of(int width) { return width + kPadding; }
   static int64_t bytes(int width) { return shared_size<Real>(Format::kRows * stride_of(width)); }
 
   template <class Block>
@@ -102,164 +105,6 @@ struct FmaTile {
   }
 };
 
-/// Instructions of the tensor cores and the rounding of their factors.
-///
-/// What a lane loads is a function of its number, written once for both targets. On the device a lane holds
-/// its own fragment. On the host it collects the fragments of all lanes whose factors reach its sums, with
-/// the same function: an element that a lane of the device would load from a wrong place is wrong here too.
-namespace tensor_core {
-
-/// Two neighboring words of the weights.
-struct alignas(8) WordPair {
-  uint32_t x;
-  uint32_t y;
-};
-/// Factors of rows: of m16n8k8 tf32, words (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4) of lane 4 g + q.
-struct Tf32Rows {
-  uint32_t word[4];
-};
-/// Of m16n8k8 bf16: elements 2 q and 2 q + 1 of row g, then of row g + 8; leading and remaining parts.
-struct Bf16Rows {
-  uint32_t high[2];
-  uint32_t low[2];
-};
-
-#if defined(__CUDACC__)
-
-template <class Fragment>
-using RowFragments = Fragment;
-using WeightFragments = WordPair;
-
-template <class F>
-__device__ __forceinline__ auto of_rows(int lane, const F& load) {
-  return load(lane);
-}
-template <class F>
-__device__ __forceinline__ WordPair of_weights(int lane, const F& load) {
-  return load(lane);
-}
-__device__ __forceinline__ WordPair words(const float* from) { return load_weight<WordPair>(from); }
-
-__device__ __forceinline__ uint32_t tf32(float value) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
-  return rounded;
-}
-/// Two bf16 in one register: the lower half is the first element.
-__device__ __forceinline__ uint32_t pack(float first, float second) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
-  return packed;
-}
-__device__ __forceinline__ void mma_tf32(float* c, const Tf32Rows& a, const WordPair& b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.x), "r"(b.y));
-}
-__device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[2], uint32_t b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-__device__ __forceinline__ void mma_bf16x3(float* c, const Bf16Rows& a, const WordPair& b) {
-  mma_bf16(c, a.high, b.y);  // small terms first
-  mma_bf16(c, a.low, b.x);
-  mma_bf16(c, a.high, b.x);
-}
-
-#else
-
-/// Fragments of the four lanes that share rows.
-template <class Fragment>
-struct RowFragments {
-  Fragment of[4];
-};
-/// Fragments of the eight lanes that hold the two columns of a lane's sums.
-struct WeightFragments {
-  WordPair of[2][4];
-};
-
-template <class F>
-auto of_rows(int lane, const F& load) {
-  RowFragments<decltype(load(0))> fragments;
-  for (int peer = 0; peer < 4; ++peer) fragments.of[peer] = load(lane / 4 * 4 + peer);
-  return fragments;
-}
-template <class F>
-WeightFragments of_weights(int lane, const F& load) {
-  WeightFragments fragments;
-  for (int column = 0; column < 2; ++column) {
-    for (int peer = 0; peer < 4; ++peer) {
-      fragments.of[column][peer] = load((lane % 4 * 2 + column) * 4 + peer);
-    }
-  }
-  return fragments;
-}
-inline WordPair words(const float* from) { return {bits_of(from[0]), bits_of(from[1])}; }
-
-inline uint32_t tf32(float value) { return bits_of(to_tf32(value)); }
-inline uint32_t pack(float first, float second) {
-  return bits_of(to_bf16(first)) >> 16 | (bits_of(to_bf16(second)) & 0xffff0000u);
-}
-/// Element 0 or 1 of two bf16 in one register.
-inline float unpacked(uint32_t pair, int element) {
-  return float_of(element == 1 ? pair & 0xffff0000u : pair << 16);
-}
-
-/// c0 c1 are columns 2 q, 2 q + 1 of row g, c2 c3 those of row g + 8 (PTX ISA, mma.m16n8k8).
-inline void mma_tf32(float* c, const RowFragments<Tf32Rows>& a, const WeightFragments& b) {
-  for (int sum = 0; sum < 4; ++sum) {
-    for (int k = 0; k < 8; ++k) {
-      const WordPair& weight = b.of[sum % 2][k % 4];
-      const uint32_t factor = a.of[k % 4].word[sum / 2 + k / 4 * 2];
-      c[sum] += float_of(factor) * float_of(k < 4 ? weight.x : weight.y);
-    }
-  }
-}
-/// One product of bf16: `low_rows`, `low_weights`: of the remaining parts.
-inline void mma_bf16(float* c, const RowFragments<Bf16Rows>& a, const WeightFragments& b, bool low_rows,
-                     bool low_weights) {
-  for (int sum = 0; sum < 4; ++sum) {
-    for (int k = 0; k < 8; ++k) {
-      const Bf16Rows& rows = a.of[k / 2];
-      const WordPair& weights = b.of[sum % 2][k / 2];
-      const uint32_t factors = low_rows ? rows.low[sum / 2] : rows.high[sum / 2];
-      c[sum] += unpacked(factors, k % 2) * unpacked(low_weights ? weights.y : weights.x, k % 2);
-    }
-  }
-}
-inline void mma_bf16x3(float* c, const RowFragments<Bf16Rows>& a, const WeightFragments& b) {
-  mma_bf16(c, a, b, false, true);  // small terms first
-  mma_bf16(c, a, b, true, false);
-  mma_bf16(c, a, b, false, false);
-}
-
-#endif
-
-/// Leading and remaining parts of two numbers.
-MOECALC_KERNEL void split(float first, float second, uint32_t& high, uint32_t& low) {
-  high = pack(first, second);
-  low = pack(first - float_of(high << 16), second - float_of(high & 0xffff0000u));
-}
-
-/// A lane's factors from rows g and g + 8; `rows`: row 0 of 16, column 0 of 8.
-MOECALC_KERNEL Tf32Rows load_tf32(const float* rows, int stride, int lane) {
-  const float* from = rows + lane / 4 * stride + lane % 4;
-  return {{tf32(from[0]), tf32(from[8 * stride]), tf32(from[4]), tf32(from[8 * stride + 4])}};
-}
-MOECALC_KERNEL Bf16Rows load_bf16(const float* rows, int stride, int lane) {
-  const float* from = rows + lane / 4 * stride + lane % 4 * 2;
-  Bf16Rows parts;
-  split(from[0], from[1], parts.high[0], parts.low[0]);
-  split(from[8 * stride], from[8 * stride + 1], parts.high[1], parts.low[1]);
-  return parts;
-}
-
-}  // namespace tensor_core
-
 /// The same for mma.sync m16n8: four warps, each half of the rows by half of the columns.
 template <class FORMAT, int COLUMNS>
 struct MmaTile {
@@ -281,7 +126,7 @@ struct MmaTile {
   }
   static MOECALC_KERNEL int slot(int thread) { return thread / 32 % 2 * 4 + thread % 4; }
   static MOECALC_KERNEL const float* from(const float* weights, int64_t column) {
-    return weights + 8 * column;
+    return weights + column_offset<Format>(column);
   }
 
   static MOECALC_KERNEL void multiply(int thread, Vector* sums, const SharedRows<Format>& rows, int inputs,
@@ -298,59 +143,71 @@ struct MmaTile {
     MOECALC_UNROLL
     for (int across = 0; across < kAcross; ++across) {
       const int own_column = first_column + across * 8;
-      offsets[across] = (own_column < last_column ? own_column : last_column) * 8;
+      offsets[across] =
+          static_cast<int>(column_offset<Format>(own_column < last_column ? own_column : last_column));
     }
-    for (int input = 0; input < inputs; input += 8) {
-      tensor_core::WeightFragments factors[kAcross];
+    for (int input = 0; input < inputs; input += Format::kBlockRows) {
+      Weights factors[kAcross];
       MOECALC_UNROLL
       for (int across = 0; across < kAcross; ++across) {
         const float* from = own_weights + offsets[across];
-        factors[across] = tensor_core::of_weights(
-            lane, [&](int of_lane) { return tensor_core::words(from + of_lane * 2); });
+        factors[across] = tensor_core::of_weights<Format>(lane, [&](int of_lane) {
+          return load_weight<tensor_core::WeightWords<Format>>(from + of_lane * Format::kLaneWords);
+        });
       }
-      if constexpr (std::is_same_v<Format, Tf32>) {
-        multiply_block<tensor_core::Tf32Rows>(
-            lane, sums, factors,
-            [&](int down, int of_lane) {
-              return tensor_core::load_tf32(own_rows + down * 16 * rows.stride, rows.stride, of_lane);
-            },
-            [&](float* c, const auto& a, const auto& b) { tensor_core::mma_tf32(c, a, b); });
-      } else {
-        multiply_block<tensor_core::Bf16Rows>(
-            lane, sums, factors,
-            [&](int down, int of_lane) {
-              return tensor_core::load_bf16(own_rows + down * 16 * rows.stride, rows.stride, of_lane);
-            },
-            [&](float* c, const auto& a, const auto& b) { tensor_core::mma_bf16x3(c, a, b); });
-      }
-      own_rows += 8;
-      own_weights += 8 * weights.stride;
+      multiply_block(lane, sums, own_rows, rows.stride, factors);
+      own_rows += Format::kBlockRows;
+      own_weights += row_offset<Format>(Format::kBlockRows, weights.stride);
     }
   }
 
  private:
-  /// sums += 32 rows times 8 rows of weights. load(down, lane): a lane's factors of 16 rows; product(c, a,
-  /// b).
-  template <class Fragment, class Load, class Product>
-  static MOECALC_KERNEL void multiply_block(int lane, Vector* sums,
-                                            const tensor_core::WeightFragments (&weights)[kAcross],
-                                            const Load& load, const Product& product) {
-    tensor_core::RowFragments<Fragment> factors[2];
+  using Weights = tensor_core::WeightFragments<Format>;
+
+  /// sums += 32 rows times a row of blocks of weights.
+  static MOECALC_KERNEL void multiply_block(int lane, Vector* sums, const float* rows, int stride,
+                                            const Weights (&weights)[kAcross]) {
+    tensor_core::RowFragments<Format> factors[2];
     MOECALC_UNROLL
     for (int down = 0; down < 2; ++down) {
-      factors[down] = tensor_core::of_rows(lane, [&](int of_lane) { return load(down, of_lane); });
+      factors[down] = tensor_core::of_rows<Format>(lane, [&](int of_lane) {
+        return tensor_core::load_rows<Format>(rows + down * 16 * stride, stride, of_lane);
+      });
     }
     MOECALC_UNROLL
-    for (int across = 0; across < kAcross; ++across) {
+    for (int across = 0; across < kAcross; across += 2) multiply_columns(sums, factors, weights, across);
+  }
+
+  /// The same for 16 columns: four products that do not wait for each other.
+  static MOECALC_KERNEL void multiply_columns(Vector* sums,
+                                              const tensor_core::RowFragments<Format> (&rows)[2],
+                                              const Weights (&weights)[kAcross], int first) {
+    float c[4][4] = {};
+    if constexpr (!tensor_core::kSumsBlocks<Format>) {
       MOECALC_UNROLL
-      for (int down = 0; down < 2; ++down) {
-        Vector& upper = sums[2 * down * kAcross + across];
-        Vector& lower = sums[(2 * down + 1) * kAcross + across];
-        float c[4] = {upper[0], upper[1], lower[0], lower[1]};
-        product(c, factors[down], weights[across]);
-        upper = {c[0], c[1]};
-        lower = {c[2], c[3]};
+      for (int place = 0; place < 4; ++place) {
+        const Vector& upper = sums[place % 2 * 2 * kAcross + first + place / 2];
+        const Vector& lower = sums[(place % 2 * 2 + 1) * kAcross + first + place / 2];
+        for (int sum = 0; sum < 4; ++sum) c[place][sum] = sum < 2 ? upper[sum % 2] : lower[sum % 2];
       }
+    }
+    MOECALC_UNROLL
+    for (int number = 0; number < tensor_core::kProducts<Format>; ++number) {
+      const tensor_core::Product product = tensor_core::product_of<Format>(number);
+      MOECALC_UNROLL
+      for (int place = 0; place < 4; ++place) {
+        tensor_core::add_part<Format>(c[place], rows[place % 2], weights[first + place / 2], product.of_rows,
+                                      product.of_weights);
+      }
+    }
+    MOECALC_UNROLL
+    for (int place = 0; place < 4; ++place) {
+      Vector& upper = sums[place % 2 * 2 * kAcross + first + place / 2];
+      Vector& lower = sums[(place % 2 * 2 + 1) * kAcross + first + place / 2];
+      const Vector of_upper = {c[place][0], c[place][1]};
+      const Vector of_lower = {c[place][2], c[place][3]};
+      upper = tensor_core::kSumsBlocks<Format> ? upper + of_upper : of_upper;
+      lower = tensor_core::kSumsBlocks<Format> ? lower + of_lower : of_lower;
     }
   }
 };
@@ -445,8 +302,9 @@ MOECALC_KERNEL void multiply_sliced(Block& block, Sums& sums, const SharedRows<t
                                     const F& source) {
   for (int first = 0; first < inputs; first += kSlice) {
     const int columns = inputs - first < kSlice ? inputs - first : kSlice;
-    const WeightColumns<typename Tile::Real> own = {weights.data + first * weights.stride, weights.stride,
-                                                    weights.width};
+    const WeightColumns<typename Tile::Real> own = {
+        weights.data + row_offset<typename Tile::Format>(first, weights.stride), weights.stride,
+        weights.width};
     block.sync();
     stage(block, slice, rows, columns, [&](int row, int column) { return source(row, first + column); });
     block.sync();

@@ -1,0 +1,11 @@
+#include "backends/cuda/cuda_target.h"
+#include "backends/cuda/number_formats.h"
+
+namespace moecalc::cuda {
+
+template <>
+std::unique_ptr<Backend> make_cuda_model<Fp16>(const BackendInputs& inputs) {
+  return std::make_unique<Model<Fp16, CudaTarget>>(inputs);
+}
+
+}  // namespace moecalc::cuda
