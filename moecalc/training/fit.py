@@ -384,8 +384,8 @@ def fit_frames(
     Raises:
         CheckpointError: `start` cannot be read.
         MoecalcError: an input that is not valid or is another than that of the folder; frames that cannot be
-            used; groups in `without_stress` that there are not; frames for the test that an earlier call has
-            seen; `hours` or `processes` that are not positive; a process of the fit that has ended.
+            used; groups in `without_pressure` that there are not; frames for the test that an earlier call
+            has seen; `hours` or `processes` that are not positive; a process of the fit that has ended.
     """
     if hours is not None and not hours > 0:
         raise MoecalcError(f"expected more than 0 hours of training, got {hours:g}")
@@ -414,8 +414,13 @@ def fit_frames(
     if seed is not None:
         options = options.model_copy(update={"seed": seed})
     cutoff = config.descriptor.e_rcut
-    _drop_stresses(atoms, options.without_stress)
-    train = [to_frame(smallest_cell(atoms[k]), elements, cutoff) for k in split.train]
+    _check_groups(atoms, options.without_pressure)
+    train = [
+        to_frame(
+            smallest_cell(atoms[k]), elements, cutoff, group_of(atoms[k]) not in options.without_pressure
+        )
+        for k in split.train
+    ]
     valid = [to_frame(atoms[k], elements, cutoff) for k in split.valid]
     if threads is None and processes > 1:
         threads = max(1, torch.get_num_threads() // processes)
@@ -437,19 +442,16 @@ def _accompany(own_team: Alone, threads: int, beginning: tuple[Any, ...]) -> Non
         fit.accompany(beginning[2])
 
 
-def _drop_stresses(frames: list[Atoms], groups: list[str]) -> None:
-    """Take the stresses from the frames of these groups.
+def _check_groups(frames: list[Atoms], groups: list[str]) -> None:
+    """Refuse groups that no frame is of.
 
     Raises:
-        MoecalcError: no frame is of one of them.
+        MoecalcError: names the group.
     """
     known = {group_of(frame) for frame in frames}
     for name in groups:
         if name not in known:
-            raise MoecalcError(f"without_stress: expected groups of the frames, got {name}")
-    for frame in frames:
-        if group_of(frame) in groups:
-            frame.calc.results.pop("stress", None)
+            raise MoecalcError(f"without_pressure: expected groups of the frames, got {name}")
 
 
 def _config(path: Path, model: Any, elements: list[str], start: ImportedModel | None) -> ModelConfig:

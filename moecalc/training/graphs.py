@@ -24,6 +24,7 @@ class Frame:
         forces: (n, 3), eV/Angstrom.
         virial: (3, 3), -stress * volume in eV; None where the frame has no stress.
         group: name of the data set it belongs to.
+        with_pressure: whether the trace of the virial counts.
     """
 
     types: Ints
@@ -33,14 +34,16 @@ class Frame:
     forces: Floats
     virial: Floats | None
     group: str
+    with_pressure: bool = True
 
 
-def to_frame(atoms: Atoms, elements: list[str], cutoff: float) -> Frame:
+def to_frame(atoms: Atoms, elements: list[str], cutoff: float, with_pressure: bool = True) -> Frame:
     """Read the results that a frame carries and list its neighbors within `cutoff` (Angstrom).
 
     Args:
         atoms: a frame that `check_frames` accepts.
         elements: the model's, the position is the type.
+        with_pressure: as in `Frame`.
     """
     results = atoms.calc.results
     virial = None
@@ -56,6 +59,7 @@ def to_frame(atoms: Atoms, elements: list[str], cutoff: float) -> Frame:
         forces=np.asarray(results["forces"], dtype=np.float64),
         virial=virial,
         group=group_of(atoms),
+        with_pressure=with_pressure,
     )
 
 
@@ -78,7 +82,7 @@ class Batch:
         energy: (S,), eV.
         forces: (n, 3), eV/Angstrom.
         virial: (S, 3, 3), eV; zeros where there is none.
-        has_virial: (S,).
+        has_virial, has_pressure: (S,) whether the virial counts, and its trace.
         sizes: (S,) atoms of every frame.
     """
 
@@ -90,6 +94,7 @@ class Batch:
     forces: Floats
     virial: Floats
     has_virial: Bools
+    has_pressure: Bools
     sizes: Ints
 
 
@@ -107,5 +112,6 @@ def collate(frames: list[Frame]) -> Batch:
         forces=np.concatenate([frame.forces for frame in frames]),
         virial=np.stack([np.zeros((3, 3)) if frame.virial is None else frame.virial for frame in frames]),
         has_virial=np.array([frame.virial is not None for frame in frames]),
+        has_pressure=np.array([frame.with_pressure for frame in frames]),
         sizes=sizes,
     )

@@ -98,9 +98,10 @@ class Options(BaseModel):
         default=1,
         description="of the first weights, of the order of the frames, and of the frames that are held out",
     )
-    without_stress: list[str] = Field(
+    without_pressure: list[str] = Field(
         default_factory=list,
-        description="groups whose stresses are not used, because they contradict the energies",
+        description="groups whose pressure is not used, because it contradicts the energies; the rest of "
+        "their stress is",
     )
     group_weights: dict[str, float] = Field(
         default_factory=dict, description="how often the frames of a group come in an epoch, against 1"

@@ -143,7 +143,9 @@ class StepFunction:
         of_virial = (_tensor(batch.has_virial).double() / sizes)[:, None, None]
         energy_error = (evaluated.energy(n_system) - _tensor(batch.energy)) / sizes
         force_error = evaluated.forces() - _tensor(batch.forces)[evaluated.row]
+        has_pressure = _tensor(batch.has_pressure)
         virial_error = (evaluated.virial(n_system) - _tensor(batch.virial)) * of_virial
+        virial_error = _without_pressure(virial_error, has_pressure)
 
         energy_loss, energy_slope = huber(energy_error / options.energy_scale, options.huber)
         force_loss, force_slope = huber(force_error / options.force_scale, options.huber)
@@ -152,7 +154,7 @@ class StepFunction:
         d_energy = energy_weight / (n_system * options.energy_scale) * energy_slope / sizes  # (S,)
         d_forces = force_slope / (3 * n_atom * options.force_scale)  # (n, 3)
         per_virial = virial_weight / (9 * n_system * options.virial_scale)
-        d_virial = per_virial * virial_slope / sizes[:, None, None]  # (S, 3, 3)
+        d_virial = per_virial * _without_pressure(virial_slope, has_pressure) / sizes[:, None, None]
         self._add_gradients(evaluated, d_energy[evaluated.system], _to_vectors(evaluated, d_forces, d_virial))
         return {
             "loss": float(loss),
@@ -200,6 +202,12 @@ class StepFunction:
             no_energies = torch.zeros_like(evaluated.energies)
             self._add_gradients(evaluated, no_energies, self.options.repulsion * direction)
         return loss
+
+
+def _without_pressure(virial: Tensor, has_pressure: Tensor) -> Tensor:
+    """Virials (S, 3, 3) less their trace, where that is not to count: a projection, its own adjoint."""
+    trace = virial.diagonal(dim1=1, dim2=2).mean(1) * (~has_pressure)
+    return virial - trace[:, None, None] * torch.eye(3, dtype=virial.dtype)
 
 
 def _to_vectors(evaluated: Evaluated, d_forces: Tensor, d_virial: Tensor) -> Tensor:

@@ -470,32 +470,45 @@ def test_a_file_in_the_place_of_the_folder_is_told(files: tuple[Path, Path]) -> 
         fit_frames(*files, files[1] / "out")
 
 
-def test_stresses_of_groups_that_contradict_their_energies_are_not_used(
-    files: tuple[Path, Path], tmp_path: Path
-) -> None:
-    wrong = structures(5)
-    for atoms in wrong:
-        atoms.info["dataset"] = "offset"
-        atoms.calc.results["stress"] += 1.0
-    write(tmp_path / "wrong.extxyz", wrong)
-    given = json.loads(files[1].read_text())
-    fits = []
-    for name, groups in (("with", []), ("without", ["offset"])):
-        given["fit"] |= {"steps": 1, "without_stress": groups}
-        files[1].write_text(json.dumps(given))
-        fit_frames(tmp_path / "wrong.extxyz", files[1], tmp_path / name, validation=0.0)
-        fits.append(json.loads((tmp_path / name / "log.jsonl").read_text())["virial"])
-    assert fits[0] > 1.0
-    assert fits[1] == 0.0
-
-
-def test_a_group_without_stress_that_there_is_not_is_refused(
+def test_pressures_of_groups_that_contradict_their_energies_are_not_used(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     given = json.loads(files[1].read_text())
-    given["fit"]["without_stress"] = ["mlern_Cu"]
+    given["fit"] |= {"steps": 1, "without_pressure": ["offset"]}
     files[1].write_text(json.dumps(given))
-    with pytest.raises(MoecalcError, match="without_stress: expected groups of the frames, got mlern_Cu"):
+    errors = []
+    for name, offset in (("right", 0.0), ("wrong", 1.0)):
+        frames = structures(5)
+        for atoms in frames:
+            atoms.info["dataset"] = "offset"
+            atoms.calc.results["stress"][:3] += offset
+        write(tmp_path / "frames.extxyz", frames)
+        fit_frames(tmp_path / "frames.extxyz", files[1], tmp_path / name, validation=0.0)
+        errors.append(json.loads((tmp_path / name / "log.jsonl").read_text())["virial"])
+    assert errors[0] > 0.0
+    assert errors[1] == pytest.approx(errors[0], rel=1e-6)
+
+
+def test_gradient_without_pressure_is_that_of_the_loss_without_it() -> None:
+    fit = Fit(config("mlp"), Options(displacement=1e-4))
+    batch = collate([to_frame(structures(1)[0], ELEMENTS, 4.5, with_pressure=False)])
+    batch.virial[0] += 5.0 * np.eye(3)
+    result = fit.step_function.gradients(batch, 0.0, 1.0)
+    gradients = [p.grad.clone() for p in fit.parameters if p.grad is not None]
+    batch.virial[0] -= 7.0 * np.eye(3)
+    fit.optimizer.zero_grad()
+    assert fit.step_function.gradients(batch, 0.0, 1.0)["loss"] == pytest.approx(result["loss"], rel=1e-9)
+    for one, parameter in zip(gradients, [p for p in fit.parameters if p.grad is not None], strict=True):
+        torch.testing.assert_close(parameter.grad, one, rtol=1e-6, atol=1e-9)
+
+
+def test_a_group_without_pressure_that_there_is_not_is_refused(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given = json.loads(files[1].read_text())
+    given["fit"]["without_pressure"] = ["mlern_Cu"]
+    files[1].write_text(json.dumps(given))
+    with pytest.raises(MoecalcError, match="without_pressure: expected groups of the frames, got mlern_Cu"):
         fit_frames(*files, tmp_path / "out")
 
 
@@ -509,7 +522,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_the_example_input_trains(files: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     example = json.loads((EXAMPLES / name).read_text())
     example["fit"]["steps"] = 1
-    example["fit"].pop("without_stress", None)  # of groups that these frames are not of
+    example["fit"].pop("without_pressure", None)  # of groups that these frames are not of
     (tmp_path / "example.json").write_text(json.dumps(example))
     fit = fit_frames(files[0], tmp_path / "example.json", tmp_path / "out", validation=0.0)
     assert fit.step_number == 1
