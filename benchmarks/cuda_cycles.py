@@ -94,7 +94,10 @@ ANGLES = 696
 # Finding the rows of a tile: searches, a division and loads that wait for each other.
 TILE_CYCLES = 500
 TILE_INSTRUCTIONS = 150
-REST = 6.6  # ms of the other kernels, as estimated from the first ones
+REST = 6.6  # ms of the small kernels, as estimated by hand from the first ones
+MOST_THREADS = 2048  # of a multiprocessor
+N_LAUNCH = 170
+LAUNCH = 1e-3  # ms between two kernels
 
 
 @dataclass(frozen=True)
@@ -407,16 +410,15 @@ class Loop:
     products: int  # of tensor cores, for one of float32
 
     @property
-    def multiplications(self) -> int:
-        """Of each thread; products of split factors count as the one that they replace."""
-        count = Counter(instruction.operation for instruction in self.body)
-        of_tensor_cores = sum(TENSOR_SIZE[shape] // 32 for shape, _ in shapes_of(self.body))
-        return count["FFMA"] + of_tensor_cores // self.products
-
-    @property
     def product(self) -> Cost:
         """Cost of multiplying a tile by one row of 64 weights: 32 multiplications of each thread."""
-        return cost_of(self.body, 8) * (32 / self.multiplications)
+        return cost_of(self.body, 8) * (32 / multiplications(self.body, self.products))
+
+
+def multiplications(body: list[Instruction], products: int) -> int:
+    """Of each thread; products of split factors count as the one that they replace."""
+    count = Counter(instruction.operation for instruction in body)
+    return count["FFMA"] + sum(TENSOR_SIZE[shape] // 32 for shape, _ in shapes_of(body)) // products
 
 
 class Parts:
@@ -424,15 +426,15 @@ class Parts:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.products = 3 if kernel.name.endswith("x3") else 1
         inner = kernel.inner_loops
         self.loops = [self._loop(body) for body in inner if multiplies(body) and is_dense(body)]
         self.others = [body for body in inner if not multiplies(body)]
 
     def _loop(self, body: list[Instruction]) -> Loop:
         after = path(self.kernel, body[-1].address // 16 + 1)
-        products = 3 if self.kernel.name.endswith("x3") else 1
         return Loop(
-            body, cost_of(start_of(self.kernel, body)), cost_of(after), n_activations(after), products
+            body, cost_of(start_of(self.kernel, body)), cost_of(after), n_activations(after), self.products
         )
 
     def activated(self, columns: int, inputs: int) -> Cost:
@@ -475,6 +477,58 @@ class Parts:
         self._expect(costs, "a loop that sums")
         mean = mean_of(costs)
         return Cost(mean.cycles * serial, mean.instructions * rows)
+
+    def per(self, operation: str, has: Iterable[str], lacks: Iterable[str] = ()) -> Cost:
+        """For one of an operation: the mean of the loops that have some operations and lack others."""
+        costs = []
+        for body in self.kernel.inner_loops:
+            count = Counter(instruction.operation for instruction in body)
+            if multiplies(body) and is_dense(body):
+                continue
+            if all(count[name] for name in (operation, *has)) and not any(count[name] for name in lacks):
+                costs.append(cost_of(body, 8) * (1 / count[operation]))
+        self._expect(costs, f"a loop with {operation}, {', '.join(has)}")
+        return mean_of(costs)
+
+    def sliced(self) -> Cost:
+        """64 rows by 64 inputs, staged, times 64 columns: a loop with two barriers."""
+        costs = [self._slice(body) for body in self._loops_with_barriers()]
+        self._expect(costs, "a loop that stages slices and multiplies them")
+        return mean_of(costs)
+
+    def _loops_with_barriers(self) -> list[list[Instruction]]:
+        """Loops with two barriers and a product, and none of their kind inside."""
+        found = []
+        for jump in self.kernel.code:
+            if jump.target is None or jump.target >= jump.address:
+                continue
+            body = self.kernel.code[jump.target // 16 : jump.address // 16 + 1]
+            count = Counter(instruction.operation for instruction in body)
+            inner = [loop for loop in self.kernel.inner_loops if body[0].address <= loop[0].address]
+            inner = [loop for loop in inner if loop[-1].address <= body[-1].address]
+            if count["BAR"] == 2 and (count["HMMA"] or any(multiplies(loop) for loop in inner)):
+                found.append(body)
+        return [
+            body
+            for body in found
+            if not any(
+                body[0].address < one[0].address and one[-1].address < body[-1].address for one in found
+            )
+        ]
+
+    def _slice(self, body: list[Instruction]) -> Cost:
+        """Its straight part, the loop that stages, and that of the product where it is not unrolled."""
+        total, inside = Cost(), set[int]()
+        for loop in self.kernel.inner_loops:
+            if loop[0].address < body[0].address or body[-1].address < loop[-1].address:
+                continue
+            inside |= {instruction.address for instruction in loop}
+            count = Counter(instruction.operation for instruction in loop)
+            if multiplies(loop):
+                total += cost_of(loop, 8) * (2048 / multiplications(loop, self.products))
+            elif count["STS"]:
+                total += cost_of(loop, 8) * (8 / count["STS"])
+        return total + cost_of([instruction for instruction in body if instruction.address not in inside])
 
     def _expect(self, found: list[Any], what: str) -> None:
         if not found:
@@ -572,7 +626,7 @@ def message_backward(parts: Parts) -> Cost:
     return parts.staged(16) + parts.activated(64, 64) + parts.plain(64, 64)
 
 
-# By kernel: bytes of shared memory of a block, estimate of the first kernels in ms, and the work. Layer 0 has the
+# By kernel: bytes of shared memory of a block, estimate by hand of the first kernels in ms, and the work. Layer 0 has the
 # kernels <1>, layers 1 to 4 have angles, of which 1 to 3 have an angle map, and layer 5 has edges only.
 KERNELS: dict[str, tuple[int, float, list[Work]]] = {
     "AngleForward<0>": (
@@ -603,6 +657,72 @@ KERNELS: dict[str, tuple[int, float, list[Work]]] = {
     "EdgeBackward": (57_800, 11.0 * 0.9, [Work(6 * EDGES, edge_backward, 768 + 768 + 64)]),
     "MessageBackward": (53_200, 11.0 * 0.1, [Work(5 * CLOSE, message_backward, 768)]),
 }
+# Per atom: slots; columns of edge and angle maps; moments and invariants of a node.
+SLOTS = 2
+EDGE_COLUMNS = 192
+MOMENTS = 3 * 192
+INVARIANTS = 768
+
+
+@dataclass(frozen=True)
+class Small:
+    """What a step does with the blocks of a kernel that has no tiles of edges or angles."""
+
+    blocks: float  # of the step, per atom
+    threads: int
+    passes: Callable[[Parts], Cost]  # of the warp that takes longest
+    bytes: float  # that a block moves from and to memory
+    busy: float = 1.0  # share of its instructions that the mean warp has
+
+
+def slices(number: float) -> Callable[[Parts], Cost]:
+    """As many slices of a product."""
+    return lambda parts: parts.sliced() * number
+
+
+def slot_sums(parts: Parts) -> Cost:
+    """The edges of a slot: gradients of pre-activations, and three moments of each."""
+    edges = EDGES / SLOTS
+    sums, moments = parts.per("LDG", ("FADD", "LDS")), parts.per("LDG", ("FFMA", "LDS"))
+    return sums * edges + moments * (3 * edges)
+
+
+def invariants_backward(parts: Parts) -> Cost:
+    """4.5 moments of a thread as right factors of 4 rows; 128 columns of a left factor."""
+    return parts.per("LDG", ("FFMA", "CALL")) * (8 * 4.5) + parts.per("LDG", ("FFMA",), ("CALL",)) * 256
+
+
+def geometry_backward(parts: Parts) -> Cost:
+    """An edge of every thread: 64 features, and the angles at both of its sides; the centre's sums."""
+    features = parts.per("MUFU", ("LDG", "FFMA")) * 128
+    angles = parts.per("LDG", ("DFMA", "DADD"), ("MUFU",)) * (2 * 8 * CLOSE)
+    return features + angles + parts.per("LDG", ("DADD", "DMUL"), ("DFMA",)) * (3 * EDGES)
+
+
+# Rows in tiles of 64, columns in chunks of 64. Linear: 11 blocks of 21 slices that project nodes, twice in each of six
+# layers; 24 slices in 12 blocks to the invariants; 25 in 8 to nodes and slots, in five.
+SMALL: dict[str, Small] = {
+    "Linear": Small(252 / TILE, THREADS, slices(521 / 252), 70e3 * TILE / 252),
+    "Nodes<0>": Small(12 / TILE, THREADS, slices(14), 2300 * TILE),
+    "Nodes<1>": Small(12 / TILE, THREADS, slices(14), 2300 * TILE),
+    "FittingForward": Small(12 / TILE, THREADS, slices(40 / 12), 2000 * TILE / 4),
+    "FittingBackward": Small(10 / TILE, THREADS, slices(4), 2000 * TILE / 4),
+    "Symmetrize": Small(
+        6, 64, lambda parts: parts.per("LDG", ("FFMA", "LDS")) * EDGES, EDGES * (256 + 16) + 4 * MOMENTS
+    ),
+    "SlotSums": Small(
+        5 * SLOTS, THREADS, slot_sums, EDGES / SLOTS * (4 * EDGE_COLUMNS + 24) + 1280, busy=1 / 2
+    ),
+    "GatherSlots": Small(5 / 4, THREADS, lambda parts: parts.per("LDG", ("FADD",)) * (4 * SLOTS), 8192),
+    "Invariants": Small(
+        12, THREADS, lambda parts: parts.per("STG", ("FFMA",)) * 6, 4 * (MOMENTS + INVARIANTS)
+    ),
+    "InvariantsBackward": Small(6, THREADS, invariants_backward, 4 * (2 * MOMENTS + INVARIANTS)),
+    "GeometryBackward": Small(1, THREADS, geometry_backward, EDGES * 600 + ANGLES * 16),
+    "PlaceEdges": Small(1, THREADS, lambda parts: parts.per("STG", ("DFMA", "MUFU")) * 23, EDGES * 150),
+    "PlaceAngles": Small(1, THREADS, lambda parts: parts.per("STG", ("DFMA",)) * 11, ANGLES * 8),
+    "Embed": Small(1, THREADS, lambda parts: parts.per("STG", ("MUFU", "FADD")) * 42, EDGES * 256),
+}
 FORMATS = ("float32", "tf32x3", "bf16x3", "tf32", "fp16")
 
 
@@ -626,52 +746,79 @@ def milliseconds(kernel: Kernel, work: list[Work], blocks: int) -> float:
     return 1e3 * total
 
 
+def blocks_of_small(registers: int, threads: int) -> int:
+    """The same for the small kernels, whose shared memory is no limit."""
+    of_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * threads)
+    return min(of_registers, MOST_THREADS // threads)
+
+
+def small_milliseconds(kernel: Kernel, small: Small, blocks: int) -> float:
+    """Of a step."""
+    cost = small.passes(Parts(kernel))
+    warps = small.threads / 32 / N_SCHEDULER
+    issued = max(cost.instructions, cost.special * SPECIAL_FUNCTION, cost.tensor) * small.busy * warps
+    number = N_ATOM * small.blocks
+    computed = number * max(cost.cycles / blocks, issued) / (N_MULTIPROCESSOR * CLOCK)
+    return 1e3 * max(computed, number * small.bytes / MEMORY_RATE)
+
+
+def step_row(name: str, milliseconds: float, **others: str | float) -> Row:
+    """A row of the table of a step; what is not given stays empty."""
+    columns = ("registers", "spills", "shared KB", "blocks", "ms", "first estimate")
+    values = {"ms": round(milliseconds, 2), **others}
+    return {"kernel of a step": name, **{column: values.get(column, "") for column in columns}}
+
+
 def step_rows(kernels: list[Kernel], registers: dict[str, int]) -> list[Row]:
     """The table of a step, with its sum for every format of which all kernels are there."""
     by_name = {kernel.name: kernel for kernel in kernels}
     rows: list[Row] = []
     for number_format in FORMATS:
-        names = [f"{name} {number_format}" for name in KERNELS]
-        if not all(name in by_name for name in names):
+        if not all(f"{name} {number_format}" in by_name for name in (*KERNELS, *SMALL)):
             continue
         of_format: list[Row] = []
-        for name, (shared, before, work) in zip(names, KERNELS.values(), strict=True):
-            kernel = by_name[name]
-            count = Counter(instruction.operation for instruction in kernel.code)
-            blocks = blocks_of(registers.get(name, 0), shared)
+        for name, kernel, used in chosen(by_name, registers, KERNELS, number_format):
+            shared, before, work = KERNELS[name]
+            blocks = blocks_of(used, shared)
+            time = milliseconds(kernel, work, blocks)
+            shown = {"shared KB": round(shared / 1e3, 1), "first estimate": round(before, 1)}
             of_format.append(
-                {
-                    "kernel of a step": name,
-                    "registers": registers.get(name, 0),
-                    "spills": count["LDL"] + count["STL"],
-                    "shared KB": round(shared / 1e3, 1),
-                    "blocks": blocks,
-                    "ms": round(milliseconds(kernel, work, blocks), 1),
-                    "first estimate": round(before, 1),
-                }
+                step_row(kernel.name, time, registers=used, spills=spills(kernel), blocks=blocks, **shown)
+            )
+        for name, kernel, used in chosen(by_name, registers, SMALL, number_format):
+            blocks = blocks_of_small(used, SMALL[name].threads)
+            time = small_milliseconds(kernel, SMALL[name], blocks)
+            of_format.append(
+                step_row(kernel.name, time, registers=used, spills=spills(kernel), blocks=blocks)
             )
         rows += [*of_format, *sums_of(number_format, of_format)]
     return rows
 
 
+def chosen(
+    by_name: dict[str, Kernel], registers: dict[str, int], names: Iterable[str], number_format: str
+) -> Iterator[tuple[str, Kernel, int]]:
+    """Names, their kernels of a format, and the registers of these."""
+    for name in names:
+        kernel = by_name[f"{name} {number_format}"]
+        yield name, kernel, registers.get(kernel.name, 0)
+
+
+def spills(kernel: Kernel) -> int:
+    """Loads and stores of spilled registers."""
+    return sum(instruction.operation in ("LDL", "STL") for instruction in kernel.code)
+
+
 def sums_of(number_format: str, rows: list[Row]) -> Iterator[Row]:
-    """What is not modelled, the step, and its time per atom."""
-    sums = [sum(float(row[name]) for row in rows) + REST for name in ("ms", "first estimate")]
-    for name, values in (
-        (f"rest {number_format}", [REST, REST]),
-        (f"step {number_format}", sums),
-        (f"us per atom {number_format}", [1e3 * value / N_ATOM for value in sums]),
-    ):
-        shown = [round(value, 2 if name.startswith("us") else 1) for value in values]
-        yield {
-            "kernel of a step": name,
-            "registers": "",
-            "spills": "",
-            "shared KB": "",
-            "blocks": "",
-            "ms": shown[0],
-            "first estimate": shown[1],
-        }
+    """The time between kernels, the step, and its time per atom."""
+    before = sum(float(row["first estimate"] or 0.0) for row in rows) + REST
+    time = sum(float(row["ms"]) for row in rows) + N_LAUNCH * LAUNCH
+    yield step_row(f"launches {number_format}", N_LAUNCH * LAUNCH)
+    yield step_row(f"step {number_format}", time, **{"first estimate": round(before, 1)})
+    per_atom = 1e3 / N_ATOM
+    yield step_row(
+        f"us per atom {number_format}", time * per_atom, **{"first estimate": round(before * per_atom, 2)}
+    )
 
 
 def shown_table(rows: list[Row]) -> str:

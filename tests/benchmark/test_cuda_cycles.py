@@ -174,14 +174,43 @@ def tile_code(extra=0):
     return [*code, BARRIER, *[EXPONENTIAL] * 16, BARRIER, *[EXPONENTIAL] * 32, ("EXIT", 5, 7, 0)]
 
 
+SMALL_LOOPS = (
+    ("LDG", "FADD", "LDS"),
+    ("LDG", "FFMA", "LDS"),
+    ("LDG", "FFMA", "CALL"),
+    ("LDG", "FFMA"),
+    ("MUFU", "LDG", "FFMA"),
+    ("LDG", "DFMA", "DADD"),
+    ("LDG", "DADD", "DMUL"),
+    ("LDG", "FADD"),
+    ("STG", "FFMA"),
+    ("STG", "DFMA", "MUFU"),
+    ("STG", "DFMA"),
+    ("STG", "MUFU", "FADD"),
+)
+
+
+def small_code():
+    """A kernel with every part that the model knows of kernels without tiles."""
+    code = [("NOP", 1, 7, 0)]
+    for operations in SMALL_LOOPS:
+        code = a_loop(code, [(f"{operation} R2, R4", 2, 7, 0) for operation in operations])
+    begin = 16 * len(code)
+    code += [BARRIER]
+    code = a_loop(code, [LOAD, ("STS.128 [R3], R4", 2, 7, 0)])
+    code = a_loop([*code, BARRIER], PRODUCT * 4)
+    return [*code, (f"@P0 BRA {begin:#x}", 5, 7, 0), ("EXIT", 5, 7, 0)]
+
+
 def step_kernels(lint, extra=0):
     """All kernels of a step in one format."""
     kernels = []
-    for name in lint.KERNELS:
+    for name in (*lint.KERNELS, *lint.SMALL):
+        code = tile_code(extra) if name in lint.KERNELS else small_code()
         word, _, switch = name.partition("<")
         argument = f"NS0_7Float32ELb{switch[0]}" if switch else "NS0_7Float32"
         symbol = f"_Z10run_kernelINS0_{len(word)}{word}I{argument}EEEvT__kernels_tf32_cu"
-        kernels.append(kernel(lint, *tile_code(extra), symbol=symbol))
+        kernels.append(kernel(lint, *code, symbol=symbol))
     return kernels
 
 
@@ -215,7 +244,8 @@ def tensor_loop(lint, number_format):
 @pytest.mark.parametrize("number_format", TENSOR_PRODUCTS)
 def test_a_product_of_tensor_cores_counts_as_what_it_replaces(lint, number_format):
     inputs = 16 if "16816" in TENSOR_PRODUCTS[number_format][0] else 8
-    assert tensor_loop(lint, number_format).multiplications == 32 * inputs
+    loop = tensor_loop(lint, number_format)
+    assert lint.multiplications(loop.body, loop.products) == 32 * inputs
 
 
 def test_three_products_keep_tensor_cores_busy_three_times_as_long(lint):
@@ -243,10 +273,12 @@ def test_a_step_has_its_sum_and_the_time_per_atom(lint):
     kernels = step_kernels(lint)
     registers = {kernel.name: 168 for kernel in kernels}
     rows = lint.step_rows(kernels, registers)
-    *of_kernels, rest, step, per_atom = rows
-    assert [row["kernel of a step"] for row in of_kernels] == [f"{name} tf32" for name in lint.KERNELS]
-    assert all(row["ms"] > 0 and row["blocks"] == 3 for row in of_kernels)
-    assert step["ms"] == pytest.approx(sum(row["ms"] for row in [*of_kernels, rest]), abs=0.11)
+    *of_kernels, launches, step, per_atom = rows
+    names = [f"{name} tf32" for name in (*lint.KERNELS, *lint.SMALL)]
+    assert [row["kernel of a step"] for row in of_kernels] == names
+    assert all(row["ms"] > 0 for row in of_kernels)
+    assert all(row["blocks"] == 3 for row in of_kernels[: len(lint.KERNELS)])
+    assert step["ms"] == pytest.approx(sum(row["ms"] for row in [*of_kernels, launches]), abs=0.11)
     assert per_atom["ms"] == pytest.approx(step["ms"] / 10, abs=0.01)
     assert step["first estimate"] == pytest.approx(72, abs=0.1)
 
@@ -259,6 +291,21 @@ def test_more_instructions_make_a_step_slower(lint):
 
 def test_a_format_of_which_a_kernel_is_missing_has_no_step(lint):
     assert lint.step_rows(step_kernels(lint)[1:], {}) == []
+
+
+def test_a_slice_of_a_product_is_staged_and_multiplied(lint):
+    parts = lint.Parts(kernel(lint, *small_code()))
+    staged, product = parts.per("STS", ("LDG",)), lint.cost_of(parts.loops[0].body, 8)
+    rounds = 2048 / lint.multiplications(parts.loops[0].body, 1)
+    straight = 3  # two barriers and the jump
+    expected = staged.instructions * 8 + product.instructions * rounds + straight
+    assert parts.sliced().instructions == pytest.approx(expected)
+
+
+def test_small_kernels_take_as_long_as_their_memory_at_least(lint):
+    work = lint.Small(1, 128, lambda parts: parts.per("LDG", ("FFMA", "LDS")), 1e6)
+    found = kernel(lint, *small_code())
+    assert lint.small_milliseconds(found, work, 4) == pytest.approx(1e3 * 1e4 * 1e6 / lint.MEMORY_RATE)
 
 
 def test_a_part_that_is_not_found_is_named(lint):
