@@ -53,7 +53,7 @@ def test_one_rank_sends_nothing_and_is_efficient(scaling):
 
 
 def test_more_ranks_are_faster_and_less_efficient(scaling):
-    for machine in (scaling.GPU, scaling.GPU_NEXT, scaling.GPU_DIRECT, scaling.CPU):
+    for machine in (scaling.GPU, scaling.GPU_DIRECT, scaling.CPU):
         steps = [scaling.step_seconds(machine, 90_000 / n, n) for n in (1, 8, 64)]
         assert steps == sorted(steps, reverse=True)
         efficiencies = [scaling.efficiency(machine, 90_000, n) for n in (1, 8, 64)]
@@ -61,9 +61,7 @@ def test_more_ranks_are_faster_and_less_efficient(scaling):
 
 
 def test_memory_of_the_device_is_faster_than_the_way_over_the_host(scaling):
-    assert scaling.step_seconds(scaling.GPU_DIRECT, 1400, 64) < scaling.step_seconds(
-        scaling.GPU_NEXT, 1400, 64
-    )
+    assert scaling.step_seconds(scaling.GPU_DIRECT, 1400, 64) < scaling.step_seconds(scaling.GPU, 1400, 64)
 
 
 @pytest.mark.slow
