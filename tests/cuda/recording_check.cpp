@@ -34,7 +34,7 @@ int main() {
   StepKey second;
   second.list = 1;
   StepKey third;
-  third.virial = true;
+  third.request.atom_virial = true;
   StepRecording<CountingTarget> recording(true);
   for (const StepKey& key : {first, first, first, second, second, second, first, third, third}) {
     show(recording, key);

@@ -333,10 +333,7 @@ StepKey Model<Format, Target>::key(const Positions& positions, const Request& re
   key.positions = positions.atoms;
   key.cells = positions.cells;
   key.results = results_.template as<void>();
-  key.gradients = request.gradients();
-  key.forces = request.forces;
-  key.virial = request.virial;
-  key.atom_virial = request.atom_virial;
+  key.request = request;
   return key;
 }
 

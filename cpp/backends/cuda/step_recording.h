@@ -18,10 +18,7 @@ struct StepKey {
   const void* positions = nullptr;
   const void* cells = nullptr;
   const void* results = nullptr;
-  bool gradients = false;
-  bool forces = false;
-  bool virial = false;
-  bool atom_virial = false;
+  Request request;
 
   bool operator==(const StepKey&) const = default;
 };

@@ -71,6 +71,7 @@ struct Request {
   bool atom_virial = false;
 
   bool gradients() const { return forces || virial || atom_virial; }
+  bool operator==(const Request&) const = default;
 };
 
 /// Charge (e), multiplicity 2S+1 and frame parameters, as far as a user gave them.
