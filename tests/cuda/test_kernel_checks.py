@@ -38,12 +38,12 @@ MMA_ERRORS = {"fp32-ffma": 2e-5, "fp32": 2e-5, "bf16x3": 4e-4, "tf32": 2e-5, "fp
 
 @pytest.fixture
 def mutated(tmp_path):
-    """A copy of the sources of the kernels in which a text, which must be there once, is exchanged."""
+    """A copy of sources, of the kernels or of `folder`, in which a text, which must be there once, is exchanged."""
 
-    def mutate(name: str, old: str, new: str) -> Path:
+    def mutate(name: str, old: str, new: str, folder: str = "kernels") -> Path:
         sources = tmp_path / "mutated"
-        shutil.copytree(ROOT / "cpp/kernels", sources / "kernels")
-        path = sources / "kernels/cuda" / name
+        shutil.copytree(ROOT / "cpp" / folder, sources / folder)
+        path = sources / folder / "cuda" / name
         text = path.read_text()
         assert text.count(old) == 1
         path.write_text(text.replace(old, new))
@@ -129,14 +129,13 @@ def test_a_step_is_recorded_when_it_comes_again_and_replayed_until_something_cha
     assert steps(tmp_path, ROOT / "cpp") == "drpdrpddr ddd ddd"
 
 
-def test_a_step_that_is_replayed_for_another_request_is_found(tmp_path):
-    sources = tmp_path / "mutated"
-    shutil.copytree(ROOT / "cpp/backends", sources / "backends")
-    path = sources / "backends/cuda/step_recording.h"
-    text = path.read_text()
-    assert text.count("  bool operator==(const StepKey&) const = default;") == 1
-    same = "  bool operator==(const StepKey& other) const { return list == other.list; }"
-    path.write_text(text.replace("  bool operator==(const StepKey&) const = default;", same))
+def test_a_step_that_is_replayed_for_another_request_is_found(tmp_path, mutated):
+    sources = mutated(
+        "step_recording.h",
+        "  bool operator==(const StepKey&) const = default;",
+        "  bool operator==(const StepKey& other) const { return list == other.list; }",
+        folder="backends",
+    )
     assert steps(tmp_path, sources) != "drpdrpddr ddd ddd"
 
 
