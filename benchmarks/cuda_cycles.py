@@ -147,19 +147,29 @@ class Kernel:
         return 16 * len(self.code)
 
     @cached_property
-    def inner_loops(self) -> list[list[Instruction]]:
-        """Bodies of the loops that have none inside, by address."""
+    def loops(self) -> list[list[Instruction]]:
+        """Bodies of the loops, by address."""
         ends = {
             (target, instruction.address)
             for instruction in self.code
             if (target := instruction.target) is not None and target < instruction.address
         }
-        inner = [
-            (first, last)
-            for first, last in sorted(ends)
-            if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in ends)
-        ]
-        return [[i for i in self.code if first <= i.address <= last] for first, last in inner]
+        return [[i for i in self.code if first <= i.address <= last] for first, last in sorted(ends)]
+
+    @cached_property
+    def inner_loops(self) -> list[list[Instruction]]:
+        """Those that have none inside."""
+        return innermost(self.loops)
+
+
+def is_within(loop: list[Instruction], body: list[Instruction]) -> bool:
+    """Whether a loop lies in another one, or is that."""
+    return body[0].address <= loop[0].address and loop[-1].address <= body[-1].address
+
+
+def innermost(loops: list[list[Instruction]]) -> list[list[Instruction]]:
+    """The loops in which none of the others lies."""
+    return [body for body in loops if not any(loop is not body and is_within(loop, body) for loop in loops)]
 
 
 def instruction_of(first: re.Match[str], second: re.Match[str]) -> Instruction:
@@ -251,12 +261,16 @@ def is_hot(body: list[Instruction]) -> bool:
     return multiplies(body) or n_activations(body) > 0
 
 
+def spills(code: list[Instruction]) -> int:
+    """Loads and stores of spilled registers."""
+    return sum(instruction.operation in ("LDL", "STL") for instruction in code)
+
+
 def findings(kernel: Kernel) -> Iterator[str]:
     """What should not be in a kernel."""
     for body in kernel.inner_loops:
-        spilled = sum(instruction.operation in ("LDL", "STL") for instruction in body)
-        if spilled and is_hot(body):
-            yield f"{spilled} spills in the loop at {body[0].address:#x}"
+        if spills(body) and is_hot(body):
+            yield f"{spills(body)} spills in the loop at {body[0].address:#x}"
     predicated = sum(i.operation == "HMMA" and i.is_predicated for i in kernel.code)
     if predicated:
         yield f"{predicated} predicated HMMA: lanes that leave would hang or spoil the product"
@@ -314,7 +328,7 @@ def row_of(kernel: Kernel, registers: int = 0) -> Row:
         "kernel": kernel.name,
         "KiB": kernel.bytes >> 10,
         "registers": registers,
-        "spills": count["LDL"] + count["STL"],
+        "spills": spills(kernel.code),
         "HMMA": count["HMMA"],
         "product instr": len(longest),
         "product cycles": round(cycles(longest)) if longest else 0,
@@ -492,36 +506,22 @@ class Parts:
 
     def sliced(self) -> Cost:
         """64 rows by 64 inputs, staged, times 64 columns: a loop with two barriers."""
-        costs = [self._slice(body) for body in self._loops_with_barriers()]
-        self._expect(costs, "a loop that stages slices and multiplies them")
-        return mean_of(costs)
+        slices = innermost([body for body in self.kernel.loops if self._is_slice(body)])
+        self._expect(slices, "a loop that stages slices and multiplies them")
+        return mean_of([self._slice(body) for body in slices])
 
-    def _loops_with_barriers(self) -> list[list[Instruction]]:
-        """Loops with two barriers and a product, and none of their kind inside."""
-        found = []
-        for jump in self.kernel.code:
-            if jump.target is None or jump.target >= jump.address:
-                continue
-            body = self.kernel.code[jump.target // 16 : jump.address // 16 + 1]
-            count = Counter(instruction.operation for instruction in body)
-            inner = [loop for loop in self.kernel.inner_loops if body[0].address <= loop[0].address]
-            inner = [loop for loop in inner if loop[-1].address <= body[-1].address]
-            if count["BAR"] == 2 and (count["HMMA"] or any(multiplies(loop) for loop in inner)):
-                found.append(body)
-        return [
-            body
-            for body in found
-            if not any(
-                body[0].address < one[0].address and one[-1].address < body[-1].address for one in found
-            )
-        ]
+    def _inside(self, body: list[Instruction]) -> list[list[Instruction]]:
+        return [loop for loop in self.kernel.inner_loops if is_within(loop, body)]
+
+    def _is_slice(self, body: list[Instruction]) -> bool:
+        count = Counter(instruction.operation for instruction in body)
+        products = count["HMMA"] or any(multiplies(loop) for loop in self._inside(body))
+        return count["BAR"] == 2 and bool(products)
 
     def _slice(self, body: list[Instruction]) -> Cost:
         """Its straight part, the loop that stages, and that of the product where it is not unrolled."""
         total, inside = Cost(), set[int]()
-        for loop in self.kernel.inner_loops:
-            if loop[0].address < body[0].address or body[-1].address < loop[-1].address:
-                continue
+        for loop in self._inside(body):
             inside |= {instruction.address for instruction in loop}
             count = Counter(instruction.operation for instruction in loop)
             if multiplies(loop):
@@ -726,10 +726,10 @@ SMALL: dict[str, Small] = {
 FORMATS = ("float32", "tf32x3", "bf16x3", "tf32", "fp16")
 
 
-def blocks_of(registers: int, shared: int) -> int:
+def blocks_of(registers: int, shared: int = 0, threads: int = THREADS) -> int:
     """Blocks that share a multiprocessor."""
-    of_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * THREADS)
-    return min(of_registers, SHARED_BYTES // (shared + SHARED_OF_BLOCK))
+    of_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * threads)
+    return min(of_registers, SHARED_BYTES // (shared + SHARED_OF_BLOCK), MOST_THREADS // threads)
 
 
 def milliseconds(kernel: Kernel, work: list[Work], blocks: int) -> float:
@@ -744,12 +744,6 @@ def milliseconds(kernel: Kernel, work: list[Work], blocks: int) -> float:
         # four warps of a tile, one on each scheduler
         total += max(tiles * waited / (N_MULTIPROCESSOR * CLOCK), moved)
     return 1e3 * total
-
-
-def blocks_of_small(registers: int, threads: int) -> int:
-    """The same for the small kernels, whose shared memory is no limit."""
-    of_registers = REGISTERS // (math.ceil(max(registers, 1) / 8) * 8 * threads)
-    return min(of_registers, MOST_THREADS // threads)
 
 
 def small_milliseconds(kernel: Kernel, small: Small, blocks: int) -> float:
@@ -777,36 +771,23 @@ def step_rows(kernels: list[Kernel], registers: dict[str, int]) -> list[Row]:
         if not all(f"{name} {number_format}" in by_name for name in (*KERNELS, *SMALL)):
             continue
         of_format: list[Row] = []
-        for name, kernel, used in chosen(by_name, registers, KERNELS, number_format):
-            shared, before, work = KERNELS[name]
-            blocks = blocks_of(used, shared)
-            time = milliseconds(kernel, work, blocks)
-            shown = {"shared KB": round(shared / 1e3, 1), "first estimate": round(before, 1)}
-            of_format.append(
-                step_row(kernel.name, time, registers=used, spills=spills(kernel), blocks=blocks, **shown)
-            )
-        for name, kernel, used in chosen(by_name, registers, SMALL, number_format):
-            blocks = blocks_of_small(used, SMALL[name].threads)
-            time = small_milliseconds(kernel, SMALL[name], blocks)
-            of_format.append(
-                step_row(kernel.name, time, registers=used, spills=spills(kernel), blocks=blocks)
-            )
+        for name in (*KERNELS, *SMALL):
+            kernel = by_name[f"{name} {number_format}"]
+            of_format.append(kernel_row(name, kernel, registers.get(kernel.name, 0)))
         rows += [*of_format, *sums_of(number_format, of_format)]
     return rows
 
 
-def chosen(
-    by_name: dict[str, Kernel], registers: dict[str, int], names: Iterable[str], number_format: str
-) -> Iterator[tuple[str, Kernel, int]]:
-    """Names, their kernels of a format, and the registers of these."""
-    for name in names:
-        kernel = by_name[f"{name} {number_format}"]
-        yield name, kernel, registers.get(kernel.name, 0)
-
-
-def spills(kernel: Kernel) -> int:
-    """Loads and stores of spilled registers."""
-    return sum(instruction.operation in ("LDL", "STL") for instruction in kernel.code)
+def kernel_row(name: str, kernel: Kernel, registers: int) -> Row:
+    """The row of a kernel in the table of a step."""
+    shown: Row = {"registers": registers, "spills": spills(kernel.code)}
+    if name in SMALL:
+        blocks = blocks_of(registers, threads=SMALL[name].threads)
+        return step_row(kernel.name, small_milliseconds(kernel, SMALL[name], blocks), blocks=blocks, **shown)
+    shared, before, work = KERNELS[name]
+    blocks = blocks_of(registers, shared)
+    shown |= {"shared KB": round(shared / 1e3, 1), "first estimate": round(before, 1)}
+    return step_row(kernel.name, milliseconds(kernel, work, blocks), blocks=blocks, **shown)
 
 
 def sums_of(number_format: str, rows: list[Row]) -> Iterator[Row]:
