@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from moecalc.benchmark import with_section
 from moecalc.nn import DescriptorConfig, FittingConfig, ModelConfig, MoEConfig, PositionConfig, RouterConfig
 from moecalc.training.options import LastStage, Options
 
@@ -93,13 +94,12 @@ def tables() -> str:
     lines = []
     for name, section in SECTIONS:
         lines += [f"## {name}", "", *table(section), ""]
-    return "\n".join([BEGIN, "", *lines, END])
+    return "\n".join(lines).rstrip()
 
 
 def renewed(text: str) -> str:
     """The page with tables of today."""
-    before, _, rest = text.partition(BEGIN)
-    return before + tables() + rest.partition(END)[2]
+    return with_section(text, BEGIN, END, tables())
 
 
 if __name__ == "__main__":

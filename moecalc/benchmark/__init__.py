@@ -4,7 +4,7 @@
 """
 
 from moecalc.benchmark.costs import evaluation_costs, total_cost
-from moecalc.benchmark.docs_page import replace_section
+from moecalc.benchmark.docs_page import replace_section, with_section
 from moecalc.benchmark.figure import check_plot_path, save_plot
 from moecalc.benchmark.hardware import Ceilings, Machine, ceilings, machine
 from moecalc.benchmark.isolated import (
@@ -51,4 +51,5 @@ __all__ = [
     "save_plot",
     "total_cost",
     "water",
+    "with_section",
 ]
