@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-OptimizerName: TypeAlias = Literal["muon", "adam"]
+from moecalc.training.options import OptimizerName
 
 _ADAM_BETAS: Final = (0.9, 0.99)
 _ADAM_EPSILON: Final = 1e-8

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from moecalc.training.optimizer import OptimizerName
+OptimizerName: TypeAlias = Literal["muon", "adam"]
 
 
 class LastStage(BaseModel):
